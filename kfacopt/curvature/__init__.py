@@ -1,0 +1,1 @@
+"""The exact curvature matrices: the oracle."""

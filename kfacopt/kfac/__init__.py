@@ -1,0 +1,1 @@
+"""The Kronecker-factored approximation: layers, hooks, factors and the K-FAC operator."""

@@ -1,0 +1,132 @@
+"""Forward hooks that record what layers saw, and the gradients by their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kfacopt.kfac.layers import Layer
+from kfacopt.likelihoods import FisherType, Likelihood
+
+
+@dataclass(frozen=True, eq=False)
+class LayerUse:
+    """One call of a layer's module.
+
+    Attributes:
+        layer: The layer.
+        module: The module that was called.
+        input: What it was called with, without a graph.
+        edge: The gradient edge of its output. Unlike the tensor, it survives an in-place
+            activation behind the layer and keeps no memory alive.
+    """
+
+    layer: Layer
+    module: nn.Module
+    input: Tensor
+    edge: GradientEdge
+
+
+def record_use(
+    layer: Layer, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Tensor
+) -> LayerUse | None:
+    """Return the record of a call of `module`, or `None` if no gradient can reach it.
+
+    A call through `torch.func.functional_call` with other parameters is not one of the layer.
+    """
+    if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+        return None
+    if all(p is not layer.anchor for p in module._parameters.values()):
+        return None
+    x = args[0] if args else kwargs["input"]
+    return LayerUse(layer, module, x.detach(), get_gradient_edge(output))
+
+
+@contextmanager
+def capture(layers: Iterable[tuple[Layer, list[nn.Module]]]) -> Iterator[list[LayerUse]]:
+    """Record the uses of layers in the forward passes within the context.
+
+    Args:
+        layers: The layers with their modules.
+
+    Yields:
+        A list that grows with every use.
+    """
+    uses: list[LayerUse] = []
+    handles = []
+
+    def make_hook(layer: Layer) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+            use = record_use(layer, module, args, kwargs, output)
+            if use is not None:
+                uses.append(use)
+
+        return hook
+
+    try:
+        for layer, modules in layers:
+            handles += [
+                m.register_forward_hook(make_hook(layer), with_kwargs=True) for m in modules
+            ]
+        yield uses
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def group_by_layer(uses: Iterable[LayerUse]) -> dict[Layer, list[LayerUse]]:
+    """Group uses by their layer, in the order of the first use."""
+    grouped: dict[Layer, list[LayerUse]] = {}
+    for use in uses:
+        grouped.setdefault(use.layer, []).append(use)
+    return grouped
+
+
+def loss_vectors(
+    likelihood: Likelihood,
+    output: Tensor,
+    weights: Tensor,
+    fisher_type: FisherType,
+    mc_samples: int,
+    generator: Generator,
+) -> Iterator[Tensor]:
+    """Yield the vectors v `[*z.shape]` at the loss's input whose Σ_v v vᵀ is the loss's curvature.
+
+    Args:
+        likelihood: What the loss means.
+        output: z, `[N, ...]`.
+        weights: ω_t, from `Likelihood.curvature_weights`.
+        fisher_type: `"mc"` or `"type-2"`.
+        mc_samples: How many labels to draw for each datum, for `"mc"`.
+        generator: Draws labels, or signs.
+    """
+    z = output.detach()
+    if fisher_type == "type-2":
+        yield from likelihood.hessian_root(z, weights, generator)
+        return
+    for _ in range(mc_samples):
+        yield likelihood.sample_gradient(z, weights / mc_samples, generator)
+
+
+def would_be_gradients(
+    output: Tensor, uses: Sequence[LayerUse], vector: Tensor
+) -> list[Tensor | None]:
+    """Backpropagate a vector at z to the outputs of all layers at once; the graph stays alive.
+
+    Args:
+        output: z, with its graph.
+        uses: The uses of layers in that graph.
+        vector: v, `[*z.shape]`.
+
+    Returns:
+        For each use the gradient by its output, or `None` where z does not depend on it.
+    """
+    edges = [use.edge for use in uses]
+    grads = torch.autograd.grad(output, edges, vector, retain_graph=True, allow_unused=True)
+    return list(grads)

@@ -1,0 +1,122 @@
+"""From inputs a and output gradients g to the factors A and G, and their averages over time.
+
+For the loss L = Σ_t ω_t ℓ_t and vectors v that carry √ω (see `kfacopt.likelihoods`):
+
+    expand:  A = 1/(N S) Σ_{n,s} a aᵀ,  G = Σ_{n,v,s} g gᵀ
+    reduce:  A = 1/N Σ_n ā āᵀ, ā = mean_s a,  G = Σ_{n,v} ĝ ĝᵀ, ĝ = Σ_s g
+
+Several uses of a layer within one forward pass are further positions s.
+
+References:
+    Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, Eqs. 16 and 22.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfacopt.kfac.capture import LayerUse
+from kfacopt.kfac.layers import KFACApprox, Layer, layer_grad_outputs, layer_inputs
+
+
+@dataclass(frozen=True)
+class FactorForm:
+    """How factors are formed.
+
+    Attributes:
+        kfac_approx: `"expand"` or `"reduce"`.
+        max_factor_dim: A wider side is kept as its diagonal.
+    """
+
+    kfac_approx: KFACApprox
+    max_factor_dim: int | None = None
+
+    @property
+    def reduce(self) -> bool:
+        """Whether positions are averaged."""
+        return self.kfac_approx == "reduce"
+
+    def diagonal(self, side: int) -> bool:
+        """Whether a factor with this side is kept as its diagonal."""
+        return self.max_factor_dim is not None and side > self.max_factor_dim
+
+
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a parameter's factors: its own, but at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def second_moment(x: Tensor, diagonal: bool) -> Tensor:
+    """Return Σ_{n,s} x xᵀ `[B, d, d]`, or its diagonal `[B, d]`, of x `[B, N, S, d]`."""
+    rows = x.flatten(1, 2)
+    return rows.square().sum(1) if diagonal else rows.mT @ rows
+
+
+def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tuple[Tensor, int]:
+    """Return Σ a aᵀ and the number of summands, over the uses of a layer in one forward pass.
+
+    Args:
+        layer: The layer.
+        uses: Its uses in one forward pass.
+        form: How factors are formed.
+
+    Returns:
+        The sum `[B, d_in, d_in]` (or its diagonal), and how many vectors it sums.
+    """
+    dtype = factor_dtype(layer.anchor.dtype)
+    if layer.weight is None:
+        return torch.ones(layer.groups, 1, 1, dtype=dtype, device=layer.anchor.device), 1
+    rows: list[Tensor] = []
+    positions: list[int] = []
+    for use in uses:
+        a, count = layer_inputs(use.module, use.input.to(dtype), form.reduce)
+        if layer.joint:
+            a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+        rows.append(a)
+        positions.append(count)
+    if form.reduce and len({a.shape[1] for a in rows}) == 1:
+        weights = [count / sum(positions) for count in positions]
+        rows = [torch.stack([w * a for w, a in zip(weights, rows, strict=True)]).sum(0)]
+    diagonal = form.diagonal(layer.d_in)
+    moment = torch.stack([second_moment(a, diagonal) for a in rows]).sum(0)
+    return moment, sum(a.shape[1] * a.shape[2] for a in rows)
+
+
+def grad_output_moment(
+    layer: Layer, uses: Sequence[LayerUse], grads: Sequence[Tensor], form: FactorForm
+) -> Tensor:
+    """Return Σ g gᵀ `[B, d_out, d_out]` (or its diagonal) over the uses of a layer.
+
+    Args:
+        layer: The layer.
+        uses: Its uses in one forward pass.
+        grads: For each use the gradient by the layer's output.
+        form: How factors are formed.
+    """
+    dtype = factor_dtype(layer.anchor.dtype)
+    rows = [layer_grad_outputs(use.module, g.to(dtype)) for use, g in zip(uses, grads, strict=True)]
+    if form.reduce:
+        rows = [g.sum(2, keepdim=True) for g in rows]
+        if len({g.shape[1] for g in rows}) == 1:
+            rows = [torch.stack(rows).sum(0)]
+    diagonal = form.diagonal(layer.d_out)
+    return torch.stack([second_moment(g, diagonal) for g in rows]).sum(0)
+
+
+def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -> None:
+    """Move a running average, in place, to include a value.
+
+    With W ← decay · W + w, the average Σ_t decay^(T−t) w_t x_t / W is x ← x + (w / W) (x_T − x),
+    which is free of bias from the first value on: it knows its own total weight.
+
+    Args:
+        average: The average, of any shape.
+        value: The new value, of the same shape.
+        weight: w, a scalar.
+        total_weight: W, a scalar that already includes w.
+    """
+    average.add_((weight / total_weight).to(average.dtype) * (value - average))

@@ -1,0 +1,224 @@
+"""Layers as matrices: z = W a + b with a `[B, N, S, d_in]` and [W | b] `[B, d_out, d_in (+ 1)]`.
+
+B counts the groups of a convolution, each with its own block, N data, S shared positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+KFACApprox = Literal["expand", "reduce"]
+KFAC_APPROXES: tuple[KFACApprox, ...] = ("expand", "reduce")
+
+SUPPORTED_MODULES = (nn.Linear, nn.Conv2d)
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Tell whether a module computes what `nn.Linear` or `nn.Conv2d` compute.
+
+    Subclasses count if they do not override the forward pass. The output projection of
+    `nn.MultiheadAttention` does not count: its forward pass is never called.
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    forward = type(module).forward
+    if isinstance(module, nn.Linear):
+        return forward is nn.Linear.forward
+    if isinstance(module, nn.Conv2d):
+        return (
+            forward is nn.Conv2d.forward and type(module)._conv_forward is nn.Conv2d._conv_forward
+        )
+    return False
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The trained parameters of a supported module that share Kronecker factors.
+
+    Attributes:
+        name: The module's name in the model.
+        weight: W, if it is trained.
+        bias: b, if it is trained.
+        groups: B.
+        joint: Whether [W | b] is one matrix, with a constant 1 appended to a.
+    """
+
+    name: str
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    groups: int
+    joint: bool
+
+    @property
+    def anchor(self) -> nn.Parameter:
+        """The parameter that stands for the layer, W where it is trained."""
+        parameter = self.weight if self.weight is not None else self.bias
+        assert parameter is not None
+        return parameter
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The diagonal blocks of F: [W | b], or W and b on their own."""
+        if self.joint:
+            return (Block(self, self.weight, self.bias),)
+        weight = () if self.weight is None else (Block(self, self.weight, None),)
+        bias = () if self.bias is None else (Block(self, None, self.bias),)
+        return weight + bias
+
+    @property
+    def d_in(self) -> int:
+        """The side of A in one group."""
+        if self.weight is None:
+            return 1
+        return self.weight[0].numel() + int(self.joint)
+
+    @property
+    def d_out(self) -> int:
+        """The side of G in one group."""
+        return self.anchor.shape[0] // self.groups
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A diagonal block of F ≈ G ⊗ A, over W, b or [W | b] of one layer."""
+
+    layer: Layer
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The block's parameters, in the order of the columns of its matrix."""
+        return tuple(p for p in (self.weight, self.bias) if p is not None)
+
+    @property
+    def anchor(self) -> nn.Parameter:
+        """The first of the block's parameters."""
+        return self.parameters[0]
+
+    def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Bring tensors `[*lead, *p.shape]`, one per parameter, to `[*lead, B, d_out, d_in]`."""
+        groups, columns = self.layer.groups, []
+        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+            lead = tensor.shape[: tensor.ndim - parameter.ndim]
+            columns.append(tensor.reshape(*lead, groups, parameter.shape[0] // groups, -1))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+
+    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
+        """Invert `to_matrix`: `[*lead, B, d_out, d_in]` to tensors `[*lead, *p.shape]`."""
+        widths = [p[0].numel() for p in self.parameters]
+        lead = matrix.shape[:-3]
+        pieces = matrix.split(widths, dim=-1)
+        return [
+            piece.reshape(*lead, *p.shape) for piece, p in zip(pieces, self.parameters, strict=True)
+        ]
+
+    def input_factor(self, layer_factor: Tensor) -> Tensor:
+        """Return the block's A: the layer's, or 1 for a bias, whose input is the constant 1."""
+        if self.weight is not None:
+            return layer_factor
+        return layer_factor.new_ones(self.layer.groups, 1, 1)
+
+
+def find_layers(
+    named_modules: Iterable[tuple[str, nn.Module]],
+    params: Iterable[nn.Parameter],
+    separate_weight_and_bias: bool,
+) -> list[tuple[Layer, list[nn.Module]]]:
+    """Find the supported layers that own any of the parameters.
+
+    Modules that share their weight (and bias) are one layer. A bias that a module does not share
+    with the module of the same weight has no layer.
+
+    Args:
+        named_modules: Candidate modules with their names.
+        params: The parameters to look for.
+        separate_weight_and_bias: Whether W and b get blocks of their own.
+
+    Returns:
+        Each layer with the modules that call it, in the order of the modules.
+    """
+    wanted = {id(p) for p in params}
+    layers: dict[int, tuple[Layer, list[nn.Module]]] = {}
+    for name, module in named_modules:
+        if not is_supported(module):
+            continue
+        weight, bias = (
+            p if p is not None and id(p) in wanted else None
+            for p in (module._parameters.get("weight"), module._parameters.get("bias"))
+        )
+        anchor = weight if weight is not None else bias
+        if anchor is None:
+            continue
+        if id(anchor) in layers:
+            layer, modules = layers[id(anchor)]
+            if all(module is not m for m in modules):
+                modules.append(module)
+            continue
+        joint = not separate_weight_and_bias and weight is not None and bias is not None
+        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        layers[id(anchor)] = (Layer(name, weight, bias, groups, joint), [module])
+    return list(layers.values())
+
+
+# Inputs and output gradients -----------------------------------------------------------------
+
+
+def _convolution_patches(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return a view `[N, C, OH, OW, KH, KW]` of the padded input that the kernel sees."""
+    if x.ndim == 3:
+        x = x.unsqueeze(0)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    if any(module._reversed_padding_repeated_twice):
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    for axis in (0, 1):
+        kernel, dilation = module.kernel_size[axis], module.dilation[axis]
+        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, module.stride[axis])
+        x = x[..., ::dilation]
+    return x
+
+
+def layer_inputs(module: nn.Module, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
+    """Bring a module's input to `[B, N, S, d_in]`.
+
+    Args:
+        module: An `nn.Linear` or `nn.Conv2d`.
+        x: Its input, `[N, ..., d_in]` or `[N, C, H, W]`; the axis N may lack.
+        reduce: Whether to average over the positions, which leaves S = 1.
+
+    Returns:
+        a, and the number S of positions before averaging.
+    """
+    if isinstance(module, nn.Conv2d):
+        patches = _convolution_patches(module, x)
+        positions = patches.shape[2] * patches.shape[3]
+        if reduce:
+            patches = patches.mean((2, 3), keepdim=True)
+        # [N, C, OH, OW, KH, KW] -> [B, N, OH OW, C/B KH KW], the order of the weight's entries
+        patches = patches.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 4, 2, 5, 6)
+        return patches.flatten(4).flatten(2, 3), positions
+    rows = x.reshape(1, 1, -1) if x.ndim == 1 else x.reshape(x.shape[0], -1, x.shape[-1])
+    positions = rows.shape[1]
+    return (rows.mean(1, keepdim=True) if reduce else rows).unsqueeze(0), positions
+
+
+def layer_grad_outputs(module: nn.Module, g: Tensor) -> Tensor:
+    """Bring the gradient by a module's output to `[B, N, S, d_out]`.
+
+    Args:
+        module: An `nn.Linear` or `nn.Conv2d`.
+        g: `[N, ..., d_out]` or `[N, C, OH, OW]`; the axis N may lack.
+    """
+    if isinstance(module, nn.Conv2d):
+        if g.ndim == 3:
+            g = g.unsqueeze(0)
+        return g.flatten(2).unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2)
+    rows = g.reshape(1, 1, -1) if g.ndim == 1 else g.reshape(g.shape[0], -1, g.shape[-1])
+    return rows.unsqueeze(0)

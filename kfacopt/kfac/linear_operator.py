@@ -1,0 +1,424 @@
+"""The K-FAC approximation of the Fisher/GGN as a linear operator, and its damped inverse."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import Parameter
+
+from kfacopt.data import Batch, batch_size, evaluation, iterate, run_determinism_check
+from kfacopt.kfac.capture import (
+    LayerUse,
+    capture,
+    group_by_layer,
+    loss_vectors,
+    would_be_gradients,
+)
+from kfacopt.kfac.factors import FactorForm, factor_dtype, grad_output_moment, input_moment
+from kfacopt.kfac.layers import (
+    KFAC_APPROXES,
+    SUPPORTED_MODULES,
+    Block,
+    KFACApprox,
+    Layer,
+    find_layers,
+)
+from kfacopt.likelihoods import (
+    FISHER_TYPES,
+    SUPPORTED_LOSSES,
+    FisherType,
+    Likelihood,
+    likelihood_of,
+)
+from kfacopt.linalg.kronecker import (
+    DAMPING_METHODS,
+    DampingMethod,
+    KroneckerEigendecomposition,
+    KroneckerProduct,
+)
+from kfacopt.linalg.operator import LinearOperator, split_rows
+
+
+class Factors(NamedTuple):
+    """The Kronecker factors of a layer, F ≈ G ⊗ A.
+
+    Attributes:
+        input_factor: A, `[d_in (+ 1), d_in (+ 1)]`; `[B, ., .]` for a convolution of B > 1 groups.
+        grad_output_factor: G, `[d_out, d_out]`, likewise. A diagonal factor lacks the last axis.
+    """
+
+    input_factor: Tensor
+    grad_output_factor: Tensor
+
+
+class KroneckerBlockLinearOperator(LinearOperator):
+    """A block-diagonal matrix whose blocks, over the parameters of layers, have Kronecker form.
+
+    Args:
+        params: The parameters, in the order of rows and columns.
+    """
+
+    self_adjoint = True
+
+    def __init__(self, params: Sequence[Parameter]) -> None:
+        self._params = list(params)
+        shapes = [tuple(p.shape) for p in self._params]
+        size = sum(p.numel() for p in self._params)
+        dtype = self._params[0].dtype
+        super().__init__((size, size), dtype, self._params[0].device, shapes, shapes)
+
+    def _kronecker_blocks(
+        self,
+    ) -> list[tuple[Block, KroneckerProduct | KroneckerEigendecomposition]]:
+        """Return the blocks with their matrices."""
+        raise NotImplementedError
+
+    def _matmat_tensor(self, X: Tensor) -> Tensor:
+        assert self.in_shapes is not None
+        index = {id(p): i for i, p in enumerate(self._params)}
+        # [D, K] -> one [K, *shape] for each parameter
+        pieces = [piece.movedim(-1, 0) for piece in split_rows(X, self.in_shapes)]
+        for block, matrix in self._kronecker_blocks():
+            where = [index[id(p)] for p in block.parameters]
+            stacked = block.to_matrix([pieces[i] for i in where])
+            products = block.from_matrix(matrix.apply(stacked.to(factor_dtype(X.dtype))))
+            for i, product in zip(where, products, strict=True):
+                pieces[i] = product.to(X.dtype)
+        return torch.cat([piece.flatten(1) for piece in pieces], dim=1).mT
+
+    def trace(self) -> Tensor:
+        """Return the trace, a scalar, at the cost of no product."""
+        return torch.stack([matrix.trace() for _, matrix in self._kronecker_blocks()]).sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm, a scalar, at the cost of no product."""
+        norms = [matrix.frobenius_norm() for _, matrix in self._kronecker_blocks()]
+        return torch.stack(norms).square().sum().sqrt()
+
+    def logdet(self) -> Tensor:
+        """Return the logarithm of the determinant, a scalar; −∞ for a singular matrix."""
+        return torch.stack([matrix.logdet() for _, matrix in self._kronecker_blocks()]).sum()
+
+    def det(self) -> Tensor:
+        """Return the determinant, a scalar; it under- or overflows long before `logdet` does."""
+        return self.logdet().exp()
+
+
+class KFACInverseLinearOperator(KroneckerBlockLinearOperator):
+    """The damped inverse of a K-FAC matrix; see `KFACLinearOperator.inverse`."""
+
+    def __init__(
+        self,
+        params: Sequence[Parameter],
+        blocks: list[tuple[Block, KroneckerProduct | KroneckerEigendecomposition]],
+    ) -> None:
+        """Store the inverted blocks."""
+        super().__init__(params)
+        self._blocks = blocks
+
+    def _kronecker_blocks(
+        self,
+    ) -> list[tuple[Block, KroneckerProduct | KroneckerEigendecomposition]]:
+        return self._blocks
+
+
+class KFACLinearOperator(KroneckerBlockLinearOperator):
+    r"""The Fisher/GGN's K-FAC approximation, one Kronecker product per layer.
+
+    For a layer z = W a + b, with W of the shape `[d_out, d_in]` and row-major vec (as torch
+    flattens parameters),
+
+        F(vec W) ≈ G ⊗ A,    A = E[a aᵀ],    G = Σ g gᵀ,
+
+    where a are the layer's inputs and g the gradients of the loss, for labels from the model
+    (`"mc"`), for the columns of a root of the loss's Hessian (`"type-2"`) or for the data's labels
+    (`"empirical"`), by its output. `kfacopt.kfac.factors` has the formulas with all axes. Factors
+    follow the true reduction of the loss: for `reduction="mean"` they are those of the mean over
+    all terms of the data set (targets that are ignored are not counted), however it is batched.
+
+    The factors are computed, once, in the first product. If the parameters change, make a new
+    operator.
+
+    Args:
+        model_func: The network, made of modules. `nn.Linear` with any number of shared axes and
+            `nn.Conv2d` (stride, padding, dilation, groups) are supported.
+        loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
+            log-probabilities.
+        params: The parameters of F's rows and columns: any subset of the supported layers', in
+            any order.
+        data: Batches `(X, y)`; may be iterated any number of times, in the same order.
+        progressbar: Show a bar while the factors are computed.
+        check_deterministic: Check that data and model are deterministic, at the cost of two
+            forward passes over the data.
+        shape: The shape `(D, D)`; checked against the parameters.
+        seed: Seeds the generator of sampled labels, anew for each computation of the factors.
+        fisher_type: `"mc"`, `"type-2"` or `"empirical"`. `"mc"` is unbiased in expectation over
+            the seed. `"type-2"` is exact and takes one backward pass for every entry of a datum's
+            output.
+        mc_samples: Labels drawn for each datum; 1 unless `fisher_type="mc"`.
+        kfac_approx: `"expand"` or `"reduce"`, for layers with shared positions.
+        loss_average: `"batch"`, `"batch+sequence"` or `None` (a sum). Checked against the loss's
+            reduction. What the loss really averages over is seen from its input, so that the two
+            means differ for `"empirical"` only, in what they take for one datum.
+        separate_weight_and_bias: Give W and b blocks of their own. `False` takes [W | b] together,
+            where both are in `params`.
+
+    Raises:
+        UnsupportedLossError: (a `NotImplementedError`) If the loss is not supported.
+        ValueError: If an argument has a value that is not listed, or contradicts another.
+        NotImplementedError: If a parameter is in an unsupported layer.
+        RuntimeError: If the check for deterministic behavior fails.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+        >>> data = [(torch.rand(8, 4), torch.randint(3, (8,)))]
+        >>> K = KFACLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), data)
+        >>> K.shape, (K @ torch.ones(43)).shape
+        ((43, 43), torch.Size([43]))
+        >>> gradient = [torch.ones_like(p) for p in model.parameters()]
+        >>> [tuple(step.shape) for step in K.inverse(damping=1e-3) @ gradient]
+        [(5, 4), (5,), (3, 5), (3,)]
+        >>> K.factors("2").input_factor.shape
+        torch.Size([5, 5])
+
+    References:
+        - Martens & Grosse (2015), https://arxiv.org/abs/1503.05671 (Eq. 1 and section 3).
+        - Grosse & Martens (2016), https://arxiv.org/abs/1602.01407 (convolutions).
+        - Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636 (weight sharing).
+    """
+
+    _SUPPORTED_LOSSES = SUPPORTED_LOSSES
+    _SUPPORTED_MODULES = SUPPORTED_MODULES
+
+    def __init__(
+        self,
+        model_func: nn.Module,
+        loss_func: nn.Module,
+        params: list[Parameter],
+        data: Iterable[Batch],
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        shape: tuple[int, int] | None = None,
+        seed: int = 2147483647,
+        fisher_type: FisherType = "mc",
+        mc_samples: int = 1,
+        kfac_approx: KFACApprox = "expand",
+        loss_average: str | None = "batch",
+        separate_weight_and_bias: bool = True,
+    ) -> None:
+        self._likelihood = likelihood_of(loss_func)
+        _check_options(self._likelihood, fisher_type, mc_samples, kfac_approx, loss_average, seed)
+        if not isinstance(model_func, nn.Module):
+            raise ValueError(
+                f"model_func must be an nn.Module for K-FAC, got {type(model_func).__name__}."
+            )
+        params = list(params)
+        self._layers = _layers_of(model_func, params, separate_weight_and_bias)
+        super().__init__(params)
+        if shape is not None and tuple(shape) != self.shape:
+            raise ValueError(f"shape must be {self.shape} for these params, got {shape}.")
+        self._model_func, self._loss_func, self._data = model_func, loss_func, data
+        self._progressbar, self._seed = progressbar, seed
+        self._fisher_type: FisherType = fisher_type
+        self._mc_samples = mc_samples
+        self._form = FactorForm(kfac_approx)
+        self._loss_average = loss_average
+        self._factors: dict[Layer, KroneckerProduct] | None = None
+        if check_deterministic:
+            with evaluation(model_func):
+                run_determinism_check(data, self.device, model_func)
+
+    # Access ----------------------------------------------------------------------------------
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The names of the layers that the parameters belong to."""
+        return [layer.name for layer, _ in self._layers]
+
+    def factors(self, key: str | Parameter) -> Factors:
+        """Return the Kronecker factors of a layer.
+
+        Args:
+            key: The layer's name, a parameter's name, or a parameter.
+
+        Raises:
+            KeyError: If there is no such layer; the error lists those that there are.
+        """
+        named = dict(self._model_func.named_parameters(remove_duplicate=False))
+        parameter = named.get(key) if isinstance(key, str) else key
+        for layer, matrix in self._layer_factors().items():
+            owned = [p for p in (layer.weight, layer.bias) if p is not None]
+            if layer.name == key or any(p is parameter for p in owned):
+                sides = (matrix.input_factor, matrix.grad_output_factor)
+                return Factors(*(side[0] if layer.groups == 1 else side for side in sides))
+        raise KeyError(f"{key!r}: no such layer or parameter; layers: {self.layer_names}.")
+
+    def inverse(
+        self, damping: float, *, method: DampingMethod = "factored"
+    ) -> KFACInverseLinearOperator:
+        """Return the damped inverse as a linear operator.
+
+        Args:
+            damping: δ > 0, in units of F.
+            method: `"factored"` is (G + √δ/π I)⁻¹ ⊗ (A + π√δ I)⁻¹, by Cholesky; it is what
+                `KFACOptimizer` uses by default. `"exact"` is (G ⊗ A + δI)⁻¹, in the eigenbases.
+
+        Returns:
+            An operator that knows `trace`, `logdet`, `det` and `frobenius_norm` too.
+
+        Raises:
+            ValueError: If the damping is negative or not finite, or the method unknown.
+            DecompositionError: If a factor cannot be inverted (0 damping and a singular factor).
+        """
+        if not 0 <= damping < float("inf"):
+            raise ValueError(f"damping must be finite and at least 0, got {damping}.")
+        if method not in DAMPING_METHODS:
+            raise ValueError(f"method must be one of {DAMPING_METHODS}, got {method!r}.")
+        blocks = [(b, matrix.inverse(damping, method)) for b, matrix in self._kronecker_blocks()]
+        return KFACInverseLinearOperator(self._params, blocks)
+
+    # Factors ---------------------------------------------------------------------------------
+
+    def _kronecker_blocks(self) -> list[tuple[Block, Any]]:
+        return [
+            (block, KroneckerProduct(m.grad_output_factor, block.input_factor(m.input_factor)))
+            for layer, m in self._layer_factors().items()
+            for block in layer.blocks
+        ]
+
+    def _layer_factors(self) -> dict[Layer, KroneckerProduct]:
+        if self._factors is None:
+            with evaluation(self._model_func):
+                self._factors = self._compute_factors()
+        return self._factors
+
+    def _compute_factors(self) -> dict[Layer, KroneckerProduct]:
+        generator = Generator(self.device).manual_seed(self._seed)
+        inputs = {layer: _zeros(layer, layer.d_in) for layer, _ in self._layers}
+        grads = {layer: _zeros(layer, layer.d_out) for layer, _ in self._layers}
+        rows = dict.fromkeys(inputs, 0)
+        normalizer: Tensor | float = 0.0
+        terms: Tensor | float = 0.0
+        batches = iterate(self._data, self.device, self._progressbar, "K-FAC factors")
+        for X, y in batches:
+            with capture(self._layers) as uses:
+                output = self._model_func(X)
+            _check_output(output)
+            normalizer = normalizer + self._likelihood.normalizer(output.detach(), y)
+            terms = terms + self._empirical_terms(output.detach(), y, batch_size(X))
+            reached: set[LayerUse] = set()
+            for vector in self._vectors(output, y, generator):
+                vector_grads = would_be_gradients(output, uses, vector)
+                by_use = {u: g for u, g in zip(uses, vector_grads, strict=True) if g is not None}
+                reached.update(by_use)
+                for layer, own in group_by_layer(by_use).items():
+                    own_grads = [by_use[use] for use in own]
+                    grads[layer] += grad_output_moment(layer, own, own_grads, self._form)
+            for layer, own in group_by_layer(u for u in uses if u in reached).items():
+                moment, count = input_moment(layer, own, self._form)
+                inputs[layer] += moment
+                rows[layer] += count
+        scale = self._scale(normalizer, terms)
+        return {
+            layer: KroneckerProduct(grads[layer] * scale, inputs[layer] / max(rows[layer], 1))
+            for layer in inputs
+        }
+
+    def _vectors(self, output: Tensor, y: Tensor, generator: Generator) -> Iterator[Tensor]:
+        """Yield the vectors of the *summed* loss; `_scale` makes them those of the mean."""
+        if self._fisher_type != "empirical":
+            weights = self._likelihood.term_weights(output.detach(), y)
+            options = (self._fisher_type, self._mc_samples, generator)
+            yield from loss_vectors(self._likelihood, output, weights, *options)
+            return
+        summed = copy.copy(self._loss_func)
+        summed.reduction = "sum"
+        z = output.detach().requires_grad_()
+        yield torch.autograd.grad(summed(z, y), z)[0]
+
+    def _empirical_terms(self, output: Tensor, y: Tensor, data: int) -> Tensor:
+        """Count the data over which an empirical Fisher is a mean, as `loss_average` says."""
+        terms = self._likelihood.num_terms(output, y)
+        rows = self._likelihood.num_terms(output, None)
+        batch = self._loss_average != "batch+sequence"
+        return terms / rows * (data if batch else self._likelihood.num_positions(output))
+
+    def _scale(self, normalizer: Tensor | float, terms: Tensor | float) -> Tensor | float:
+        if self._likelihood.reduction == "sum":
+            return 1.0
+        if self._fisher_type == "empirical":
+            return terms / normalizer**2
+        return 1.0 / normalizer
+
+
+def _zeros(layer: Layer, side: int) -> Tensor:
+    dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
+    return torch.zeros(layer.groups, side, side, dtype=dtype, device=device)
+
+
+def _check_output(output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"model_func must return one tensor, got {type(output).__name__}; wrap the model in a "
+            "module that selects what the loss sees."
+        )
+
+
+def _layers_of(
+    model: nn.Module, params: Sequence[Parameter], separate_weight_and_bias: bool
+) -> list[tuple[Layer, list[nn.Module]]]:
+    if not params:
+        raise ValueError("params: at least one parameter is needed.")
+    if len({id(p) for p in params}) != len(params):
+        raise ValueError("params: a parameter stands there twice.")
+    layers = find_layers(model.named_modules(), params, separate_weight_and_bias)
+    covered = {id(p) for layer, _ in layers for p in (layer.weight, layer.bias)}
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    for i, p in enumerate(params):
+        if not p.requires_grad:
+            raise ValueError(f"params[{i}] ({names.get(id(p))}) does not require gradients.")
+        if id(p) not in names:
+            raise ValueError(f"params[{i}] is not a parameter of model_func.")
+        if id(p) not in covered:
+            raise NotImplementedError(
+                f"params: {names[id(p)]!r} is in an unsupported layer; K-FAC knows nn.Linear and "
+                "nn.Conv2d. Leave it out of params."
+            )
+    return layers
+
+
+def _check_options(
+    likelihood: Likelihood,
+    fisher_type: str,
+    mc_samples: int,
+    kfac_approx: str,
+    loss_average: str | None,
+    seed: int,
+) -> None:
+    if fisher_type not in FISHER_TYPES:
+        raise ValueError(f"fisher_type must be one of {FISHER_TYPES}, got {fisher_type!r}.")
+    if kfac_approx not in KFAC_APPROXES:
+        raise ValueError(f"kfac_approx must be one of {KFAC_APPROXES}, got {kfac_approx!r}.")
+    if not isinstance(mc_samples, int) or mc_samples < 1:
+        raise ValueError(f"mc_samples must be an integer of at least 1, got {mc_samples!r}.")
+    if fisher_type != "mc" and mc_samples != 1:
+        raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {mc_samples}.')
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r}.")
+    averages = (None, "batch", "batch+sequence")
+    if loss_average not in averages:
+        raise ValueError(f"loss_average must be one of {averages}, got {loss_average!r}.")
+    if likelihood.reduction == "none":
+        raise ValueError('loss_func: reduction must be "mean" or "sum", got "none".')
+    if (loss_average is None) != (likelihood.reduction == "sum"):
+        raise ValueError(
+            f"loss_average must be None exactly if the loss's reduction is 'sum'; got "
+            f"{loss_average!r} and {likelihood.reduction!r}."
+        )

@@ -1,0 +1,1 @@
+"""Matrices: linear operators for NumPy and torch, Kronecker products, inverses."""

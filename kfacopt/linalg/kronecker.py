@@ -1,0 +1,249 @@
+"""Kronecker products G ⊗ A: products, trace, logdet, eigenbasis, damped inverse.
+
+A factor is dense, `[B, d, d]`, or diagonal, `[B, d]`; B counts independent blocks (the groups of a
+convolution, 1 otherwise). All matrices are symmetric and vec is row-major, so that
+(G ⊗ A) vec(X) = vec(G X A) for X of shape `[..., B, d_out, d_in]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+DampingMethod = Literal["factored", "exact"]
+DAMPING_METHODS: tuple[DampingMethod, ...] = ("factored", "exact")
+
+
+class DecompositionError(RuntimeError):
+    """A factor could not be inverted or decomposed, not even in float64."""
+
+
+def is_diagonal(factor: Tensor) -> bool:
+    """Tell whether a factor is stored as its diagonal `[B, d]`."""
+    return factor.ndim == 2
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
+
+
+def trace(factor: Tensor) -> Tensor:
+    """Return the traces `[B]` of a factor."""
+    return _diagonal(factor).sum(-1)
+
+
+def multiply_left(factor: Tensor | None, X: Tensor) -> Tensor:
+    """Return `factor @ X` for X `[..., B, d, n]`; `None` is the identity."""
+    if factor is None:
+        return X
+    return factor.unsqueeze(-1) * X if is_diagonal(factor) else factor @ X
+
+
+def multiply_right(X: Tensor, factor: Tensor | None) -> Tensor:
+    """Return `X @ factor` for X `[..., B, n, d]`; `None` is the identity."""
+    if factor is None:
+        return X
+    return X * factor.unsqueeze(-2) if is_diagonal(factor) else X @ factor
+
+
+def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Decompose a positive semi-definite factor, factor = Q diag(λ) Qᵀ.
+
+    Args:
+        factor: `[B, d, d]` or, diagonal, `[B, d]`.
+
+    Returns:
+        λ `[B, d]`, clamped at 0, and Q `[B, d, d]`, or `None` for a diagonal factor (Q = I).
+
+    Raises:
+        DecompositionError: If the factor is not finite or the decomposition fails in float64 too.
+    """
+    if is_diagonal(factor):
+        return factor.clamp(min=0), None
+    if not bool(factor.isfinite().all()):  # eigh returns NaN for an inf without raising
+        raise DecompositionError("the factor has NaN or infinite entries")
+    symmetric = (factor + factor.mT) / 2
+    for dtype in (factor.dtype, torch.float64):
+        try:
+            values, basis = torch.linalg.eigh(symmetric.to(dtype))
+        except torch.linalg.LinAlgError:
+            continue
+        if bool(values.isfinite().all()):
+            return values.clamp(min=0).to(factor.dtype), basis.to(factor.dtype)
+    raise DecompositionError("eigh failed, also in float64")
+
+
+def damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
+    """Return (factor + damping · I)⁻¹ by a Cholesky decomposition.
+
+    Args:
+        factor: `[B, d, d]` or, diagonal, `[B, d]`; symmetric positive semi-definite.
+        damping: `[B]`, in units of the factor.
+
+    Returns:
+        The inverse, in the form of `factor`.
+
+    Raises:
+        DecompositionError: If the damped factor is not finite or not positive definite.
+    """
+    if is_diagonal(factor):
+        shifted = factor.clamp(min=0) + damping.unsqueeze(-1)
+        if not bool((shifted > 0).all()) or not bool(shifted.isfinite().all()):
+            raise DecompositionError("the damped diagonal factor is not positive and finite")
+        return shifted.reciprocal()
+    symmetric = (factor + factor.mT) / 2
+    for dtype in (factor.dtype, torch.float64):
+        shifted = symmetric.to(dtype, copy=True)
+        shifted.diagonal(dim1=-2, dim2=-1).add_(damping.to(dtype).unsqueeze(-1))
+        root, info = torch.linalg.cholesky_ex(shifted)
+        if not bool(info.any()):
+            inverse = torch.cholesky_inverse(root).to(factor.dtype)
+            if bool(inverse.isfinite().all()):
+                return inverse
+    raise DecompositionError(
+        "the damped factor is not positive definite, also in float64; raise the damping"
+    )
+
+
+def factored_damping(
+    grad_output_factor: Tensor, input_factor: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Split the damping δ between G and A: √δ/π for G and π√δ for A.
+
+    π = sqrt((tr A / d_in) / (tr G / d_out)) minimises the trace norm of what
+    (G + √δ/π I) ⊗ (A + π√δ I) adds to G ⊗ A + δI. Where a trace is 0, π is 1. Where a factor is a
+    positive scalar a, all damping goes to the other side, δ/a, and nothing is approximated.
+
+    Args:
+        grad_output_factor: G, `[B, d_out, d_out]` or `[B, d_out]`.
+        input_factor: A, `[B, d_in, d_in]` or `[B, d_in]`.
+        damping: δ, in units of G ⊗ A.
+
+    Returns:
+        The dampings of G and of A, `[B]` each.
+
+    References:
+        Martens & Grosse (2015), https://arxiv.org/abs/1503.05671, section 6.3, Eq. 31.
+    """
+    sides = (grad_output_factor, input_factor)
+    mean_g, mean_a = (trace(side) / side.shape[-1] for side in sides)
+    both_positive = (mean_g > 0) & (mean_a > 0)
+    ones = torch.ones_like(mean_a)
+    log_ratio = (
+        torch.where(both_positive, mean_a, ones).log()
+        - torch.where(both_positive, mean_g, ones).log()
+    )
+    pi = (0.5 * log_ratio).exp()
+    root = damping**0.5
+    damping_g, damping_a = root / pi, root * pi
+    if input_factor.shape[-1] == 1:
+        scalar = mean_a > 0
+        damping_g = torch.where(scalar, damping / mean_a, damping_g)
+        damping_a = torch.where(scalar, 0.0, damping_a)
+    elif grad_output_factor.shape[-1] == 1:
+        scalar = mean_g > 0
+        damping_a = torch.where(scalar, damping / mean_g, damping_a)
+        damping_g = torch.where(scalar, 0.0, damping_g)
+    return damping_g, damping_a
+
+
+@dataclass
+class KroneckerProduct:
+    """G ⊗ A from its factors.
+
+    Attributes:
+        grad_output_factor: G, `[B, d_out, d_out]` or its diagonal `[B, d_out]`.
+        input_factor: A, `[B, d_in, d_in]` or its diagonal `[B, d_in]`.
+    """
+
+    grad_output_factor: Tensor
+    input_factor: Tensor
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Return G X A for X `[..., B, d_out, d_in]`."""
+        return multiply_right(multiply_left(self.grad_output_factor, X), self.input_factor)
+
+    def trace(self) -> Tensor:
+        """Return tr(G ⊗ A) = Σ_B tr(G) tr(A)."""
+        return (trace(self.grad_output_factor) * trace(self.input_factor)).sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return ‖G ⊗ A‖_F = sqrt(Σ_B ‖G‖² ‖A‖²)."""
+        squares = [
+            side.flatten(1).square().sum(1) for side in (self.grad_output_factor, self.input_factor)
+        ]
+        return (squares[0] * squares[1]).sum().sqrt()
+
+    def logdet(self) -> Tensor:
+        """Return log det(G ⊗ A) = Σ_B d_in log det G + d_out log det A; −∞ if singular."""
+        return self.eigendecomposition().logdet()
+
+    def eigendecomposition(self) -> KroneckerEigendecomposition:
+        """Return G ⊗ A in the Kronecker product of its factors' eigenbases."""
+        values_g, basis_g = eigendecomposition(self.grad_output_factor)
+        values_a, basis_a = eigendecomposition(self.input_factor)
+        values = values_g.unsqueeze(-1) * values_a.unsqueeze(-2)
+        return KroneckerEigendecomposition(basis_g, basis_a, values)
+
+    def inverse(
+        self, damping: float, method: DampingMethod
+    ) -> KroneckerProduct | KroneckerEigendecomposition:
+        """Return the damped inverse.
+
+        Args:
+            damping: δ, in units of G ⊗ A.
+            method: `"exact"` for (G ⊗ A + δI)⁻¹, in the eigenbases; `"factored"` for
+                (G + √δ/π I)⁻¹ ⊗ (A + π√δ I)⁻¹ (see `factored_damping`), by Cholesky.
+
+        Raises:
+            DecompositionError: If a factor cannot be inverted or decomposed.
+        """
+        if method == "exact":
+            eigen = self.eigendecomposition()
+            shifted = eigen.eigenvalues + damping
+            if not bool((shifted > 0).all()):
+                raise DecompositionError("the matrix is singular and the damping is 0")
+            eigen.eigenvalues = shifted.reciprocal()
+            return eigen
+        sides = (self.grad_output_factor, self.input_factor)
+        dampings = factored_damping(*sides, damping)
+        inverses = [damped_inverse(side, d) for side, d in zip(sides, dampings, strict=True)]
+        return KroneckerProduct(*inverses)
+
+
+@dataclass
+class KroneckerEigendecomposition:
+    """(Q_G ⊗ Q_A) diag(λ) (Q_G ⊗ Q_A)ᵀ.
+
+    Attributes:
+        grad_output_basis: Q_G, `[B, d_out, d_out]`; `None` is the identity.
+        input_basis: Q_A, `[B, d_in, d_in]`; `None` is the identity.
+        eigenvalues: λ, `[B, d_out, d_in]`.
+    """
+
+    grad_output_basis: Tensor | None
+    input_basis: Tensor | None
+    eigenvalues: Tensor
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Return Q_G (λ ⊙ (Q_Gᵀ X Q_A)) Q_Aᵀ for X `[..., B, d_out, d_in]`."""
+        basis_g, basis_a = self.grad_output_basis, self.input_basis
+        transposed_g = None if basis_g is None else basis_g.mT
+        transposed_a = None if basis_a is None else basis_a.mT
+        rotated = multiply_right(multiply_left(transposed_g, X), basis_a)
+        return multiply_right(multiply_left(basis_g, rotated * self.eigenvalues), transposed_a)
+
+    def trace(self) -> Tensor:
+        """Return Σ λ."""
+        return self.eigenvalues.sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return sqrt(Σ λ²)."""
+        return self.eigenvalues.square().sum().sqrt()
+
+    def logdet(self) -> Tensor:
+        """Return Σ log λ."""
+        return self.eigenvalues.log().sum()

@@ -1,0 +1,420 @@
+"""A SciPy linear operator that also takes tensors and lists of parameter-shaped tensors."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
+from torch import Tensor
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    """Return NumPy's counterpart of a torch dtype (float32 for bfloat16, which NumPy lacks)."""
+    if dtype == torch.bfloat16:
+        return np.dtype(np.float32)
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _flatten(tensors: Sequence[Tensor], shapes: Shapes) -> tuple[Tensor, tuple[int, ...]]:
+    """Stack tensors `[*shape]` or `[*shape, K]` into `[D, K]`; return it and the trailing axes."""
+    if len(tensors) != len(shapes):
+        raise ValueError(
+            f"x: the operator has {len(shapes)} parameter tensors, the list has {len(tensors)}."
+        )
+    trailing = tuple(tensors[0].shape[len(shapes[0]) :]) if tensors else ()
+    for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if len(trailing) > 1 or tuple(tensor.shape) != (*shape, *trailing):
+            raise ValueError(
+                f"x[{i}] must have the shape {tuple(shape)} of parameter {i}, or that with one "
+                f"more axis for columns, the same for all; got {tuple(tensor.shape)}."
+            )
+    columns = trailing[0] if trailing else 1
+    return torch.cat([t.reshape(-1, columns) for t in tensors]), trailing
+
+
+def split_rows(matrix: Tensor, shapes: Shapes) -> list[Tensor]:
+    """Split `[D, K]` into tensors `[*shape, K]`, the inverse of stacking flattened parameters."""
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    pieces = matrix.split(sizes)
+    return [p.reshape(*s, matrix.shape[1]) for p, s in zip(pieces, shapes, strict=True)]
+
+
+class LinearOperator(SciPyLinearOperator):
+    """A real matrix `[M, D]` known by its products, for NumPy, SciPy and torch alike.
+
+    Subclasses implement the one kernel `_matmat_tensor`. Then, with `op` of shape `[M, D]`,
+
+    - `op @ array` and everything in SciPy that takes a linear operator work with arrays,
+    - `op @ tensor` with a tensor `[D]` or `[D, K]` on the operator's device stays in torch,
+    - `op @ [tensor, ...]`, one tensor per parameter, gives a list of tensors.
+
+    Products are computed in the operator's dtype. A result has the wider of the operand's and the
+    operator's floating dtype; integers are promoted to the operator's dtype and complex operands
+    are multiplied as real and imaginary part.
+
+    Args:
+        shape: The matrix shape `(M, D)`.
+        dtype: The torch dtype in which products are computed.
+        device: Where products are computed.
+        in_shapes: Shapes of the parameter tensors that make up the D columns, if there are any.
+        out_shapes: The same for the M rows.
+    """
+
+    self_adjoint = False
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        in_shapes: Shapes | None = None,
+        out_shapes: Shapes | None = None,
+    ) -> None:
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: an operator must be real and floating, got {dtype}.")
+        super().__init__(numpy_dtype(dtype), shape)
+        self.torch_dtype = dtype
+        self.device = torch.device(device)
+        self.in_shapes = in_shapes
+        self.out_shapes = out_shapes
+
+    @abstractmethod
+    def _matmat_tensor(self, X: Tensor) -> Tensor:
+        """Multiply onto `X` `[D, K]`, of the operator's dtype and device; return `[M, K]`."""
+
+    def _rmatmat_tensor(self, X: Tensor) -> Tensor:
+        """Multiply the transpose onto `X` `[M, K]`; return `[D, K]`."""
+        if self.self_adjoint:
+            return self._matmat_tensor(X)
+        raise NotImplementedError(f"{type(self).__name__} has no products with its transpose.")
+
+    # NumPy ---------------------------------------------------------------------------------
+
+    def _through_torch(self, kernel: Callable[[Tensor], Tensor], X: np.ndarray) -> np.ndarray:
+        if X.dtype.kind not in "biufc":
+            raise TypeError(f"x: an array of numbers is needed, got dtype {X.dtype}.")
+        if X.dtype.kind == "c":
+            columns = self._through_torch(kernel, np.concatenate([X.real, X.imag], axis=1))
+            real, imaginary = np.split(columns, 2, axis=1)
+            return real + 1j * imaginary
+        dtype = np.result_type(X.dtype, self.dtype) if X.dtype.kind == "f" else self.dtype
+        if X.dtype.kind != "f" or X.dtype.itemsize > 8:
+            X = X.astype(np.float64)
+        tensor = torch.from_numpy(np.ascontiguousarray(X))
+        result = kernel(tensor.to(self.device, self.torch_dtype))
+        if result.dtype == torch.bfloat16:
+            result = result.float()
+        return result.cpu().numpy().astype(dtype, copy=False)
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        return self._through_torch(self._matmat_tensor, np.asarray(X))
+
+    def _rmatmat(self, X: np.ndarray) -> np.ndarray:
+        return self._through_torch(self._rmatmat_tensor, np.asarray(X))
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._matmat(np.asarray(x).reshape(-1, 1))
+
+    def _rmatvec(self, x: np.ndarray) -> np.ndarray:
+        return self._rmatmat(np.asarray(x).reshape(-1, 1))
+
+    # Tensors and parameter lists -----------------------------------------------------------
+
+    def _apply_tensor(self, kernel: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+        if x.ndim not in (1, 2) or x.shape[0] != rows:
+            raise ValueError(
+                f"x must have the shape [{rows}] or [{rows}, K] for this {type(self).__name__} "
+                f"of shape {self.shape}; got {tuple(x.shape)}."
+            )
+        if x.device != self.device:
+            raise ValueError(
+                f"x is on {x.device}, the operator on {self.device}; move one with .to(...)."
+            )
+        if x.is_complex():
+            real = self._apply_tensor(kernel, x.real, rows)
+            return torch.complex(real, self._apply_tensor(kernel, x.imag, rows))
+        dtype = torch.promote_types(x.dtype, self.torch_dtype)
+        matrix = x.detach().to(self.torch_dtype).reshape(rows, -1)
+        result = kernel(matrix).to(dtype)
+        return result[:, 0] if x.ndim == 1 else result
+
+    def _apply_list(
+        self,
+        kernel: Callable[[Tensor], Tensor],
+        tensors: Sequence[Tensor],
+        shapes: tuple[Shapes | None, Shapes | None],
+        rows: int,
+    ) -> list[Tensor]:
+        in_shapes, out_shapes = shapes
+        if in_shapes is None or out_shapes is None:
+            raise TypeError(
+                f"x: this {type(self).__name__} does not act between lists of parameter tensors; "
+                "give one tensor."
+            )
+        matrix, trailing = _flatten(tensors, in_shapes)
+        pieces = split_rows(self._apply_tensor(kernel, matrix, rows), out_shapes)
+        return pieces if trailing else [p[..., 0] for p in pieces]
+
+    def __matmul__(self, x: Any) -> Any:
+        """Multiply onto an array, a tensor, a list of tensors or another operator."""
+        if np.isscalar(x) or (isinstance(x, Tensor) and x.ndim == 0):
+            raise ValueError("Scalar operands are not allowed, use '*' instead.")
+        return self.dot(x)
+
+    def dot(self, x: Any) -> Any:
+        """Multiply onto an array, a tensor, a list of tensors, an operator or a scalar."""
+        if isinstance(x, Tensor):
+            if x.ndim == 0:
+                return ScaledLinearOperator(self, x.item())
+            return self._apply_tensor(self._matmat_tensor, x, self.shape[1])
+        if _is_tensor_list(x):
+            shapes = (self.in_shapes, self.out_shapes)
+            return self._apply_list(self._matmat_tensor, x, shapes, self.shape[1])
+        if isinstance(x, SciPyLinearOperator):
+            return ProductLinearOperator(self, as_operator(x, like=self))
+        if np.isscalar(x):
+            return ScaledLinearOperator(self, x)
+        return super().dot(x)
+
+    def __rmatmul__(self, x: Any) -> Any:
+        """Multiply an array, a tensor `[M]` or `[K, M]`, or an operator from the left."""
+        if np.isscalar(x) or (isinstance(x, Tensor) and x.ndim == 0):
+            raise ValueError("Scalar operands are not allowed, use '*' instead.")
+        return self._rdot(x)
+
+    def _rdot(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return self._apply_tensor(self._rmatmat_tensor, x.T, self.shape[0]).T
+        if _is_tensor_list(x):
+            shapes = (self.out_shapes, self.in_shapes)
+            return self._apply_list(self._rmatmat_tensor, x, shapes, self.shape[0])
+        if isinstance(x, SciPyLinearOperator):
+            return ProductLinearOperator(as_operator(x, like=self), self)
+        if np.isscalar(x):
+            return ScaledLinearOperator(self, x)
+        return super()._rdot(x)
+
+    def matvec(self, x: Any) -> Any:
+        """Multiply onto one vector (array, tensor or list of tensors)."""
+        return self.dot(x) if _is_torch(x) else super().matvec(x)
+
+    def matmat(self, X: Any) -> Any:
+        """Multiply onto the columns of a matrix (array or tensor)."""
+        return self.dot(X) if _is_torch(X) else super().matmat(X)
+
+    def rmatvec(self, x: Any) -> Any:
+        """Multiply the transpose onto one vector."""
+        return self.T.dot(x) if _is_torch(x) else super().rmatvec(x)
+
+    def rmatmat(self, X: Any) -> Any:
+        """Multiply the transpose onto the columns of a matrix."""
+        return self.T.dot(X) if _is_torch(X) else super().rmatmat(X)
+
+    # Arithmetic ----------------------------------------------------------------------------
+
+    def _adjoint(self) -> LinearOperator:
+        return self if self.self_adjoint else AdjointLinearOperator(self)
+
+    _transpose = _adjoint
+
+    def __mul__(self, x: Any) -> Any:
+        """Scale by a number, or multiply as `@` does."""
+        return self.dot(x)
+
+    def __rmul__(self, x: Any) -> Any:
+        """Scale by a number, or multiply from the left."""
+        if np.isscalar(x) or (isinstance(x, Tensor) and x.ndim == 0):
+            return ScaledLinearOperator(self, x)
+        return self._rdot(x)
+
+    def __truediv__(self, x: Any) -> Any:
+        """Divide by a number."""
+        return ScaledLinearOperator(self, 1.0 / x)
+
+    def __neg__(self) -> LinearOperator:
+        """Return the operator times −1."""
+        return ScaledLinearOperator(self, -1.0)
+
+    def __add__(self, x: Any) -> Any:
+        """Add another operator of the same shape."""
+        if isinstance(x, SciPyLinearOperator):
+            return SumLinearOperator(self, as_operator(x, like=self))
+        return NotImplemented
+
+    def __radd__(self, x: Any) -> Any:
+        """Add to another operator of the same shape."""
+        if isinstance(x, SciPyLinearOperator):
+            return SumLinearOperator(as_operator(x, like=self), self)
+        return NotImplemented
+
+    def __sub__(self, x: Any) -> Any:
+        """Subtract another operator of the same shape."""
+        return self + (-x) if isinstance(x, SciPyLinearOperator) else NotImplemented
+
+    def __pow__(self, exponent: Any) -> LinearOperator:
+        """Raise to a non-negative integer power."""
+        return PowerLinearOperator(self, exponent)
+
+
+def _is_tensor_list(x: Any) -> bool:
+    return isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(t, Tensor) for t in x)
+
+
+def _is_torch(x: Any) -> bool:
+    return isinstance(x, Tensor) or _is_tensor_list(x)
+
+
+def as_operator(A: SciPyLinearOperator, like: LinearOperator) -> LinearOperator:
+    """Return `A` itself if it is ours, else a wrapper that brings it to `like`'s dtype and device.
+
+    Args:
+        A: A SciPy linear operator.
+        like: The operator that `A` is to be combined with.
+    """
+    if isinstance(A, LinearOperator):
+        return A
+    return ForeignLinearOperator(A, like.torch_dtype, like.device)
+
+
+class ForeignLinearOperator(LinearOperator):
+    """A SciPy operator among ours: its products with tensors make a round trip through NumPy."""
+
+    def __init__(self, A: SciPyLinearOperator, dtype: torch.dtype, device: torch.device) -> None:
+        """Wrap `A`; products are converted to `dtype` and `device`."""
+        if A.dtype is not None and np.dtype(A.dtype).kind == "c":
+            raise ValueError("A: complex operators cannot be combined with real ones here.")
+        super().__init__(A.shape, dtype, device)
+        self._A = A
+
+    def _round_trip(self, product: Callable[[np.ndarray], np.ndarray], X: Tensor) -> Tensor:
+        X64 = X.to("cpu", torch.float64).numpy()
+        return torch.from_numpy(np.asarray(product(X64))).to(self.device, self.torch_dtype)
+
+    def _matmat_tensor(self, X: Tensor) -> Tensor:
+        return self._round_trip(self._A.matmat, X)
+
+    def _rmatmat_tensor(self, X: Tensor) -> Tensor:
+        return self._round_trip(self._A.rmatmat, X)
+
+
+class AdjointLinearOperator(LinearOperator):
+    """The transpose of a real operator."""
+
+    def __init__(self, A: LinearOperator) -> None:
+        """Represent the transpose of `A`."""
+        rows, columns = A.shape
+        super().__init__((columns, rows), A.torch_dtype, A.device, A.out_shapes, A.in_shapes)
+        self._A = A
+
+    def _matmat_tensor(self, X: Tensor) -> Tensor:
+        return self._A._rmatmat_tensor(X)
+
+    def _rmatmat_tensor(self, X: Tensor) -> Tensor:
+        return self._A._matmat_tensor(X)
+
+    def _adjoint(self) -> LinearOperator:
+        return self._A
+
+    _transpose = _adjoint
+
+
+class ScaledLinearOperator(LinearOperator):
+    """αA for a real number α."""
+
+    def __init__(self, A: LinearOperator, alpha: Any) -> None:
+        """Represent `alpha * A`."""
+        if isinstance(alpha, complex | np.complexfloating):
+            raise ValueError(f"alpha: operators are scaled by real numbers, got {alpha}.")
+        super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes)
+        self.self_adjoint = A.self_adjoint
+        self._A, self._alpha = A, float(alpha)
+
+    def _matmat_tensor(self, X: Tensor) -> Tensor:
+        return self._A._matmat_tensor(X) * self._alpha
+
+    def _rmatmat_tensor(self, X: Tensor) -> Tensor:
+        return self._A._rmatmat_tensor(X) * self._alpha
+
+
+def _common_dtype(A: LinearOperator, B: LinearOperator) -> torch.dtype:
+    if A.device != B.device:
+        raise ValueError(f"The operators are on different devices, {A.device} and {B.device}.")
+    return torch.promote_types(A.torch_dtype, B.torch_dtype)
+
+
+class SumLinearOperator(LinearOperator):
+    """A + B."""
+
+    def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
+        """Represent `A + B`."""
+        if A.shape != B.shape:
+            raise ValueError(f"cannot add operators of shapes {A.shape} and {B.shape}.")
+        in_shapes = A.in_shapes if A.in_shapes is not None else B.in_shapes
+        out_shapes = A.out_shapes if A.out_shapes is not None else B.out_shapes
+        super().__init__(A.shape, _common_dtype(A, B), A.device, in_shapes, out_shapes)
+        self.self_adjoint = A.self_adjoint and B.self_adjoint
+        self._terms = (A, B)
+
+    def _matmat_tensor(self, X: Tensor) -> Tensor:
+        first, second = (A._matmat_tensor(X.to(A.torch_dtype)) for A in self._terms)
+        return first + second
+
+    def _rmatmat_tensor(self, X: Tensor) -> Tensor:
+        first, second = (A._rmatmat_tensor(X.to(A.torch_dtype)) for A in self._terms)
+        return first + second
+
+
+class ProductLinearOperator(LinearOperator):
+    """A B."""
+
+    def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
+        """Represent the matrix product `A @ B`."""
+        if A.shape[1] != B.shape[0]:
+            raise ValueError(f"cannot multiply operators of shapes {A.shape} and {B.shape}.")
+        in_shapes, out_shapes = B.in_shapes, A.out_shapes
+        # A square operator that knows no parameters (a SciPy one) keeps those of the other.
+        if isinstance(A, ForeignLinearOperator) and A.shape[0] == A.shape[1]:
+            out_shapes = B.out_shapes
+        if isinstance(B, ForeignLinearOperator) and B.shape[0] == B.shape[1]:
+            in_shapes = A.in_shapes
+        shape = (A.shape[0], B.shape[1])
+        super().__init__(shape, _common_dtype(A, B), A.device, in_shapes, out_shapes)
+        self._factors = (A, B)
+
+    def _matmat_tensor(self, X: Tensor) -> Tensor:
+        A, B = self._factors
+        return A._matmat_tensor(B._matmat_tensor(X.to(B.torch_dtype)).to(A.torch_dtype))
+
+    def _rmatmat_tensor(self, X: Tensor) -> Tensor:
+        A, B = self._factors
+        return B._rmatmat_tensor(A._rmatmat_tensor(X.to(A.torch_dtype)).to(B.torch_dtype))
+
+
+class PowerLinearOperator(LinearOperator):
+    """Aᵖ for a square A and an integer p ≥ 0."""
+
+    def __init__(self, A: LinearOperator, exponent: int) -> None:
+        """Represent `A` multiplied `exponent` times."""
+        if A.shape[0] != A.shape[1]:
+            raise ValueError(f"only square operators have powers, got the shape {A.shape}.")
+        if not isinstance(exponent, int | np.integer) or exponent < 0:
+            raise ValueError(f"exponent must be an integer of at least 0, got {exponent!r}.")
+        super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes)
+        self.self_adjoint = A.self_adjoint
+        self._A, self._exponent = A, int(exponent)
+
+    def _matmat_tensor(self, X: Tensor) -> Tensor:
+        for _ in range(self._exponent):
+            X = self._A._matmat_tensor(X)
+        return X
+
+    def _rmatmat_tensor(self, X: Tensor) -> Tensor:
+        for _ in range(self._exponent):
+            X = self._A._rmatmat_tensor(X)
+        return X

@@ -1,0 +1,75 @@
+"""Factors under DistributedDataParallel: what is captured is local and averaged here."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+
+from kfacopt.kfac.factors import FactorForm, factor_dtype
+from kfacopt.kfac.layers import Layer
+from kfacopt.optim.statistics import Moments
+
+
+def data_parallel_group(params: Sequence[Parameter]) -> dist.ProcessGroup | None:
+    """Return the process group of the DDP wrapper around any of the parameters, if there is one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    wanted = {id(p) for p in params}
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), DistributedDataParallel) and any(
+            id(p) in wanted for p in candidate.parameters()
+        ):
+            return candidate.process_group
+    return None
+
+
+def average_moments(
+    pending: dict[Layer, Moments],
+    layers: Sequence[Layer],
+    form: FactorForm,
+    group: dist.ProcessGroup,
+) -> dict[Layer, Moments]:
+    """Combine the statistics of all ranks.
+
+    DDP's gradient is that of the mean of the ranks' objectives, whose G is the mean of theirs; A
+    is the mean over all ranks' inputs. Every rank sends the same tensors, whatever it has reached,
+    in one all-reduce for each dtype.
+
+    Args:
+        pending: This rank's statistics.
+        layers: All layers, in the same order on every rank.
+        form: How factors are formed.
+        group: The process group.
+
+    Returns:
+        The same statistics on every rank.
+    """
+    by_dtype: dict[torch.dtype, list[tuple[Layer, list[Tensor]]]] = {}
+    for layer in layers:
+        dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
+        own = pending.get(layer, Moments())
+        pieces = []
+        for value, side in ((own.input_sum, layer.d_in), (own.grad_output_sum, layer.d_out)):
+            shape = (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
+            zeros = torch.zeros(shape, dtype=dtype, device=device)
+            pieces.append(zeros + value)
+        for number in (own.rows, own.terms):
+            pieces.append(torch.as_tensor(number, dtype=dtype, device=device))
+        by_dtype.setdefault(dtype, []).append((layer, pieces))
+    result: dict[Layer, Moments] = {}
+    for entries in by_dtype.values():
+        flat = torch.cat([piece.reshape(-1) for _, pieces in entries for piece in pieces])
+        dist.all_reduce(flat, group=group)
+        split = iter(flat.split([p.numel() for _, pieces in entries for p in pieces]))
+        for layer, pieces in entries:
+            A, G, rows, terms = (next(split).reshape(piece.shape) for piece in pieces)
+            if float(rows) > 0:
+                mean = G / dist.get_world_size(group)
+                result[layer] = Moments(A, float(rows), mean, terms)
+    return result

@@ -1,0 +1,476 @@
+"""The K-FAC optimizer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import Parameter
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer
+
+from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.layers import KFAC_APPROXES, Block, KFACApprox, Layer, find_layers
+from kfacopt.likelihoods import FISHER_TYPES, FisherType, likelihood_of
+from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
+from kfacopt.optim.distributed import average_moments, data_parallel_group
+from kfacopt.optim.model_search import find_modules, parameter_names
+from kfacopt.optim.preconditioner import fold_factors, inverse_of, precondition, refresh_inverse
+from kfacopt.optim.statistics import CurvatureOptions, StatisticsCollector
+from kfacopt.optim.step_rules import apply_step, kl_clip_scale
+
+logger = logging.getLogger("kfacopt")
+
+_FALLBACK_BETAS = (0.9, 0.999)
+_FALLBACK_EPS = 1e-8
+
+
+class KFACWarning(UserWarning):
+    """Something works otherwise than a reader of the training script would expect."""
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Settings that are the same for all parameter groups; see `KFACOptimizer`."""
+
+    damping_method: DampingMethod
+    ema_decay: float
+    factor_update_interval: int
+    inverse_update_interval: int
+    kl_clip: float | None
+    separate_weight_and_bias: bool
+
+
+class KFACOptimizer(Optimizer):
+    r"""Steps along F⁻¹ ∇L, with the Fisher/GGN F approximated by K-FAC.
+
+        optimizer = KFACOptimizer(model.parameters())
+        for X, y in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(X), y)
+            loss.backward()
+            optimizer.step()
+
+    For every `nn.Linear` and `nn.Conv2d` layer with inputs a and output gradients g, F ≈ G ⊗ A (see
+    `kfacopt.KFACLinearOperator`); with Ā and Ḡ their running averages and ∇ the layer's gradient,
+
+        Δ = (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + ν Δ,    θ ← (1 − lr λ) θ − lr m,
+
+    with the damping δ, momentum μ, weight decay λ and ν = min(1, √(κ / (lr² Σ⟨Δ, ∇⟩))). All other
+    parameters are trained by AdamW with `fallback_lr`.
+
+    Which loss is minimised is seen from the calls of `cross_entropy`, `mse_loss`,
+    `binary_cross_entropy_with_logits` and `nll_loss` (by their `nn` modules or functions) on the
+    model's output, on views and functions of it, or inside the model. F is the Fisher of the
+    objective on which `backward` is called: of `loss / k`, of a weighted sum of losses, of a sum
+    divided by a number.
+
+    Args:
+        params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
+            may set `lr`, `momentum`, `weight_decay`, `damping` and `fallback_lr`. A joint block
+            [W | b] takes W's damping.
+        lr: The learning rate, in units of a natural-gradient step: 1 is a full one.
+        momentum: μ in [0, 1), on the preconditioned step.
+        weight_decay: λ ≥ 0, decoupled.
+        damping: δ > 0, in units of F.
+        damping_method: `"factored"` (above; Cholesky) or `"exact"`: (Ḡ ⊗ Ā + δI)⁻¹ (eigenbases).
+        fisher_type: `"mc"`: labels drawn from the model, one extra backward pass through the
+            layers' outputs (no weight gradients) per sample; `"type-2"`: the loss's exact Hessian,
+            one such pass for every entry of a datum's output; `"empirical"`: the data's labels, no
+            extra pass, not a Fisher.
+        mc_samples: Labels drawn for each datum; 1 unless `fisher_type="mc"`.
+        kfac_approx: `"expand"` or `"reduce"`, for layers with shared positions.
+        ema_decay: The decay of Ā and Ḡ per update, in [0, 1); the averages are free of bias, and a
+            step counts by its number of terms.
+        factor_update_interval: Steps between updates of Ā and Ḡ. Between them hooks do nothing.
+        inverse_update_interval: Steps between updates of the inverses.
+        kl_clip: κ > 0; `None` switches it off.
+        separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
+        max_factor_dim: A side of a layer wider than that gets a diagonal factor.
+        fallback_lr: AdamW's learning rate for all other parameters; it follows the ratio of the
+            group's current to its initial `lr`.
+        loss_func: The loss at the model's output (an `nn` loss), where it is computed in a way
+            that is not recognised; the curvature is then taken at the output of the outermost
+            module. Its targets are unknown: no class weights, no ignored targets.
+        model: The module (or a module that contains all) whose parameters are trained. `None`
+            searches the process, once, for the modules that own `params`.
+        seed: Seeds the generator that draws labels.
+
+    Raises:
+        ValueError: If an argument is out of its range, or no module owns the parameters.
+        RuntimeError: In `step`, if no loss was recognised.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.nn import functional as F
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+        >>> X = torch.rand(64, 2)
+        >>> y = (X[:, :1] * X[:, 1:]).sin()
+        >>> optimizer = KFACOptimizer(model.parameters())
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     loss = F.mse_loss(model(X), y)
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> bool(loss < 1e-3)
+        True
+
+    References:
+        - Martens & Grosse (2015), https://arxiv.org/abs/1503.05671.
+        - Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636.
+
+    Deviations from Martens & Grosse (2015): fixed damping and learning rate with the KL clip of Ba
+    et al. (2017) instead of their self-tuning rules (sections 6 and 7); factored damping without
+    the search for its best split; averages are bias-corrected.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        damping: float = 1e-3,
+        damping_method: DampingMethod = "factored",
+        fisher_type: FisherType = "mc",
+        mc_samples: int = 1,
+        kfac_approx: KFACApprox = "expand",
+        ema_decay: float = 0.95,
+        factor_update_interval: int = 1,
+        inverse_update_interval: int = 10,
+        kl_clip: float | None = 1e-2,
+        separate_weight_and_bias: bool = False,
+        max_factor_dim: int | None = 8192,
+        fallback_lr: float = 1e-3,
+        loss_func: nn.Module | None = None,
+        model: nn.Module | None = None,
+        seed: int = 2147483647,
+    ) -> None:
+        _check("damping_method", damping_method, DAMPING_METHODS)
+        _check("fisher_type", fisher_type, FISHER_TYPES)
+        _check("kfac_approx", kfac_approx, KFAC_APPROXES)
+        _check_count("mc_samples", mc_samples)
+        if fisher_type != "mc" and mc_samples != 1:
+            raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {mc_samples}.')
+        _check_range("ema_decay", ema_decay, 0, 1, upper_open=True)
+        _check_count("factor_update_interval", factor_update_interval)
+        _check_count("inverse_update_interval", inverse_update_interval)
+        if kl_clip is not None:
+            _check_range("kl_clip", kl_clip, 0, lower_open=True)
+        if max_factor_dim is not None:
+            _check_count("max_factor_dim", max_factor_dim)
+        _check_flag("separate_weight_and_bias", separate_weight_and_bias)
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(f"model must be an nn.Module or None, got {type(model).__name__}.")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed must be an integer, got {seed!r}.")
+        self._schedule = _Schedule(
+            damping_method,
+            float(ema_decay),
+            factor_update_interval,
+            inverse_update_interval,
+            kl_clip,
+            separate_weight_and_bias,
+        )
+        likelihood = None if loss_func is None else likelihood_of(loss_func)
+        form = FactorForm(kfac_approx, max_factor_dim)
+        self._curvature = CurvatureOptions(fisher_type, mc_samples, form, likelihood)
+        self._model, self._seed = model, seed
+        self._layers: list[Layer] = []
+        self._names: dict[int, str] = {}
+        self._warned: set[str] = set()
+        self._ddp_known = False
+        self._ddp_group: Any = None
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "damping": damping,
+            "fallback_lr": fallback_lr,
+        }
+        super().__init__(params, defaults)
+        self._connect()
+
+    # Groups and modules ------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_range("lr", group["lr"], 0)
+        _check_range("momentum", group["momentum"], 0, 1, upper_open=True)
+        _check_range("weight_decay", group["weight_decay"], 0)
+        _check_range("damping", group["damping"], 0, lower_open=True)
+        _check_range("fallback_lr", group["fallback_lr"], 0)
+        group.setdefault("base_lr", group["lr"])
+        group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
+        if self._layers or self._names:
+            self._collector.remove_hooks()
+            self._connect()
+
+    def _parameters(self) -> list[Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _connect(self) -> None:
+        """Find the modules of the parameters and put hooks on them."""
+        params = self._parameters()
+        modules = find_modules(params, self._model)
+        layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
+        self._names = parameter_names(modules, params)
+        self._layers = [layer for layer, _ in layers]
+        generator = getattr(self, "_generator", None)
+        if generator is None:
+            generator = Generator(params[0].device).manual_seed(self._seed)
+        self._generator = generator
+        hosts = [module for _, module in modules]
+        self._collector = StatisticsCollector(layers, hosts, self._curvature, generator)
+        self._collector.active = self._due(self._schedule.factor_update_interval)
+        self._log_layers(params)
+
+    def _log_layers(self, params: list[Parameter]) -> None:
+        covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
+        rest = [self._names[id(p)] for p in params if id(p) not in covered]
+        logger.info(
+            "K-FAC preconditions %d layers; trained by the AdamW fallback: %s",
+            len(self._layers),
+            ", ".join(rest) or "none",
+        )
+        if not self._layers:
+            self._warn(
+                "no-layers",
+                "none of the parameters is in a layer that K-FAC knows (nn.Linear, nn.Conv2d); "
+                "all are trained by the AdamW fallback.",
+            )
+        form = self._curvature.form
+        for layer in self._layers:
+            for side, width in (("input", layer.d_in), ("grad_output", layer.d_out)):
+                if form.diagonal(width):
+                    logger.warning(
+                        "layer %r: its %s factor is kept as a diagonal, %d > max_factor_dim = %s",
+                        layer.name,
+                        side,
+                        width,
+                        form.max_factor_dim,
+                    )
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(
+                f"KFACOptimizer: {message} (Shown once; silence it with "
+                "warnings.simplefilter('ignore', kfacopt.KFACWarning).)",
+                KFACWarning,
+                stacklevel=4,
+            )
+
+    # Steps -------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and with them the statistics that wait for the next step."""
+        self._collector.clear()
+        super().zero_grad(set_to_none)
+
+    def _due(self, interval: int) -> bool:
+        return bool(self.param_groups[0]["num_steps"] % interval == 0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform one step.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or `None`.
+
+        Raises:
+            RuntimeError: If there are gradients but no loss was recognised so far.
+            DecompositionError: If a layer's factors cannot be inverted (repeatedly).
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if self._due(self._schedule.factor_update_interval):
+            self._update_factors()
+        if self._due(self._schedule.inverse_update_interval):
+            self._update_inverses(self._blocks())
+        else:
+            fresh = [b for b in self._blocks() if inverse_of(self.state[b.anchor]) is None]
+            self._update_inverses(fresh)
+        self._update_parameters()
+        for group in self.param_groups:
+            group["num_steps"] += 1
+        self._collector.active = self._due(self._schedule.factor_update_interval)
+        return result
+
+    def _blocks(self) -> list[Block]:
+        return [block for layer in self._layers for block in layer.blocks]
+
+    def _update_factors(self) -> None:
+        if not self._ddp_known:
+            self._ddp_group, self._ddp_known = data_parallel_group(self._parameters()), True
+        unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
+        pending = self._collector.finish()
+        form = self._curvature.form
+        if self._ddp_group is not None:
+            pending = average_moments(pending, self._layers, form, self._ddp_group)
+        if not pending:
+            self._report_missing_loss(forward_seen, unknown_losses)
+        for layer, moments in pending.items():
+            state = self.state[layer.anchor]
+            fold_factors(state, layer, moments, form, self._schedule.ema_decay)
+
+    def _report_missing_loss(self, forward_seen: bool, unknown_losses: set[str]) -> None:
+        owned = [p for layer in self._layers for p in (layer.weight, layer.bias)]
+        if not any(p is not None and p.grad is not None for p in owned):
+            return
+        if not forward_seen:
+            cause = (
+                "no forward pass of the model went through the optimizer's hooks since the last "
+                "step. If the parameters are used by another module than the one that owns them, "
+                "name it with model=; if the model was compiled and called before the optimizer "
+                "was made, call torch._dynamo.reset()."
+            )
+        else:
+            seen = f" ({', '.join(sorted(unknown_losses))} is not known)" if unknown_losses else ""
+            cause = (
+                f"no loss was recognised on the model's output{seen}. Use cross_entropy, mse_loss, "
+                "binary_cross_entropy_with_logits or nll_loss from torch.nn (or its functional), "
+                "or say with loss_func= what the loss at the model's output is."
+            )
+        if any("factor_weight" in self.state[layer.anchor] for layer in self._layers):
+            self._warn("missing-loss", f"{cause} The step uses the curvature of earlier steps.")
+        else:
+            raise RuntimeError(f"KFACOptimizer: {cause}")
+
+    def _update_inverses(self, blocks: Iterable[Block]) -> None:
+        damping = {id(p): g["damping"] for g in self.param_groups for p in g["params"]}
+        for block in blocks:
+            layer_state, state = self.state[block.layer.anchor], self.state[block.anchor]
+            method = self._schedule.damping_method
+            refresh_inverse(state, layer_state, block, damping[id(block.anchor)], method)
+
+    def _directions(self) -> dict[Parameter, Tensor]:
+        """Return the preconditioned gradients of the parameters in layers."""
+        directions: dict[Parameter, Tensor] = {}
+        for block in self._blocks():
+            grads = [p.grad for p in block.parameters]
+            if all(g is None for g in grads):
+                continue
+            inverse = inverse_of(self.state[block.anchor])
+            if inverse is None:
+                self._warn(
+                    f"uncaptured {block.layer.name}",
+                    f"layer {block.layer.name!r} has a gradient but no curvature was captured "
+                    "(its forward pass runs outside the hooks, or the loss on it was not "
+                    "recognised, or was not finite); it gets the AdamW fallback update.",
+                )
+                continue
+            products = precondition(inverse, block, grads)
+            for p, grad, product in zip(block.parameters, grads, products, strict=True):
+                if grad is not None:
+                    directions[p] = product
+        return directions
+
+    def _update_parameters(self) -> None:
+        directions = self._directions()
+        lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
+        if directions and self._schedule.kl_clip is not None:
+            grads = [p.grad for p in directions if p.grad is not None]
+            lrs = [lr[p] for p in directions]
+            values = list(directions.values())
+            scale = kl_clip_scale(grads, values, lrs, self._schedule.kl_clip)
+            directions = {p: d * scale.to(d.device, d.dtype) for p, d in directions.items()}
+        for group in self.param_groups:
+            own = [p for p in group["params"] if p in directions]
+            if own:
+                momentum = group["momentum"]
+                buffers = [self._momentum_buffer(p) for p in own] if momentum else []
+                apply_step(
+                    own,
+                    [directions[p] for p in own],
+                    buffers,
+                    lr=group["lr"],
+                    momentum=momentum,
+                    weight_decay=group["weight_decay"],
+                )
+            rest = [p for p in group["params"] if p.grad is not None and p not in directions]
+            self._fallback(group, rest)
+
+    def _momentum_buffer(self, p: Parameter) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    def _fallback(self, group: dict[str, Any], params: list[Parameter]) -> None:
+        """Update parameters without Kronecker factors by AdamW."""
+        if not params:
+            return
+        for p in params:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(f"{self._names[id(p)]}: sparse gradients are not supported.")
+            state = self.state[p]
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        ratio = group["lr"] / group["base_lr"] if group["base_lr"] else float(group["lr"] > 0)
+        adamw(
+            list(params),
+            [p.grad for p in params if p.grad is not None],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [self.state[p]["step"] for p in params],
+            amsgrad=False,
+            beta1=_FALLBACK_BETAS[0],
+            beta2=_FALLBACK_BETAS[1],
+            lr=group["fallback_lr"] * ratio,
+            weight_decay=group["weight_decay"],
+            eps=_FALLBACK_EPS,
+            maximize=False,
+        )
+
+
+def _check(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def _check_range(
+    name: str,
+    value: Any,
+    lower: float,
+    upper: float = math.inf,
+    *,
+    lower_open: bool = False,
+    upper_open: bool = False,
+) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    inside = number and math.isfinite(value) and lower <= value <= upper
+    if not inside or (lower_open and value == lower) or (upper_open and value == upper):
+        brackets = ("(" if lower_open else "[") + f"{lower}, {upper}"
+        brackets += ")" if upper_open or upper == math.inf else "]"
+        raise ValueError(f"{name} must be a number in {brackets}, got {value!r}.")

@@ -1,0 +1,81 @@
+"""From parameters to the modules that own them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.nn import Parameter
+
+
+def find_modules(
+    params: Sequence[Parameter], model: nn.Module | None
+) -> list[tuple[str, nn.Module]]:
+    """Find, with their names, the modules that own any of the parameters or contain such a module.
+
+    Args:
+        params: The parameters.
+        model: Where to look. `None` looks at every module that is alive in the process, once.
+
+    Returns:
+        `(name, module)`, containers before their contents. Names are relative to the outermost
+        module, the shortest one where there are several.
+
+    Raises:
+        ValueError: If no module owns any of the parameters.
+    """
+    modules = _living_modules() if model is None else list(model.modules())
+    wanted = {id(p) for p in params}
+    hosts = {id(m): m for m in modules if any(id(p) in wanted for p in m._parameters.values())}
+    if not hosts:
+        where = "alive in this process" if model is None else "in model"
+        raise ValueError(
+            f"params: no nn.Module {where} owns any of the {len(params)} parameters. Give the "
+            "parameters of a model, or say with model= where they are."
+        )
+    parents: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for child in module._modules.values():
+            parents.setdefault(id(child), []).append(module)
+    unseen = list(hosts.values())
+    while unseen:
+        for parent in parents.get(id(unseen.pop()), []):
+            if id(parent) not in hosts:
+                hosts[id(parent)] = parent
+                unseen.append(parent)
+    roots = [m for m in hosts.values() if not parents.get(id(m))] if model is None else [model]
+    return _named(roots, hosts)
+
+
+def _living_modules() -> list[nn.Module]:
+    # `type(o)` instead of `isinstance(o, ...)`: the latter asks `o.__class__`, which wakes lazy
+    # proxies all over the process.
+    return [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+
+
+def _named(roots: Iterable[nn.Module], hosts: dict[int, nn.Module]) -> list[tuple[str, nn.Module]]:
+    names: dict[int, str] = {}
+    for root in roots:
+        for name, module in root.named_modules():
+            if id(module) not in hosts:
+                continue
+            known = names.setdefault(id(module), name)
+            if len(name) < len(known):
+                names[id(module)] = name
+    return [(name, hosts[key]) for key, name in names.items()]
+
+
+def parameter_names(
+    named_modules: Iterable[tuple[str, nn.Module]], params: Sequence[Parameter]
+) -> dict[int, str]:
+    """Return a name for each parameter, by its `id`; a number and shape where no module owns it."""
+    names: dict[int, str] = {}
+    for module_name, module in named_modules:
+        for key, p in module._parameters.items():
+            if p is not None:
+                names.setdefault(id(p), f"{module_name}.{key}" if module_name else key)
+    return {
+        id(p): names.get(id(p), f"parameter {i} of shape {tuple(p.shape)} (in no module)")
+        for i, p in enumerate(params)
+    }

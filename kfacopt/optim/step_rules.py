@@ -1,0 +1,68 @@
+"""What becomes of a preconditioned gradient: clip, momentum, decay. Free functions on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def kl_clip_scale(
+    grads: Sequence[Tensor], directions: Sequence[Tensor], lrs: Sequence[float], kl_clip: float
+) -> Tensor:
+    """Return the factor min(1, sqrt(κ / Σ_i lr_i² ⟨Δ_i, g_i⟩)) that bounds a step's KL divergence.
+
+    With Δ = F⁻¹ g the sum is (lr Δ)ᵀ F (lr Δ), twice the KL divergence that a step of length lr
+    moves the model's predictions by, to second order.
+
+    Args:
+        grads: g_i, the gradients.
+        directions: Δ_i, the preconditioned gradients, of the same shapes.
+        lrs: The learning rate of each.
+        kl_clip: κ > 0.
+
+    Returns:
+        A scalar in (0, 1], on the device; nothing is synchronised.
+
+    References:
+        Ba, Grosse & Martens (2017), https://openreview.net/forum?id=SkkTMpjex, section 5.
+    """
+    products = [lr**2 * torch.sum(g * d) for g, d, lr in zip(grads, directions, lrs, strict=True)]
+    device, dtype = products[0].device, torch.promote_types(products[0].dtype, torch.float32)
+    total = torch.stack([p.to(device, dtype) for p in products]).sum()
+    # A non-positive sum (round-off, or a preconditioner of an earlier step) does not clip.
+    return torch.where(total > kl_clip, (kl_clip / total).sqrt(), torch.ones_like(total))
+
+
+def apply_step(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """Update parameters in place: m ← μ m + Δ, θ ← (1 − lr λ) θ − lr m.
+
+    The weight decay λ is decoupled from the preconditioner (Loshchilov & Hutter, 2019; Zhang et
+    al., 2019, https://arxiv.org/abs/1810.12281, on why that helps K-FAC).
+
+    Args:
+        params: θ.
+        directions: Δ, of the same shapes.
+        momentum_buffers: m, changed in place; unused if `momentum` is 0.
+        lr: The learning rate.
+        momentum: μ.
+        weight_decay: λ.
+    """
+    if weight_decay:
+        torch._foreach_mul_(list(params), 1 - lr * weight_decay)
+    steps = list(directions)
+    if momentum:
+        buffers = list(momentum_buffers)
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, steps)
+        steps = buffers
+    torch._foreach_add_(list(params), steps, alpha=-lr)
