@@ -38,7 +38,7 @@ def _sampling_dtype(output: Tensor) -> torch.dtype:
 
 
 def _uniform_draw(output: Tensor, generator: Generator) -> Tensor:
-    """Draw from [0, 1) on the generator's device, so that a seed means the same wherever z lives."""
+    """Draw from [0, 1) on the generator's device, wherever z lives."""
     dtype = _sampling_dtype(output)
     draw = torch.rand(output.shape, generator=generator, dtype=dtype, device=generator.device)
     return draw.to(output.device)
@@ -69,7 +69,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def num_terms(self, output: Tensor, target: Tensor | None) -> Tensor:
-        """Return, as a scalar, how many data the loss counts (ignored ones not, others by weight)."""
+        """Return, as a scalar, how many data the loss counts: by weight, ignored ones not."""
 
     @abstractmethod
     def num_positions(self, output: Tensor) -> int:
@@ -191,8 +191,8 @@ class _Categorical(Likelihood):
         smoothing, class_weights = self.label_smoothing, self._class_weights(output)
         classes = output.shape[axis]
         if self._has_probabilities(output, target):
-            smoothed = (1 - smoothing) * target + smoothing / classes
-            return torch.tensordot(smoothed.movedim(axis, -1), class_weights, dims=1)
+            smoothed = (1 - smoothing) * target.to(output) + smoothing / classes
+            return (smoothed.movedim(axis, -1) * class_weights).sum(-1)
         uniform = smoothing * class_weights.sum() / classes
         plain = (1 - smoothing) * self._target_weights(output, target)
         return plain + uniform * self._kept(target)

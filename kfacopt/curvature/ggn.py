@@ -19,8 +19,8 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
     and one backward pass (Jᵀ u); see `EmpiricalRiskLinearOperator` for the arguments.
 
     Raises:
-        ValueError: For `nn.NLLLoss`: it is linear in its input, so that its GGN at log-probabilities
-            is 0; move the log-softmax into the loss with `nn.CrossEntropyLoss`.
+        ValueError: For `nn.NLLLoss`: it is linear in its input, so that its GGN at
+            log-probabilities is 0; move the log-softmax into the loss with `nn.CrossEntropyLoss`.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
             )
 
     def _batch_matmat(self, output: Tensor, y: Tensor, X: list[Tensor]) -> list[Tensor]:
-        """Multiply one batch's GGN onto K vectors; `X` and the result are lists of `[K, *shape]`."""
+        """Multiply one batch's GGN onto K vectors."""
         tangents = self._jvp(output, X)
         z = output.detach().requires_grad_()
         loss = self._loss(z, y)

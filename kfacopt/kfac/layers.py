@@ -158,7 +158,7 @@ def find_layers(
         if anchor is None:
             continue
         if id(anchor) in layers:
-            layer, modules = layers[id(anchor)]
+            modules = layers[id(anchor)][1]
             if all(module is not m for m in modules):
                 modules.append(module)
             continue
@@ -219,6 +219,7 @@ def layer_grad_outputs(module: nn.Module, g: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         if g.ndim == 3:
             g = g.unsqueeze(0)
-        return g.flatten(2).unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2)
+        channels = g.reshape(g.shape[0], module.groups, g.shape[1] // module.groups, -1)
+        return channels.permute(1, 0, 3, 2)
     rows = g.reshape(1, 1, -1) if g.ndim == 1 else g.reshape(g.shape[0], -1, g.shape[-1])
     return rows.unsqueeze(0)

@@ -338,7 +338,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             options = (self._fisher_type, self._mc_samples, generator)
             yield from loss_vectors(self._likelihood, output, weights, *options)
             return
-        summed = copy.copy(self._loss_func)
+        summed: Any = copy.copy(self._loss_func)
         summed.reduction = "sum"
         z = output.detach().requires_grad_()
         yield torch.autograd.grad(summed(z, y), z)[0]

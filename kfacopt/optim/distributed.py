@@ -25,7 +25,8 @@ def data_parallel_group(params: Sequence[Parameter]) -> dist.ProcessGroup | None
         if issubclass(type(candidate), DistributedDataParallel) and any(
             id(p) in wanted for p in candidate.parameters()
         ):
-            return candidate.process_group
+            group: dist.ProcessGroup = candidate.process_group
+            return group
     return None
 
 
@@ -59,8 +60,8 @@ def average_moments(
             shape = (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
             zeros = torch.zeros(shape, dtype=dtype, device=device)
             pieces.append(zeros + value)
-        for number in (own.rows, own.terms):
-            pieces.append(torch.as_tensor(number, dtype=dtype, device=device))
+        numbers = (own.rows, own.terms)
+        pieces += [torch.as_tensor(n, dtype=dtype, device=device) for n in numbers]
         by_dtype.setdefault(dtype, []).append((layer, pieces))
     result: dict[Layer, Moments] = {}
     for entries in by_dtype.values():
@@ -69,7 +70,7 @@ def average_moments(
         split = iter(flat.split([p.numel() for _, pieces in entries for p in pieces]))
         for layer, pieces in entries:
             A, G, rows, terms = (next(split).reshape(piece.shape) for piece in pieces)
-            if float(rows) > 0:
+            if int(rows) > 0:
                 mean = G / dist.get_world_size(group)
-                result[layer] = Moments(A, float(rows), mean, terms)
+                result[layer] = Moments(A, int(rows), mean, terms)
     return result

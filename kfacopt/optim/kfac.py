@@ -139,15 +139,15 @@ class KFACOptimizer(Optimizer):
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        damping: float = 1e-3,
+        damping: float = 0.03,
         damping_method: DampingMethod = "factored",
         fisher_type: FisherType = "mc",
         mc_samples: int = 1,
         kfac_approx: KFACApprox = "expand",
         ema_decay: float = 0.95,
-        factor_update_interval: int = 1,
+        factor_update_interval: int = 5,
         inverse_update_interval: int = 10,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         separate_weight_and_bias: bool = False,
         max_factor_dim: int | None = 8192,
         fallback_lr: float = 1e-3,
@@ -283,7 +283,7 @@ class KFACOptimizer(Optimizer):
         return bool(self.param_groups[0]["num_steps"] % interval == 0)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step.
 
         Args:
@@ -377,9 +377,8 @@ class KFACOptimizer(Optimizer):
                 )
                 continue
             products = precondition(inverse, block, grads)
-            for p, grad, product in zip(block.parameters, grads, products, strict=True):
-                if grad is not None:
-                    directions[p] = product
+            with_grad = zip(block.parameters, products, strict=True)
+            directions.update({p: d for p, d in with_grad if p.grad is not None})
         return directions
 
     def _update_parameters(self) -> None:

@@ -61,7 +61,7 @@ class ProbedTensor(Tensor):
     _passes: tuple[ForwardPass, ...]
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]
+    def __torch_function__(
         cls,
         func: Callable[..., Any],
         types: Any,

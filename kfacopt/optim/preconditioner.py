@@ -101,9 +101,11 @@ def refresh_inverse(
 
 def inverse_of(state: State) -> KroneckerProduct | KroneckerEigendecomposition | None:
     """Return a block's damped inverse from its state, or `None` if there is none yet."""
-    for kind, keys in _INVERSES.items():
-        if keys[-1] in state:
-            return kind(*(state.get(key) for key in keys))
+    if "input_inverse" in state:
+        return KroneckerProduct(state["grad_output_inverse"], state["input_inverse"])
+    if "inverse_eigenvalues" in state:
+        bases = (state.get("grad_output_basis"), state.get("input_basis"))
+        return KroneckerEigendecomposition(*bases, state["inverse_eigenvalues"])
     return None
 
 

@@ -3,8 +3,8 @@
 Hooks on the modules that contain the parameters record the uses of layers; a hook on the loss value
 that the user computes turns them into moments when the user's backward pass arrives there. That is
 the moment when it is known that the loss counts, and with what factor: `loss / k`,
-`0.3 * loss_1 + 0.7 * loss_2`, or a sum divided by the number of tokens are the user's objective, and
-the factors are those of the objective.
+`0.3 * loss_1 + 0.7 * loss_2`, or a sum divided by the number of tokens are the user's objective,
+and the factors are those of the objective.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class Moments:
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, G and the number of terms."""
-        A, G = self.input_sum, self.grad_output_sum
-        assert isinstance(A, Tensor) and isinstance(G, Tensor)
+        A, G = (torch.as_tensor(x) for x in (self.input_sum, self.grad_output_sum))
         return A / self.rows, G, torch.as_tensor(self.terms)
 
 
