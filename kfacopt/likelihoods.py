@@ -11,11 +11,10 @@ the vectors v that `hessian_root` and `sample_gradient` give satisfy, for each d
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -120,15 +119,17 @@ class Likelihood(ABC):
             generator: Draws the signs.
         """
         scale = self._spread(weights.sqrt(), output)
-        if output.ndim == 0:
-            yield from (column * scale for column in self._root_columns(output))
-            return
-        shape = (output.shape[0],) + (1,) * (output.ndim - 1)
+        rows = output.shape[:1] if self._has_data_axis(output) else ()
+        shape = rows + (1,) * (output.ndim - len(rows))
         draw = torch.randint(2, shape, generator=generator, device=generator.device)
         scale = scale * (draw.to(output) * 2 - 1)
         for column in self._root_columns(output):
             for position in self._position_masks(output):
                 yield (column * scale * position).to(output.dtype)
+
+    def _has_data_axis(self, output: Tensor) -> bool:
+        """Tell whether z is a batch, and not a single datum without an axis N."""
+        return output.ndim > 0
 
     def _position_masks(self, output: Tensor) -> Iterator[Tensor | float]:
         """Yield masks, broadcastable to z, that single out one position of every datum."""
@@ -157,6 +158,9 @@ class _Categorical(Likelihood):
     @staticmethod
     def _class_axis(output: Tensor) -> int:
         return 1 if output.ndim > 1 else 0
+
+    def _has_data_axis(self, output: Tensor) -> bool:
+        return output.ndim > 1
 
     def _spread(self, weights: Tensor, output: Tensor) -> Tensor:
         return weights.unsqueeze(self._class_axis(output))
@@ -366,7 +370,8 @@ class Bernoulli(_Elementwise):
 # From losses to likelihoods ------------------------------------------------------------------
 
 
-def _checked(likelihood: Likelihood) -> Likelihood:
+def checked(likelihood: Likelihood) -> Likelihood:
+    """Return the likelihood if its options make sense, else raise."""
     if likelihood.reduction not in ("mean", "sum", "none"):
         raise ValueError(
             f'reduction must be "mean", "sum" or "none", got {likelihood.reduction!r}.'
@@ -387,7 +392,7 @@ def likelihood_of(loss_func: nn.Module) -> Likelihood:
         UnsupportedLossError: For any other loss, by name.
     """
     if isinstance(loss_func, nn.CrossEntropyLoss):
-        return _checked(
+        return checked(
             CrossEntropy(
                 loss_func.reduction,
                 loss_func.weight,
@@ -396,101 +401,13 @@ def likelihood_of(loss_func: nn.Module) -> Likelihood:
             )
         )
     if isinstance(loss_func, nn.NLLLoss) and not isinstance(loss_func, nn.PoissonNLLLoss):
-        return _checked(
+        return checked(
             NegativeLogLikelihood(loss_func.reduction, loss_func.weight, loss_func.ignore_index)
         )
     if isinstance(loss_func, nn.BCEWithLogitsLoss):
-        return _checked(Bernoulli(loss_func.reduction, loss_func.weight, loss_func.pos_weight))
+        return checked(Bernoulli(loss_func.reduction, loss_func.weight, loss_func.pos_weight))
     if isinstance(loss_func, nn.MSELoss):
-        return _checked(SquaredError(loss_func.reduction))
+        return checked(SquaredError(loss_func.reduction))
     supported = ", ".join(f"nn.{loss.__name__}" for loss in SUPPORTED_LOSSES)
     name = getattr(loss_func, "__name__", type(loss_func).__name__)
     raise UnsupportedLossError(f"loss_func: {name} is not supported; give one of {supported}.")
-
-
-@dataclass(frozen=True, eq=False)
-class LossCall:
-    """A recognised call of a loss function.
-
-    Attributes:
-        likelihood: What the loss means.
-        output: The tensor z that the curvature refers to, with its graph.
-        target: The targets, or `None` where they are part of z (MSE: z is the residual).
-    """
-
-    likelihood: Likelihood
-    output: Tensor
-    target: Tensor | None
-
-
-def _legacy_reduction(arguments: dict[str, Any]) -> str:
-    if arguments.get("size_average") is None and arguments.get("reduce") is None:
-        return str(arguments["reduction"])
-    if arguments.get("reduce") is False:
-        return "none"
-    return "sum" if arguments.get("size_average") is False else "mean"
-
-
-def _categorical_call(name: str, arguments: dict[str, Any]) -> LossCall:
-    output, target = arguments["input"], arguments["target"]
-    if target.requires_grad:
-        raise UnsupportedLossError(f"{name}: the target requires gradients; detach it.")
-    options = (_legacy_reduction(arguments), arguments["weight"], arguments["ignore_index"])
-    if name == "nll_loss":
-        return LossCall(_checked(NegativeLogLikelihood(*options)), output, target)
-    smoothing = arguments["label_smoothing"]
-    return LossCall(_checked(CrossEntropy(*options, smoothing)), output, target)
-
-
-def _squared_error_call(arguments: dict[str, Any]) -> LossCall:
-    """Take z as the residual: broadcasting, swapped arguments and two outputs are then right."""
-    residual = arguments["input"] - arguments["target"]
-    likelihood = SquaredError(_legacy_reduction(arguments), arguments.get("weight"))
-    return LossCall(_checked(likelihood), residual, None)
-
-
-def _bernoulli_call(arguments: dict[str, Any]) -> LossCall:
-    if arguments["target"].requires_grad:
-        raise UnsupportedLossError(
-            "binary_cross_entropy_with_logits: the target requires gradients; detach it."
-        )
-    likelihood = Bernoulli(
-        _legacy_reduction(arguments), arguments["weight"], arguments["pos_weight"]
-    )
-    return LossCall(_checked(likelihood), arguments["input"], arguments["target"])
-
-
-_SIGNATURES: dict[Callable[..., Any], inspect.Signature] = {
-    function: inspect.signature(function)
-    for function in (
-        F.cross_entropy,
-        F.nll_loss,
-        F.mse_loss,
-        F.binary_cross_entropy_with_logits,
-    )
-}
-
-
-def recognise_call(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LossCall | None:
-    """Return what a call of a torch function means as a loss, or `None` if it is not a known one.
-
-    Args:
-        function: Any function of torch, for instance `torch.nn.functional.cross_entropy`.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-
-    Raises:
-        UnsupportedLossError: If the loss is known but an option of it is not supported.
-    """
-    signature = _SIGNATURES.get(function)
-    if signature is None:
-        return None
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    if function is F.mse_loss:
-        return _squared_error_call(bound.arguments)
-    if function is F.binary_cross_entropy_with_logits:
-        return _bernoulli_call(bound.arguments)
-    return _categorical_call(function.__name__, bound.arguments)

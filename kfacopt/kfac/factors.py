@@ -15,12 +15,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.kfac.layers import KFACApprox, Layer, layer_grad_outputs, layer_inputs
+
+
+class Factors(NamedTuple):
+    """The Kronecker factors of a layer, F ≈ G ⊗ A.
+
+    Attributes:
+        input_factor: A, `[d_in (+ 1), d_in (+ 1)]`; `[B, ., .]` for a convolution of B > 1 groups.
+        grad_output_factor: G, `[d_out, d_out]`, likewise. A diagonal factor lacks the last axis.
+    """
+
+    input_factor: Tensor
+    grad_output_factor: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, input_factor: Tensor, grad_output_factor: Tensor) -> Factors:
+        """Make a pair from factors with a leading axis B, which is left out if it is 1."""
+        sides = (input_factor, grad_output_factor)
+        return cls(*(side[0] if layer.groups == 1 else side for side in sides))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ B counts the groups of a convolution, each with its own block, N data, S shared 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +71,18 @@ class Layer:
         weight = () if self.weight is None else (Block(self, self.weight, None),)
         bias = () if self.bias is None else (Block(self, None, self.bias),)
         return weight + bias
+
+    def owns(self, key: str | nn.Parameter, names: Mapping[int, str]) -> bool:
+        """Tell whether a key is the layer's name, or one of its parameters or their names.
+
+        Args:
+            key: What a user looks for.
+            names: The parameters' names by their `id`.
+        """
+        if isinstance(key, str) and key == self.name:
+            return True
+        owned = [p for p in (self.weight, self.bias) if p is not None]
+        return any(p is key or (isinstance(key, str) and names[id(p)] == key) for p in owned)
 
     @property
     def d_in(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from kfacopt.argument_checks import check_choice, check_count, check_integer, check_range
 from kfacopt.data import Batch, batch_size, evaluation, iterate, run_determinism_check
 from kfacopt.kfac.capture import (
     LayerUse,
@@ -18,7 +19,7 @@ from kfacopt.kfac.capture import (
     loss_vectors,
     would_be_gradients,
 )
-from kfacopt.kfac.factors import FactorForm, factor_dtype, grad_output_moment, input_moment
+from kfacopt.kfac.factors import FactorForm, Factors, factor_dtype, grad_output_moment, input_moment
 from kfacopt.kfac.layers import (
     KFAC_APPROXES,
     SUPPORTED_MODULES,
@@ -41,18 +42,6 @@ from kfacopt.linalg.kronecker import (
     KroneckerProduct,
 )
 from kfacopt.linalg.operator import LinearOperator, split_rows
-
-
-class Factors(NamedTuple):
-    """The Kronecker factors of a layer, F ≈ G ⊗ A.
-
-    Attributes:
-        input_factor: A, `[d_in (+ 1), d_in (+ 1)]`; `[B, ., .]` for a convolution of B > 1 groups.
-        grad_output_factor: G, `[d_out, d_out]`, likewise. A diagonal factor lacks the last axis.
-    """
-
-    input_factor: Tensor
-    grad_output_factor: Tensor
 
 
 class KroneckerBlockLinearOperator(LinearOperator):
@@ -251,13 +240,11 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         Raises:
             KeyError: If there is no such layer; the error lists those that there are.
         """
-        named = dict(self._model_func.named_parameters(remove_duplicate=False))
-        parameter = named.get(key) if isinstance(key, str) else key
+        named = self._model_func.named_parameters(remove_duplicate=False)
+        names = {id(p): name for name, p in named}
         for layer, matrix in self._layer_factors().items():
-            owned = [p for p in (layer.weight, layer.bias) if p is not None]
-            if layer.name == key or any(p is parameter for p in owned):
-                sides = (matrix.input_factor, matrix.grad_output_factor)
-                return Factors(*(side[0] if layer.groups == 1 else side for side in sides))
+            if layer.owns(key, names):
+                return Factors.of(layer, matrix.input_factor, matrix.grad_output_factor)
         raise KeyError(f"{key!r}: no such layer or parameter; layers: {self.layer_names}.")
 
     def inverse(
@@ -277,10 +264,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             ValueError: If the damping is negative or not finite, or the method unknown.
             DecompositionError: If a factor cannot be inverted (0 damping and a singular factor).
         """
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"damping must be finite and at least 0, got {damping}.")
-        if method not in DAMPING_METHODS:
-            raise ValueError(f"method must be one of {DAMPING_METHODS}, got {method!r}.")
+        check_range("damping", damping, 0)
+        check_choice("method", method, DAMPING_METHODS)
         blocks = [(b, matrix.inverse(damping, method)) for b, matrix in self._kronecker_blocks()]
         return KFACInverseLinearOperator(self._params, blocks)
 
@@ -402,16 +387,12 @@ def _check_options(
     loss_average: str | None,
     seed: int,
 ) -> None:
-    if fisher_type not in FISHER_TYPES:
-        raise ValueError(f"fisher_type must be one of {FISHER_TYPES}, got {fisher_type!r}.")
-    if kfac_approx not in KFAC_APPROXES:
-        raise ValueError(f"kfac_approx must be one of {KFAC_APPROXES}, got {kfac_approx!r}.")
-    if not isinstance(mc_samples, int) or mc_samples < 1:
-        raise ValueError(f"mc_samples must be an integer of at least 1, got {mc_samples!r}.")
+    check_choice("fisher_type", fisher_type, FISHER_TYPES)
+    check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
+    check_count("mc_samples", mc_samples)
     if fisher_type != "mc" and mc_samples != 1:
         raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {mc_samples}.')
-    if not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer, got {seed!r}.")
+    check_integer("seed", seed)
     averages = (None, "batch", "batch+sequence")
     if loss_average not in averages:
         raise ValueError(f"loss_average must be one of {averages}, got {loss_average!r}.")

@@ -190,7 +190,9 @@ class LinearOperator(SciPyLinearOperator):
 
     def _rdot(self, x: Any) -> Any:
         if isinstance(x, Tensor):
-            return self._apply_tensor(self._rmatmat_tensor, x.T, self.shape[0]).T
+            columns = x.mT if x.ndim == 2 else x
+            result = self._apply_tensor(self._rmatmat_tensor, columns, self.shape[0])
+            return result.mT if x.ndim == 2 else result
         if _is_tensor_list(x):
             shapes = (self.out_shapes, self.in_shapes)
             return self._apply_list(self._rmatmat_tensor, x, shapes, self.shape[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,23 +11,27 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-from kfacopt.kfac.factors import FactorForm
+from kfacopt.argument_checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_integer,
+    check_range,
+)
+from kfacopt.kfac.factors import FactorForm, Factors
 from kfacopt.kfac.layers import KFAC_APPROXES, Block, KFACApprox, Layer, find_layers
 from kfacopt.likelihoods import FISHER_TYPES, FisherType, likelihood_of
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 from kfacopt.optim.distributed import average_moments, data_parallel_group
+from kfacopt.optim.fallback import adamw_step
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import fold_factors, inverse_of, precondition, refresh_inverse
 from kfacopt.optim.statistics import CurvatureOptions, StatisticsCollector
 from kfacopt.optim.step_rules import apply_step, kl_clip_scale
 
 logger = logging.getLogger("kfacopt")
-
-_FALLBACK_BETAS = (0.9, 0.999)
-_FALLBACK_EPS = 1e-8
 
 
 class KFACWarning(UserWarning):
@@ -155,24 +158,23 @@ class KFACOptimizer(Optimizer):
         model: nn.Module | None = None,
         seed: int = 2147483647,
     ) -> None:
-        _check("damping_method", damping_method, DAMPING_METHODS)
-        _check("fisher_type", fisher_type, FISHER_TYPES)
-        _check("kfac_approx", kfac_approx, KFAC_APPROXES)
-        _check_count("mc_samples", mc_samples)
+        check_choice("damping_method", damping_method, DAMPING_METHODS)
+        check_choice("fisher_type", fisher_type, FISHER_TYPES)
+        check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
+        check_count("mc_samples", mc_samples)
         if fisher_type != "mc" and mc_samples != 1:
             raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {mc_samples}.')
-        _check_range("ema_decay", ema_decay, 0, 1, upper_open=True)
-        _check_count("factor_update_interval", factor_update_interval)
-        _check_count("inverse_update_interval", inverse_update_interval)
+        check_range("ema_decay", ema_decay, 0, 1, upper_open=True)
+        check_count("factor_update_interval", factor_update_interval)
+        check_count("inverse_update_interval", inverse_update_interval)
         if kl_clip is not None:
-            _check_range("kl_clip", kl_clip, 0, lower_open=True)
+            check_range("kl_clip", kl_clip, 0, lower_open=True)
         if max_factor_dim is not None:
-            _check_count("max_factor_dim", max_factor_dim)
-        _check_flag("separate_weight_and_bias", separate_weight_and_bias)
+            check_count("max_factor_dim", max_factor_dim)
+        check_flag("separate_weight_and_bias", separate_weight_and_bias)
         if model is not None and not isinstance(model, nn.Module):
             raise ValueError(f"model must be an nn.Module or None, got {type(model).__name__}.")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed must be an integer, got {seed!r}.")
+        check_integer("seed", seed)
         self._schedule = _Schedule(
             damping_method,
             float(ema_decay),
@@ -206,11 +208,11 @@ class KFACOptimizer(Optimizer):
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_range("lr", group["lr"], 0)
-        _check_range("momentum", group["momentum"], 0, 1, upper_open=True)
-        _check_range("weight_decay", group["weight_decay"], 0)
-        _check_range("damping", group["damping"], 0, lower_open=True)
-        _check_range("fallback_lr", group["fallback_lr"], 0)
+        check_range("lr", group["lr"], 0)
+        check_range("momentum", group["momentum"], 0, 1, upper_open=True)
+        check_range("weight_decay", group["weight_decay"], 0)
+        check_range("damping", group["damping"], 0, lower_open=True)
+        check_range("fallback_lr", group["fallback_lr"], 0)
         group.setdefault("base_lr", group["lr"])
         group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
         if self._layers or self._names:
@@ -313,6 +315,22 @@ class KFACOptimizer(Optimizer):
         self._collector.active = self._due(self._schedule.factor_update_interval)
         return result
 
+    def factors(self, key: str | Parameter) -> Factors:
+        """Return the running averages of a layer's Kronecker factors.
+
+        Args:
+            key: The layer's name, a parameter's name, or a parameter.
+
+        Raises:
+            KeyError: If there is no such layer, or no statistics of it yet.
+        """
+        for layer in self._layers:
+            state = self.state[layer.anchor]
+            if layer.owns(key, self._names) and "factor_weight" in state:
+                return Factors.of(layer, state["input_factor"], state["grad_output_factor"])
+        known = [layer.name for layer in self._layers]
+        raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
+
     def _blocks(self) -> list[Block]:
         return [block for layer in self._layers for block in layer.blocks]
 
@@ -404,7 +422,10 @@ class KFACOptimizer(Optimizer):
                     weight_decay=group["weight_decay"],
                 )
             rest = [p for p in group["params"] if p.grad is not None and p not in directions]
-            self._fallback(group, rest)
+            for p in rest:
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(f"{self._names[id(p)]}: sparse gradients are unsupported.")
+            adamw_step(rest, self.state, group)
 
     def _momentum_buffer(self, p: Parameter) -> Tensor:
         state = self.state[p]
@@ -412,64 +433,3 @@ class KFACOptimizer(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
-
-    def _fallback(self, group: dict[str, Any], params: list[Parameter]) -> None:
-        """Update parameters without Kronecker factors by AdamW."""
-        if not params:
-            return
-        for p in params:
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(f"{self._names[id(p)]}: sparse gradients are not supported.")
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        ratio = group["lr"] / group["base_lr"] if group["base_lr"] else float(group["lr"] > 0)
-        adamw(
-            list(params),
-            [p.grad for p in params if p.grad is not None],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [self.state[p]["step"] for p in params],
-            amsgrad=False,
-            beta1=_FALLBACK_BETAS[0],
-            beta2=_FALLBACK_BETAS[1],
-            lr=group["fallback_lr"] * ratio,
-            weight_decay=group["weight_decay"],
-            eps=_FALLBACK_EPS,
-            maximize=False,
-        )
-
-
-def _check(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}.")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-
-
-def _check_range(
-    name: str,
-    value: Any,
-    lower: float,
-    upper: float = math.inf,
-    *,
-    lower_open: bool = False,
-    upper_open: bool = False,
-) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    inside = number and math.isfinite(value) and lower <= value <= upper
-    if not inside or (lower_open and value == lower) or (upper_open and value == upper):
-        brackets = ("(" if lower_open else "[") + f"{lower}, {upper}"
-        brackets += ")" if upper_open or upper == math.inf else "]"
-        raise ValueError(f"{name} must be a number in {brackets}, got {value!r}.")

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from kfacopt.kfac.capture import LayerUse
-from kfacopt.likelihoods import LossCall, UnsupportedLossError, recognise_call
+from kfacopt.likelihoods import UnsupportedLossError
+from kfacopt.optim.loss_calls import LossCall, recognise_call
 
 
 class LossObserver(Protocol):

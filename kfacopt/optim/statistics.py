@@ -28,7 +28,8 @@ from kfacopt.kfac.capture import (
 )
 from kfacopt.kfac.factors import FactorForm, grad_output_moment, input_moment
 from kfacopt.kfac.layers import Layer
-from kfacopt.likelihoods import FisherType, Likelihood, LossCall, UnsupportedLossError
+from kfacopt.likelihoods import FisherType, Likelihood, UnsupportedLossError
+from kfacopt.optim.loss_calls import LossCall
 from kfacopt.optim.loss_probe import (
     ForwardPass,
     LossCallMode,

@@ -1,0 +1,52 @@
+"""The update of parameters that have no Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.adamw import adamw
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
+
+def adamw_step(
+    params: Sequence[Parameter],
+    states: MutableMapping[Tensor, Any],
+    group: dict[str, Any],
+) -> None:
+    """Update parameters by torch's AdamW with `fallback_lr`, scaled as the group's `lr` was.
+
+    Args:
+        params: Parameters with gradients.
+        states: The optimizer's state.
+        group: Their parameter group.
+    """
+    if not params:
+        return
+    for p in params:
+        state = states[p]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    ratio = group["lr"] / group["base_lr"] if group["base_lr"] else float(group["lr"] > 0)
+    adamw(
+        list(params),
+        [p.grad for p in params if p.grad is not None],
+        [states[p]["exp_avg"] for p in params],
+        [states[p]["exp_avg_sq"] for p in params],
+        [],
+        [states[p]["step"] for p in params],
+        amsgrad=False,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        lr=group["fallback_lr"] * ratio,
+        weight_decay=group["weight_decay"],
+        eps=EPS,
+        maximize=False,
+    )
