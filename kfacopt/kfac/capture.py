@@ -128,5 +128,25 @@ def would_be_gradients(
         For each use the gradient by its output, or `None` where z does not depend on it.
     """
     edges = [use.edge for use in uses]
-    grads = torch.autograd.grad(output, edges, vector, retain_graph=True, allow_unused=True)
+    with _would_be_pass():
+        grads = torch.autograd.grad(output, edges, vector, retain_graph=True, allow_unused=True)
     return list(grads)
+
+
+# Not a context variable: with CUDA, hooks may run in threads of the autograd engine.
+_would_be_depth = 0
+
+
+@contextmanager
+def _would_be_pass() -> Iterator[None]:
+    global _would_be_depth
+    _would_be_depth += 1
+    try:
+        yield
+    finally:
+        _would_be_depth -= 1
+
+
+def in_would_be_pass() -> bool:
+    """Tell whether the backward pass that runs is one of ours, nested in the user's."""
+    return _would_be_depth > 0

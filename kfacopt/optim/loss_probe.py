@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -42,7 +44,6 @@ class ForwardPass:
     It is referred to by the outputs and the loss's graph alone and goes away with them.
 
     Attributes:
-        observer: Who asked for it.
         uses: The uses of layers, in order.
         counted: The uses whose inputs have been counted.
         consumed: Whether its output became the input of another outermost module.
@@ -50,10 +51,16 @@ class ForwardPass:
 
     def __init__(self, observer: LossObserver) -> None:
         """Start without any use."""
-        self.observer = observer
+        # Weak: an output that is kept must not keep a deleted optimizer at work.
+        self._observer = weakref.ref(observer)
         self.uses: list[LayerUse] = []
         self.counted: set[LayerUse] = set()
         self.consumed = False
+
+    @property
+    def observer(self) -> LossObserver | None:
+        """Who asked for this pass, or `None` if it is gone."""
+        return self._observer()
 
 
 class ProbedTensor(Tensor):
@@ -130,6 +137,8 @@ def _notify(
     except UnsupportedLossError as error:
         call = error
     for observer in dict.fromkeys(p.observer for p in passes):
+        if observer is None:
+            continue
         if call is None:
             observer.observe_unknown_loss(func.__name__)
         else:
@@ -142,22 +151,23 @@ def _passes_of(tree: Any) -> Iterator[ForwardPass]:
             yield from leaf._passes
 
 
-def _wrap(tree: Any, passes: tuple[ForwardPass, ...]) -> Any:
-    def wrap(leaf: Any) -> Any:
-        if isinstance(leaf, ProbedTensor):
-            leaf._passes = tuple(dict.fromkeys(leaf._passes + passes))
-        elif type(leaf) is Tensor and leaf.is_floating_point() and leaf.requires_grad:
-            with torch._C.DisableTorchFunctionSubclass():
-                leaf = leaf.as_subclass(ProbedTensor)
-            leaf._passes = passes
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            # torch's pytrees know dataclasses only if they were registered
-            original, leaf = leaf, copy.copy(leaf)
-            for field in dataclasses.fields(leaf):
-                value = tree_map(wrap, getattr(original, field.name))
-                object.__setattr__(leaf, field.name, value)
-        return leaf
+def _wrap_leaf(passes: tuple[ForwardPass, ...], leaf: Any) -> Any:
+    if isinstance(leaf, ProbedTensor):
+        leaf._passes = tuple(dict.fromkeys(leaf._passes + passes))
+    elif type(leaf) is Tensor and leaf.is_floating_point() and leaf.requires_grad:
+        with torch._C.DisableTorchFunctionSubclass():
+            leaf = leaf.as_subclass(ProbedTensor)
+        leaf._passes = passes
+    elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        # torch's pytrees know dataclasses only if they were registered
+        original, leaf = leaf, copy.copy(leaf)
+        for field in dataclasses.fields(leaf):
+            object.__setattr__(leaf, field.name, _wrap(getattr(original, field.name), passes))
+    return leaf
 
+
+def _wrap(tree: Any, passes: tuple[ForwardPass, ...]) -> Any:
+    wrap = functools.partial(_wrap_leaf, passes)
     return wrap(tree) if isinstance(tree, Tensor) else tree_map(wrap, tree)
 
 

@@ -22,6 +22,7 @@ from kfacopt.data import is_evaluating
 from kfacopt.kfac.capture import (
     LayerUse,
     group_by_layer,
+    in_would_be_pass,
     loss_vectors,
     record_use,
     would_be_gradients,
@@ -208,10 +209,11 @@ class StatisticsCollector:
 
         def on_backward(upstream: Tensor) -> None:
             alive = collector()
+            if alive is None or in_would_be_pass():
+                return
             if isinstance(call, UnsupportedLossError):
                 raise call
-            if alive is not None:
-                alive._collect(call, passes, upstream.detach())
+            alive._collect(call, passes, upstream.detach())
 
         loss.register_hook(on_backward)
 
@@ -232,7 +234,7 @@ class StatisticsCollector:
 
         def on_backward(grads: Any) -> None:
             alive = collector()
-            if alive is not None and not forward_pass.consumed:
+            if alive is not None and not forward_pass.consumed and not in_would_be_pass():
                 alive._collect(call, passes, torch.ones(()))
 
         # On the probe's own node, behind z: a hook on z's node that refers to z would be a cycle.
@@ -354,7 +356,9 @@ class _EmpiricalPass:
         def record(grads: Any) -> None:
             entry = this()
             collector = None if entry is None else entry._collector()
-            if entry is None or collector is None or grads[output_nr] is None:
+            if entry is None or collector is None or in_would_be_pass():
+                return
+            if grads[output_nr] is None:
                 return
             use = entry.forward_pass.uses[index]
             if use in entry.missing:
