@@ -235,7 +235,6 @@ class KFACOptimizer(Optimizer):
         self._generator = generator
         hosts = [module for _, module in modules]
         self._collector = StatisticsCollector(layers, hosts, self._curvature, generator)
-        self._collector.active = self._due(self._schedule.factor_update_interval)
         self._log_layers(params)
 
     def _log_layers(self, params: list[Parameter]) -> None:
@@ -302,7 +301,7 @@ class KFACOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if self._due(self._schedule.factor_update_interval):
+        if self._collector.active:  # at an interval's start, and when layers are new
             self._update_factors()
         if self._due(self._schedule.inverse_update_interval):
             self._update_inverses(self._blocks())
