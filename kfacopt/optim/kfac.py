@@ -150,7 +150,7 @@ class KFACOptimizer(Optimizer):
         ema_decay: float = 0.95,
         factor_update_interval: int = 5,
         inverse_update_interval: int = 10,
-        kl_clip: float | None = 1e-3,
+        kl_clip: float | None = 3e-4,
         separate_weight_and_bias: bool = False,
         max_factor_dim: int | None = 8192,
         fallback_lr: float = 1e-3,

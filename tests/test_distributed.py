@@ -1,0 +1,79 @@
+"""DistributedDataParallel on gloo: two ranks with half a batch each are one process with all."""
+
+import datetime
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from kfacopt import KFACOptimizer
+
+WORLD, STEPS, TIME_LIMIT = 2, 4, datetime.timedelta(seconds=60)
+TOLERANCE = 1e-10
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)).double()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    return X, torch.randint(3, (8,), generator=generator)
+
+
+def train(model, params, X, y, fisher_type, wrap_late=None):
+    optimizer = KFACOptimizer(params, fisher_type=fisher_type, factor_update_interval=2)
+    if wrap_late is not None:
+        model = wrap_late(model)
+    for i in range(STEPS):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X * (1 + i)), y).backward()
+        optimizer.step()
+    return optimizer.factors("0.weight" if wrap_late is not None else next(iter(params)))
+
+
+def run_rank(rank, folder, fisher_type, late):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIME_LIMIT
+    )
+    try:
+        X, y = (part.chunk(WORLD)[rank] for part in batch())
+        model = network()
+        params = list(model.parameters())
+        if late:
+            factors = train(model, params, X, y, fisher_type, DistributedDataParallel)
+        else:
+            factors = train(DistributedDataParallel(model), params, X, y, fisher_type)
+        result = {"params": [p.detach() for p in params], "factors": list(factors)}
+        torch.save(result, f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fisher_type", "late"),
+    [("type-2", False), ("empirical", False), ("type-2", True)],
+    ids=["type-2", "empirical", "wrapped-after-the-optimizer"],
+)
+def test_two_ranks_are_one_process(fisher_type, late):
+    model = network()
+    params = list(model.parameters())
+    expected = train(model, params, *batch(), fisher_type)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_rank, (folder, fisher_type, late), nprocs=WORLD)
+        results = [torch.load(Path(folder) / f"rank{r}.pt") for r in range(WORLD)]
+    for result in results:
+        for got, want in zip(result["factors"], expected, strict=True):
+            assert torch.allclose(got, want, atol=TOLERANCE)
+        for got, want in zip(result["params"], params, strict=True):
+            assert torch.allclose(got, want, atol=TOLERANCE)
