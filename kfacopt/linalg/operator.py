@@ -145,7 +145,8 @@ class LinearOperator(SciPyLinearOperator):
             real = self._apply_tensor(kernel, x.real, rows)
             return torch.complex(real, self._apply_tensor(kernel, x.imag, rows))
         dtype = torch.promote_types(x.dtype, self.torch_dtype)
-        matrix = x.detach().to(self.torch_dtype).reshape(rows, -1)
+        # The imaginary part of a conjugate view is lazily negated, which NumPy does not know.
+        matrix = x.detach().resolve_neg().to(self.torch_dtype).reshape(rows, -1)
         result = kernel(matrix).to(dtype)
         return result[:, 0] if x.ndim == 1 else result
 
@@ -195,7 +196,9 @@ class LinearOperator(SciPyLinearOperator):
 
     def _rdot(self, x: Any) -> Any:
         if isinstance(x, Tensor):
-            return self._apply_tensor(self._rmatmat_tensor, x.T, self.shape[0]).T
+            if x.ndim == 1:
+                return self._apply_tensor(self._rmatmat_tensor, x, self.shape[0])
+            return self._apply_tensor(self._rmatmat_tensor, x.mT, self.shape[0]).mT
         if is_tensor_list(x):
             shapes = (self.out_shapes, self.in_shapes)
             return self._apply_list(self._rmatmat_tensor, x, shapes, self.shape[0])
@@ -423,11 +426,14 @@ class PowerLinearOperator(LinearOperator):
         self._A, self._exponent = A, int(exponent)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
-        for _ in range(self._exponent):
-            X = self._A._matmat_tensor(X)
-        return X
+        return self._repeat(self._A._matmat_tensor, X)
 
     def _rmatmat_tensor(self, X: Tensor) -> Tensor:
+        return self._repeat(self._A._rmatmat_tensor, X)
+
+    def _repeat(self, kernel: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+        if self._exponent == 0:  # a product never shares memory with its operand
+            return X.clone()
         for _ in range(self._exponent):
-            X = self._A._rmatmat_tensor(X)
+            X = kernel(X)
         return X
