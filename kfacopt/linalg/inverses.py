@@ -83,7 +83,9 @@ class CGInverseLinearOperator(LinearOperator):
             tol: The tolerance relative to ‖b‖.
             maxiter: The largest number of iterations. Default: 10 D.
             M: A preconditioner, symmetric positive definite, M ≈ A⁻¹, in any form that A may have;
-                for instance `KFACLinearOperator(...).inverse(damping)`.
+                for instance `KFACLinearOperator(...).inverse(damping, method="exact")`. K-FAC
+                pays for the parameters of one layer, and for shallow networks with little damping;
+                in deep ones the blocks between layers, which it lacks, can cost more than it gains.
             callback: Called after each iteration with the iterate, `[D]` or, for several columns,
                 `[D, K]`: arrays where arrays are multiplied, tensors otherwise.
             atol: The absolute tolerance. Default: 0.

@@ -146,7 +146,8 @@ class LinearOperator(SciPyLinearOperator):
             return torch.complex(real, self._apply_tensor(kernel, x.imag, rows))
         dtype = torch.promote_types(x.dtype, self.torch_dtype)
         # The imaginary part of a conjugate view is lazily negated, which NumPy does not know.
-        matrix = x.detach().resolve_neg().to(self.torch_dtype).reshape(rows, -1)
+        matrix = x.detach().resolve_neg().to(self.torch_dtype)
+        matrix = matrix.unsqueeze(1) if x.ndim == 1 else matrix
         result = kernel(matrix).to(dtype)
         return result[:, 0] if x.ndim == 1 else result
 
