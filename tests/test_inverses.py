@@ -161,6 +161,16 @@ def test_start():
         inverse.set_cg_hyperparameters(x0=[X])
 
 
+def test_drift_of_the_recurrence_is_corrected():
+    A, b = spd(), torch.randn(SIZE)
+    inverse = CGInverseLinearOperator(A)
+    # From so far away, round-off is larger than the tolerance: only a restart can meet it.
+    inverse.set_cg_hyperparameters(x0=1e14 * torch.randn(SIZE))
+    x = inverse @ b
+    assert inverse.last_solve.converged.all()
+    assert (b - A @ x).norm() <= DEFAULT_TOL * b.norm()
+
+
 @pytest.mark.parametrize(
     "form",
     [

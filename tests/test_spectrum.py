@@ -326,5 +326,8 @@ def test_bad_matrices_and_shifts():
         lanczos_approximate_log_spectrum(np.zeros((SMALL, SMALL)), 5, epsilon=0.0)
     with pytest.raises(ValueError, match=r"boundaries are those of \|A\|"):
         lanczos_approximate_log_spectrum(np.eye(SMALL), 5, boundaries=(-1.0, None))
+    for size in (SMALL, LARGE):
+        with pytest.raises(FloatingPointError, match="NaN or infinite"):
+            lanczos_approximate_spectrum(np.full((size, size), np.nan), 5)
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
         lanczos_quadrature(operator_from(np.full((SMALL, SMALL), np.nan)), 5)

@@ -58,8 +58,7 @@ def lanczos_quadrature(A: LinearOperator, ncv: int) -> Quadrature:
         basis[j] = v
         w = A @ v
         alphas.append((w @ v).item())
-        if not np.isfinite(alphas[-1]):
-            raise FloatingPointError("A: its product has NaN or infinite entries.")
+        _check_finite(alphas[-1])
         if j + 1 == len(basis):
             break
         w = _orthogonalize(w, basis[: j + 1])
@@ -135,7 +134,13 @@ def smallest_magnitude(A: LinearOperator, quadrature: Quadrature) -> float:
 
 def _all_eigenvalues(A: LinearOperator) -> np.ndarray:
     matrix = A @ np.eye(A.shape[0])
+    _check_finite(matrix)
     return np.linalg.eigvalsh((matrix + matrix.T) / 2)
+
+
+def _check_finite(values: float | np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise FloatingPointError("A: its product has NaN or infinite entries.")
 
 
 def _shifted_eigenvalue(
@@ -148,6 +153,7 @@ def _shifted_eigenvalue(
     product = shifted @ start
     # ARPACK fails on multiples of the identity. With a random vector in hand they show themselves.
     quotient = float(start @ product)
+    _check_finite(quotient)
     scale = max(abs(shift), float(np.linalg.norm(product)))
     round_off = 10 * torch.finfo(A.torch_dtype).eps * scale
     if np.linalg.norm(product - quotient * start) <= round_off:
