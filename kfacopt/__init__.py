@@ -1,9 +1,42 @@
 """K-FAC for PyTorch: a second-order optimizer whose preconditioner can be checked."""
 
 from kfacopt.curvature.ggn import GGNLinearOperator
+from kfacopt.estimators.diagonal import HutchinsonDiagonalEstimator
+from kfacopt.estimators.spectrum import (
+    LanczosApproximateLogSpectrumCached,
+    LanczosApproximateSpectrumCached,
+    lanczos_approximate_log_spectrum,
+    lanczos_approximate_spectrum,
+)
+from kfacopt.estimators.trace import HutchinsonTraceEstimator, HutchPPTraceEstimator
 from kfacopt.kfac.linear_operator import KFACLinearOperator
+from kfacopt.linalg.conjugate_gradients import NotPositiveDefiniteError
+from kfacopt.linalg.inverses import (
+    CGConvergenceWarning,
+    CGInverseLinearOperator,
+    NeumannInverseLinearOperator,
+)
+from kfacopt.linalg.structured import IdentityLinearOperator, SubmatrixLinearOperator
 from kfacopt.optim.kfac import KFACOptimizer, KFACWarning
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["GGNLinearOperator", "KFACLinearOperator", "KFACOptimizer", "KFACWarning"]
+__all__ = [
+    "CGConvergenceWarning",
+    "CGInverseLinearOperator",
+    "GGNLinearOperator",
+    "HutchPPTraceEstimator",
+    "HutchinsonDiagonalEstimator",
+    "HutchinsonTraceEstimator",
+    "IdentityLinearOperator",
+    "KFACLinearOperator",
+    "KFACOptimizer",
+    "KFACWarning",
+    "LanczosApproximateLogSpectrumCached",
+    "LanczosApproximateSpectrumCached",
+    "NeumannInverseLinearOperator",
+    "NotPositiveDefiniteError",
+    "SubmatrixLinearOperator",
+    "lanczos_approximate_log_spectrum",
+    "lanczos_approximate_spectrum",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,21 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype:
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _flatten(tensors: Sequence[Tensor], shapes: Shapes) -> tuple[Tensor, tuple[int, ...]]:
+def stack_rows(
+    tensors: Sequence[Tensor], shapes: Shapes, name: str = "x"
+) -> tuple[Tensor, tuple[int, ...]]:
     """Stack tensors `[*shape]` or `[*shape, K]` into `[D, K]`; return it and the trailing axes."""
     if len(tensors) != len(shapes):
         raise ValueError(
-            f"x: the operator has {len(shapes)} parameter tensors, the list has {len(tensors)}."
+            f"{name}: the operator has {len(shapes)} parameter tensors, the list has "
+            f"{len(tensors)}."
         )
     trailing = tuple(tensors[0].shape[len(shapes[0]) :]) if tensors else ()
     for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if len(trailing) > 1 or tuple(tensor.shape) != (*shape, *trailing):
             raise ValueError(
-                f"x[{i}] must have the shape {tuple(shape)} of parameter {i}, or that with one "
-                f"more axis for columns, the same for all; got {tuple(tensor.shape)}."
+                f"{name}[{i}] must have the shape {tuple(shape)} of parameter {i}, or that with "
+                f"one more axis for columns, the same for all; got {tuple(tensor.shape)}."
             )
     columns = trailing[0] if trailing else 1
     return torch.cat([t.reshape(-1, columns) for t in tensors]), trailing
@@ -106,7 +110,8 @@ class LinearOperator(SciPyLinearOperator):
         dtype = np.result_type(X.dtype, self.dtype) if X.dtype.kind == "f" else self.dtype
         if X.dtype.kind != "f" or X.dtype.itemsize > 8:
             X = X.astype(np.float64)
-        tensor = torch.from_numpy(np.ascontiguousarray(X))
+        X = np.ascontiguousarray(X, X.dtype.newbyteorder("="))
+        tensor = torch.from_numpy(X if X.flags.writeable else X.copy())
         result = kernel(tensor.to(self.device, self.torch_dtype))
         if result.dtype == torch.bfloat16:
             result = result.float()
@@ -140,7 +145,9 @@ class LinearOperator(SciPyLinearOperator):
             real = self._apply_tensor(kernel, x.real, rows)
             return torch.complex(real, self._apply_tensor(kernel, x.imag, rows))
         dtype = torch.promote_types(x.dtype, self.torch_dtype)
-        matrix = x.detach().to(self.torch_dtype).reshape(rows, -1)
+        # The imaginary part of a conjugate view is lazily negated, which NumPy does not know.
+        matrix = x.detach().resolve_neg().to(self.torch_dtype)
+        matrix = matrix.unsqueeze(1) if x.ndim == 1 else matrix
         result = kernel(matrix).to(dtype)
         return result[:, 0] if x.ndim == 1 else result
 
@@ -157,7 +164,7 @@ class LinearOperator(SciPyLinearOperator):
                 f"x: this {type(self).__name__} does not act between lists of parameter tensors; "
                 "give one tensor."
             )
-        matrix, trailing = _flatten(tensors, in_shapes)
+        matrix, trailing = stack_rows(tensors, in_shapes)
         pieces = split_rows(self._apply_tensor(kernel, matrix, rows), out_shapes)
         return pieces if trailing else [p[..., 0] for p in pieces]
 
@@ -173,7 +180,7 @@ class LinearOperator(SciPyLinearOperator):
             if x.ndim == 0:
                 return ScaledLinearOperator(self, x.item())
             return self._apply_tensor(self._matmat_tensor, x, self.shape[1])
-        if _is_tensor_list(x):
+        if is_tensor_list(x):
             shapes = (self.in_shapes, self.out_shapes)
             return self._apply_list(self._matmat_tensor, x, shapes, self.shape[1])
         if isinstance(x, SciPyLinearOperator):
@@ -190,10 +197,10 @@ class LinearOperator(SciPyLinearOperator):
 
     def _rdot(self, x: Any) -> Any:
         if isinstance(x, Tensor):
-            columns = x.mT if x.ndim == 2 else x
-            result = self._apply_tensor(self._rmatmat_tensor, columns, self.shape[0])
-            return result.mT if x.ndim == 2 else result
-        if _is_tensor_list(x):
+            if x.ndim == 1:
+                return self._apply_tensor(self._rmatmat_tensor, x, self.shape[0])
+            return self._apply_tensor(self._rmatmat_tensor, x.mT, self.shape[0]).mT
+        if is_tensor_list(x):
             shapes = (self.out_shapes, self.in_shapes)
             return self._apply_list(self._rmatmat_tensor, x, shapes, self.shape[0])
         if isinstance(x, SciPyLinearOperator):
@@ -237,7 +244,10 @@ class LinearOperator(SciPyLinearOperator):
 
     def __truediv__(self, x: Any) -> Any:
         """Divide by a number."""
-        return ScaledLinearOperator(self, 1.0 / x)
+        number = x.item() if isinstance(x, Tensor) and x.ndim == 0 else x
+        if not isinstance(number, Number):
+            return NotImplemented
+        return ScaledLinearOperator(self, 1.0 / number)  # type: ignore[operator]
 
     def __neg__(self) -> LinearOperator:
         """Return the operator times −1."""
@@ -264,12 +274,13 @@ class LinearOperator(SciPyLinearOperator):
         return PowerLinearOperator(self, exponent)
 
 
-def _is_tensor_list(x: Any) -> bool:
+def is_tensor_list(x: Any) -> bool:
+    """Tell whether `x` is a non-empty list (or tuple) of tensors."""
     return isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(t, Tensor) for t in x)
 
 
 def _is_torch(x: Any) -> bool:
-    return isinstance(x, Tensor) or _is_tensor_list(x)
+    return isinstance(x, Tensor) or is_tensor_list(x)
 
 
 def as_operator(A: SciPyLinearOperator, like: LinearOperator) -> LinearOperator:
@@ -372,6 +383,10 @@ class SumLinearOperator(LinearOperator):
         return first + second
 
 
+def _knows_no_parameters(A: LinearOperator) -> bool:
+    return A.in_shapes is None and A.out_shapes is None
+
+
 class ProductLinearOperator(LinearOperator):
     """A B."""
 
@@ -381,9 +396,9 @@ class ProductLinearOperator(LinearOperator):
             raise ValueError(f"cannot multiply operators of shapes {A.shape} and {B.shape}.")
         in_shapes, out_shapes = B.in_shapes, A.out_shapes
         # A square operator that knows no parameters (a SciPy one) keeps those of the other.
-        if isinstance(A, ForeignLinearOperator) and A.shape[0] == A.shape[1]:
+        if _knows_no_parameters(A) and A.shape[0] == A.shape[1]:
             out_shapes = B.out_shapes
-        if isinstance(B, ForeignLinearOperator) and B.shape[0] == B.shape[1]:
+        if _knows_no_parameters(B) and B.shape[0] == B.shape[1]:
             in_shapes = A.in_shapes
         shape = (A.shape[0], B.shape[1])
         super().__init__(shape, _common_dtype(A, B), A.device, in_shapes, out_shapes)
@@ -412,11 +427,14 @@ class PowerLinearOperator(LinearOperator):
         self._A, self._exponent = A, int(exponent)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
-        for _ in range(self._exponent):
-            X = self._A._matmat_tensor(X)
-        return X
+        return self._repeat(self._A._matmat_tensor, X)
 
     def _rmatmat_tensor(self, X: Tensor) -> Tensor:
+        return self._repeat(self._A._rmatmat_tensor, X)
+
+    def _repeat(self, kernel: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+        if self._exponent == 0:  # a product never shares memory with its operand
+            return X.clone()
         for _ in range(self._exponent):
-            X = self._A._rmatmat_tensor(X)
+            X = kernel(X)
         return X

@@ -1,0 +1,329 @@
+"""Spectral densities by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from kfacopt.estimators.lanczos import (
+    Quadrature,
+    lanczos_quadrature,
+    largest_magnitude,
+    smallest_magnitude,
+    spectral_ends,
+)
+from kfacopt.estimators.random_vectors import square_operator
+
+Boundaries = tuple[float, float] | tuple[float, None] | tuple[None, float] | None
+Density = tuple[np.ndarray, np.ndarray]
+
+
+def lanczos_approximate_spectrum(
+    A: Any,
+    ncv: int,
+    num_points: int = 1024,
+    num_repeats: int = 1,
+    kappa: float = 3.0,
+    boundaries: Boundaries = None,
+    margin: float = 0.05,
+    boundaries_tol: float = 1e-2,
+) -> Density:
+    r"""Approximate the spectral density p(λ) = 1/D Σ_i δ(λ − λ_i) of a symmetric matrix.
+
+    Each of `num_repeats` Lanczos runs from a random vector has `ncv` nodes l_m, the eigenvalues of
+    its tri-diagonal matrix, and weights w_m, the squared first entries of its eigenvectors. With
+    the spectrum, margins included, mapped to [−1, 1] by t(λ) = (λ − c) / d, the density is the mean
+    over the runs of
+
+        p(λ) = Σ_m w_m / d · N(t(λ); t(l_m), σ²),    σ = 2 / ((ncv − 1) √(8 log κ)).
+
+    It integrates to 1, less what of the bumps lies outside the grid: little as soon as σ is small
+    against `margin`. It is a smoothed density whose moments are unbiased before smoothing.
+
+    A run costs `ncv` products, and the memory of `ncv` vectors, as they are kept orthogonal (see
+    `kfacopt.estimators.lanczos`); boundaries that are not given cost a few dozen products more.
+    `LanczosApproximateSpectrumCached` keeps the runs for further choices of the other arguments.
+    Start vectors come from NumPy's global generator.
+
+    Args:
+        A: Symmetric `[D, D]`: one of our operators, a SciPy operator, an array or a tensor.
+        ncv: The number of Lanczos vectors, 1, …, D. One alone has no width; σ is then that of two.
+        num_points: The number of grid points.
+        num_repeats: The number of Lanczos runs.
+        kappa: κ > 1, which sets the width of the bumps; larger is narrower.
+        boundaries: λ_min and λ_max. What is `None` is estimated, by `eigsh`; where both ends are
+            equal, the grid is as wide as λ is large (or 1 wide at 0).
+        margin: What the grid extends beyond the boundaries, relative to their distance.
+        boundaries_tol: Accuracy of estimated boundaries relative to the width of the spectrum; 0 is
+            machine precision.
+
+    Returns:
+        The grid λ `[num_points]` and the density p(λ) on it, `[num_points]`.
+
+    Raises:
+        ValueError: If A is not square or an argument is out of its range.
+        RuntimeError: If the boundaries' estimate does not converge.
+
+    Example:
+        >>> import numpy as np
+        >>> np.random.seed(0)
+        >>> eigenvalues = np.linspace(0, 1, 200)
+        >>> grid, density = lanczos_approximate_spectrum(np.diag(eigenvalues), ncv=50)
+        >>> print(f"{np.sum(density) * (grid[1] - grid[0]):.2f}")
+        1.00
+
+    References:
+        Papyan (2020), https://jmlr.org/papers/v21/20-933.html, Algorithm 2 and section D.2. There,
+        Lanczos vectors are not re-orthogonalised.
+    """
+    _check_density_arguments(num_repeats, num_points, kappa, margin)
+    cached = LanczosApproximateSpectrumCached(A, ncv, boundaries, boundaries_tol)
+    return cached.approximate_spectrum(num_repeats, num_points, kappa, margin)
+
+
+def lanczos_approximate_log_spectrum(
+    A: Any,
+    ncv: int,
+    num_points: int = 1024,
+    num_repeats: int = 1,
+    kappa: float = 1.04,
+    boundaries: Boundaries = None,
+    margin: float = 0.05,
+    boundaries_tol: float = 1e-2,
+    epsilon: float = 1e-5,
+) -> Density:
+    r"""Approximate the spectral density of log(|A| + εI), with the natural logarithm.
+
+    As `lanczos_approximate_spectrum`, with bumps that are Gaussian in s = log(|λ| + ε): with
+    t(s) = (s − c) / d and s_m = log(|l_m| + ε),
+
+        p(λ) = 1/λ Σ_m w_m / d · N(t(log λ); t(s_m), σ²).
+
+    Grid and density are given over λ = eˢ, that is, over |λ| + ε, as the density's plot on a
+    logarithmic axis needs it: the grid is evenly spaced in s, and p integrates to 1 over λ. The
+    density over s is λ p(λ).
+
+    Args:
+        A: Symmetric `[D, D]`: one of our operators, a SciPy operator, an array or a tensor.
+        ncv: The number of Lanczos vectors, 1, …, D.
+        num_points: The number of grid points.
+        num_repeats: The number of Lanczos runs.
+        kappa: κ > 1, which sets the width of the bumps; larger is narrower.
+        boundaries: The least and largest eigenvalue of |A|. What is `None` is estimated: the
+            largest by `eigsh`; the least, inside the spectrum where nothing matrix-free finds it,
+            as the least |node| of the first run (exactly for small matrices).
+        margin: What the grid extends beyond the boundaries, relative to their distance in s.
+        boundaries_tol: Relative accuracy of an estimated largest eigenvalue.
+        epsilon: ε ≥ 0. Must be positive if |A| has the eigenvalue 0.
+
+    Returns:
+        The grid λ `[num_points]` and the density p(λ) on it, `[num_points]`.
+
+    Raises:
+        ValueError: If A is not square or an argument is out of its range.
+        RuntimeError: If the boundaries' estimate does not converge.
+
+    Example:
+        >>> import numpy as np
+        >>> np.random.seed(0)
+        >>> A = np.diag(np.logspace(-3, 0, 200))
+        >>> grid, density = lanczos_approximate_log_spectrum(A, ncv=100)
+        >>> total = np.sum(grid * density) * (np.log(grid[1]) - np.log(grid[0]))
+        >>> print(f"{total:.1f}")
+        1.0
+
+    References:
+        Papyan (2020), https://jmlr.org/papers/v21/20-933.html, sections C.7 and D.2.
+    """
+    _check_density_arguments(num_repeats, num_points, kappa, margin, epsilon)
+    cached = LanczosApproximateLogSpectrumCached(A, ncv, boundaries, boundaries_tol)
+    return cached.approximate_log_spectrum(num_repeats, num_points, kappa, margin, epsilon)
+
+
+class _LanczosRuns:
+    """Lanczos runs of one matrix, made when they are first needed."""
+
+    def __init__(self, A: Any, ncv: int, boundaries: Boundaries, boundaries_tol: float) -> None:
+        self._A = square_operator(A)
+        _check_integer("ncv", ncv, 1, self._A.shape[0], " (A's dimension)")
+        if not 0 <= boundaries_tol < math.inf:
+            raise ValueError(f"boundaries_tol must be finite and at least 0, got {boundaries_tol}.")
+        self._ncv = int(ncv)
+        self._given = _checked_boundaries(boundaries)
+        self._tol = float(boundaries_tol)
+        self._round_off = 10 * torch.finfo(self._A.torch_dtype).eps
+        self._kept: list[Quadrature] = []
+
+    def _runs(self, count: int) -> list[Quadrature]:
+        while len(self._kept) < count:
+            self._kept.append(lanczos_quadrature(self._A, self._ncv))
+        return self._kept[:count]
+
+
+class LanczosApproximateSpectrumCached(_LanczosRuns):
+    """`lanczos_approximate_spectrum` for one matrix and many choices of the other arguments.
+
+    Lanczos runs are kept: another width, margin or resolution costs no product, and more repeats
+    only the runs that are new. If the matrix changes, make a new object.
+
+    Args:
+        A: Symmetric `[D, D]`: one of our operators, a SciPy operator, an array or a tensor.
+        ncv: The number of Lanczos vectors, 1, …, D.
+        boundaries: λ_min and λ_max; what is `None` is estimated, here, once.
+        boundaries_tol: Accuracy of estimated boundaries relative to the width of the spectrum.
+
+    Raises:
+        ValueError: If A is not square or an argument is out of its range.
+        RuntimeError: If the boundaries' estimate does not converge.
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        ncv: int,
+        boundaries: Boundaries = None,
+        boundaries_tol: float = 1e-2,
+    ) -> None:
+        super().__init__(A, ncv, boundaries, boundaries_tol)
+        self._boundaries = spectral_ends(self._A, *self._given, self._tol)
+
+    def approximate_spectrum(
+        self,
+        num_repeats: int = 1,
+        num_points: int = 1024,
+        kappa: float = 3.0,
+        margin: float = 0.05,
+    ) -> Density:
+        """Approximate the spectral density of A.
+
+        Arguments, result and errors are those of `lanczos_approximate_spectrum`.
+        """
+        _check_density_arguments(num_repeats, num_points, kappa, margin)
+        center, half_width = _grid_of(self._boundaries, margin, self._round_off)
+        t = np.linspace(-1.0, 1.0, num_points)
+        density = np.zeros(num_points)
+        for nodes, weights in self._runs(num_repeats):
+            bumps = _bumps(t, (nodes - center) / half_width, self._ncv, kappa)
+            density += weights @ bumps / (half_width * num_repeats)
+        return center + half_width * t, density
+
+
+class LanczosApproximateLogSpectrumCached(_LanczosRuns):
+    """`lanczos_approximate_log_spectrum` for one matrix and many choices of the other arguments.
+
+    Lanczos runs are kept, as in `LanczosApproximateSpectrumCached`.
+
+    Args:
+        A: Symmetric `[D, D]`: one of our operators, a SciPy operator, an array or a tensor.
+        ncv: The number of Lanczos vectors, 1, …, D.
+        boundaries: The least and largest eigenvalue of |A|; what is `None` is estimated, here,
+            once.
+        boundaries_tol: Relative accuracy of an estimated largest eigenvalue.
+
+    Raises:
+        ValueError: If A is not square or an argument is out of its range.
+        RuntimeError: If the boundaries' estimate does not converge.
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        ncv: int,
+        boundaries: Boundaries = None,
+        boundaries_tol: float = 1e-2,
+    ) -> None:
+        super().__init__(A, ncv, boundaries, boundaries_tol)
+        lower, upper = self._given
+        for value in (lower, upper):
+            if value is not None and value < 0:
+                raise ValueError(f"boundaries are those of |A|, at least 0, got {boundaries}.")
+        if upper is None:
+            upper = max(lower or 0.0, largest_magnitude(self._A, self._tol))
+        if lower is None:
+            lower = min(upper, smallest_magnitude(self._A, self._runs(1)[0]))
+        self._boundaries = (lower, upper)
+
+    def approximate_log_spectrum(
+        self,
+        num_repeats: int = 1,
+        num_points: int = 1024,
+        kappa: float = 3.0,
+        margin: float = 0.05,
+        epsilon: float = 1e-5,
+    ) -> Density:
+        """Approximate the spectral density of log(|A| + εI).
+
+        Arguments, result and errors are those of `lanczos_approximate_log_spectrum`; only the
+        default of `kappa` is another.
+        """
+        _check_density_arguments(num_repeats, num_points, kappa, margin, epsilon)
+        lower, upper = self._boundaries
+        if lower + epsilon == 0:
+            raise ValueError("epsilon must be positive as |A| has the eigenvalue 0, got 0.")
+        log_boundaries = (math.log(lower + epsilon), math.log(upper + epsilon))
+        center, half_width = _grid_of(log_boundaries, margin, self._round_off)
+        t = np.linspace(-1.0, 1.0, num_points)
+        grid = np.exp(center + half_width * t)
+        density = np.zeros(num_points)
+        for nodes, weights in self._runs(num_repeats):
+            logs = np.log(np.maximum(np.abs(nodes) + epsilon, np.finfo(np.float64).tiny))
+            bumps = _bumps(t, (logs - center) / half_width, self._ncv, kappa)
+            density += weights @ bumps / (half_width * num_repeats)
+        return grid, density / grid
+
+
+def _grid_of(
+    boundaries: tuple[float, float], margin: float, round_off: float
+) -> tuple[float, float]:
+    """Return the centre and half the width of a grid, margins included."""
+    lower, upper = boundaries
+    center, width = (lower + upper) / 2, upper - lower
+    size = max(abs(lower), abs(upper))
+    if width <= round_off * size:
+        width = size or 1.0
+    return center, width * (0.5 + margin)
+
+
+def _bumps(t: np.ndarray, nodes: np.ndarray, ncv: int, kappa: float) -> np.ndarray:
+    """Evaluate the normal densities around nodes `[n]` at `t` `[num_points]`: `[n, num_points]`."""
+    sigma = 2 / max(ncv - 1, 1) / math.sqrt(8 * math.log(kappa))
+    deviations = (t - nodes[:, None]) / sigma
+    bumps: np.ndarray = np.exp(-0.5 * deviations**2) / (sigma * math.sqrt(2 * math.pi))
+    return bumps
+
+
+def _check_integer(
+    name: str, value: int, least: int, most: int | None = None, note: str = ""
+) -> None:
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):
+        bound = f"of at least {least}" if most is None else f"between {least} and {most}{note}"
+        raise ValueError(f"{name} must be an integer {bound}, got {value!r}.")
+
+
+def _check_density_arguments(
+    num_repeats: int, num_points: int, kappa: float, margin: float, epsilon: float = 0.0
+) -> None:
+    _check_integer("num_repeats", num_repeats, 1)
+    _check_integer("num_points", num_points, 1)
+    if not 1 < kappa < math.inf:
+        raise ValueError(f"kappa must be finite and greater than 1, got {kappa}.")
+    for name, value in (("margin", margin), ("epsilon", epsilon)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+
+
+def _checked_boundaries(boundaries: Boundaries) -> tuple[float | None, float | None]:
+    pair = (None, None) if boundaries is None else tuple(boundaries)
+    if len(pair) != 2:
+        raise ValueError(f"boundaries must be a pair (lower, upper), got {boundaries}.")
+    for value in pair:
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"boundaries must be finite or None, got {boundaries}.")
+    lower, upper = (None if value is None else float(value) for value in pair)
+    if lower is not None and upper is not None and lower > upper:
+        raise ValueError(f"boundaries must be a pair (lower, upper), got {boundaries}.")
+    return lower, upper
