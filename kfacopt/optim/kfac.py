@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +26,11 @@ from kfacopt.likelihoods import FISHER_TYPES, FisherType, likelihood_of
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 from kfacopt.optim.distributed import average_moments, data_parallel_group
 from kfacopt.optim.fallback import adamw_step
+from kfacopt.optim.messages import log_layers, missing_statistics
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import fold_factors, inverse_of, precondition, refresh_inverse
 from kfacopt.optim.statistics import CurvatureOptions, StatisticsCollector
 from kfacopt.optim.step_rules import apply_step, kl_clip_scale
-
-logger = logging.getLogger("kfacopt")
 
 
 class KFACWarning(UserWarning):
@@ -186,7 +185,8 @@ class KFACOptimizer(Optimizer):
         likelihood = None if loss_func is None else likelihood_of(loss_func)
         form = FactorForm(kfac_approx, max_factor_dim)
         self._curvature = CurvatureOptions(fisher_type, mc_samples, form, likelihood)
-        self._model, self._seed = model, seed
+        self._model = None if model is None else weakref.ref(model)
+        self._seed = seed
         self._layers: list[Layer] = []
         self._names: dict[int, str] = {}
         self._warned: set[str] = set()
@@ -225,7 +225,7 @@ class KFACOptimizer(Optimizer):
     def _connect(self) -> None:
         """Find the modules of the parameters and put hooks on them."""
         params = self._parameters()
-        modules = find_modules(params, self._model)
+        modules = find_modules(params, None if self._model is None else self._model())
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
         self._names = parameter_names(modules, params)
         self._layers = [layer for layer, _ in layers]
@@ -235,33 +235,15 @@ class KFACOptimizer(Optimizer):
         self._generator = generator
         hosts = [module for _, module in modules]
         self._collector = StatisticsCollector(layers, hosts, self._curvature, generator)
-        self._log_layers(params)
-
-    def _log_layers(self, params: list[Parameter]) -> None:
         covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
         rest = [self._names[id(p)] for p in params if id(p) not in covered]
-        logger.info(
-            "K-FAC preconditions %d layers; trained by the AdamW fallback: %s",
-            len(self._layers),
-            ", ".join(rest) or "none",
-        )
+        log_layers(self._layers, rest, self._curvature.form)
         if not self._layers:
             self._warn(
                 "no-layers",
                 "none of the parameters is in a layer that K-FAC knows (nn.Linear, nn.Conv2d); "
                 "all are trained by the AdamW fallback.",
             )
-        form = self._curvature.form
-        for layer in self._layers:
-            for side, width in (("input", layer.d_in), ("grad_output", layer.d_out)):
-                if form.diagonal(width):
-                    logger.warning(
-                        "layer %r: its %s factor is kept as a diagonal, %d > max_factor_dim = %s",
-                        layer.name,
-                        side,
-                        width,
-                        form.max_factor_dim,
-                    )
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -351,20 +333,7 @@ class KFACOptimizer(Optimizer):
         owned = [p for layer in self._layers for p in (layer.weight, layer.bias)]
         if not any(p is not None and p.grad is not None for p in owned):
             return
-        if not forward_seen:
-            cause = (
-                "no forward pass of the model went through the optimizer's hooks since the last "
-                "step. If the parameters are used by another module than the one that owns them, "
-                "name it with model=; if the model was compiled and called before the optimizer "
-                "was made, call torch._dynamo.reset()."
-            )
-        else:
-            seen = f" ({', '.join(sorted(unknown_losses))} is not known)" if unknown_losses else ""
-            cause = (
-                f"no loss was recognised on the model's output{seen}. Use cross_entropy, mse_loss, "
-                "binary_cross_entropy_with_logits or nll_loss from torch.nn (or its functional), "
-                "or say with loss_func= what the loss at the model's output is."
-            )
+        cause = missing_statistics(forward_seen, unknown_losses)
         if any("factor_weight" in self.state[layer.anchor] for layer in self._layers):
             self._warn("missing-loss", f"{cause} The step uses the curvature of earlier steps.")
         else:

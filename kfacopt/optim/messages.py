@@ -1,0 +1,58 @@
+"""What the optimizer tells its user: log lines and the causes of errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.layers import Layer
+
+logger = logging.getLogger("kfacopt")
+
+
+def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorForm) -> None:
+    """Log, once, which parameters the fallback trains, and which factors are diagonals.
+
+    Args:
+        layers: The layers with Kronecker factors.
+        fallback: The names of all other parameters.
+        form: How factors are formed.
+    """
+    logger.info(
+        "K-FAC preconditions %d layers; trained by the AdamW fallback: %s",
+        len(layers),
+        ", ".join(fallback) or "none",
+    )
+    for layer in layers:
+        for side, width in (("input", layer.d_in), ("grad_output", layer.d_out)):
+            if form.diagonal(width):
+                logger.warning(
+                    "layer %r: its %s factor is kept as a diagonal, %d > max_factor_dim = %s",
+                    layer.name,
+                    side,
+                    width,
+                    form.max_factor_dim,
+                )
+
+
+def missing_statistics(forward_seen: bool, unknown_losses: set[str]) -> str:
+    """Say why there are gradients but no statistics, and the way out.
+
+    Args:
+        forward_seen: Whether a forward pass went through the hooks.
+        unknown_losses: Loss functions that were called but are not known.
+    """
+    if not forward_seen:
+        return (
+            "no forward pass of the model went through the optimizer's hooks since the last step. "
+            "If the parameters are used by another module than the one that owns them, name it "
+            "with model=; if the model was compiled and called before the optimizer was made, "
+            "call torch._dynamo.reset()."
+        )
+    seen = f" ({', '.join(sorted(unknown_losses))} is not known)" if unknown_losses else ""
+    return (
+        f"no loss was recognised on the model's output{seen}. Use cross_entropy, mse_loss, "
+        "binary_cross_entropy_with_logits or nll_loss from torch.nn (or its functional), or say "
+        "with loss_func= what the loss at the model's output is."
+    )
