@@ -28,7 +28,20 @@ from kfacopt.optim.distributed import average_moments, data_parallel_group
 from kfacopt.optim.fallback import adamw_step
 from kfacopt.optim.messages import log_layers, missing_statistics
 from kfacopt.optim.model_search import find_modules, parameter_names
-from kfacopt.optim.preconditioner import fold_factors, inverse_of, precondition, refresh_inverse
+from kfacopt.optim.preconditioner import (
+    factor_shapes,
+    fold_factors,
+    inverse_of,
+    precondition,
+    refresh_inverse,
+)
+from kfacopt.optim.serialization import (
+    check_groups,
+    check_shapes,
+    restore_dtypes,
+    restore_generator,
+    store_generator,
+)
 from kfacopt.optim.statistics import CurvatureOptions, StatisticsCollector
 from kfacopt.optim.step_rules import apply_step, kl_clip_scale
 
@@ -185,13 +198,8 @@ class KFACOptimizer(Optimizer):
         likelihood = None if loss_func is None else likelihood_of(loss_func)
         form = FactorForm(kfac_approx, max_factor_dim)
         self._curvature = CurvatureOptions(fisher_type, mc_samples, form, likelihood)
-        self._model = None if model is None else weakref.ref(model)
         self._seed = seed
-        self._layers: list[Layer] = []
-        self._names: dict[int, str] = {}
-        self._warned: set[str] = set()
-        self._ddp_known = False
-        self._ddp_group: Any = None
+        self._start_unconnected(model)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -200,7 +208,16 @@ class KFACOptimizer(Optimizer):
             "fallback_lr": fallback_lr,
         }
         super().__init__(params, defaults)
+        self._generator = Generator(self._parameters()[0].device).manual_seed(seed)
         self._connect()
+
+    def _start_unconnected(self, model: nn.Module | None) -> None:
+        self._model = None if model is None else weakref.ref(model)
+        self._layers: list[Layer] = []
+        self._names: dict[int, str] = {}
+        self._warned: set[str] = set()
+        self._ddp_known = False
+        self._ddp_group: Any = None
 
     # Groups and modules ------------------------------------------------------------------------
 
@@ -222,19 +239,15 @@ class KFACOptimizer(Optimizer):
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _connect(self) -> None:
+    def _connect(self, modules: list[tuple[str, nn.Module]] | None = None) -> None:
         """Find the modules of the parameters and put hooks on them."""
         params = self._parameters()
-        modules = find_modules(params, None if self._model is None else self._model())
+        if modules is None:
+            modules = find_modules(params, None if self._model is None else self._model())
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
         self._names = parameter_names(modules, params)
         self._layers = [layer for layer, _ in layers]
-        generator = getattr(self, "_generator", None)
-        if generator is None:
-            generator = Generator(params[0].device).manual_seed(self._seed)
-        self._generator = generator
-        hosts = [module for _, module in modules]
-        self._collector = StatisticsCollector(layers, hosts, self._curvature, generator)
+        self._collector = StatisticsCollector(layers, modules, self._curvature, self._generator)
         covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
         rest = [self._names[id(p)] for p in params if id(p) not in covered]
         log_layers(self._layers, rest, self._curvature.form)
@@ -254,6 +267,56 @@ class KFACOptimizer(Optimizer):
                 KFACWarning,
                 stacklevel=4,
             )
+
+    # State -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.
+
+        A run that is resumed from it between two steps goes on bit by bit as it would have.
+        """
+        store_generator(self.state, self._layers, self._generator)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; factors keep their own dtype.
+
+        Args:
+            state_dict: What `state_dict` returned, for the same parameters in the same order.
+
+        Raises:
+            ValueError: If it is not a KFACOptimizer's or does not fit the layers.
+        """
+        check_groups(state_dict)
+        super().load_state_dict(state_dict)
+        restore_dtypes(self.state, self.param_groups, state_dict)
+        form = self._curvature.form
+        check_shapes(self.state, [(la, factor_shapes(la, form)) for la in self._layers])
+        self._resume()
+
+    def _resume(self) -> None:
+        restore_generator(self.state, self._generator)
+        self._collector.clear()
+        new = any("factor_weight" not in self.state[layer.anchor] for layer in self._layers)
+        self._collector.active = new or self._due(self._schedule.factor_update_interval)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles are made of, the modules included."""
+        store_generator(self.state, self._layers, self._generator)
+        own = {name: getattr(self, name) for name in ("_schedule", "_curvature", "_seed")}
+        return super().__getstate__() | own | {"_modules": self._collector.living_modules()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy that works on copies of the modules."""
+        modules = state.pop("_modules", None)
+        if modules is None:  # Optimizer.load_state_dict comes here with state and groups alone
+            super().__setstate__(state)
+            return
+        self._start_unconnected(None)
+        super().__setstate__(state)
+        self._generator = Generator(self._parameters()[0].device).manual_seed(self._seed)
+        self._connect(modules)
+        self._resume()
 
     # Steps -------------------------------------------------------------------------------------
 

@@ -29,6 +29,33 @@ _INVERSES = {
 }
 
 
+def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's running factors by their key in the state."""
+    return {
+        name: (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
+        for name, side in (("input_factor", layer.d_in), ("grad_output_factor", layer.d_out))
+    }
+
+
+def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
+    """Give a layer's state empty running factors if it has none, or of another shape.
+
+    Their shapes follow from the parameters, as `torch.distributed.checkpoint` needs it.
+
+    Args:
+        state: The optimizer's state of the layer's anchor parameter.
+        layer: The layer.
+        form: How factors are formed.
+    """
+    dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
+    shapes = factor_shapes(layer, form)
+    if all(name in state and state[name].shape == shape for name, shape in shapes.items()):
+        return
+    for name, shape in shapes.items():
+        state[name] = torch.zeros(shape, dtype=dtype, device=device)
+    state["factor_weight"] = torch.zeros((), dtype=dtype, device=device)
+
+
 def fold_factors(
     state: State, layer: Layer, moments: Moments, form: FactorForm, ema_decay: float
 ) -> None:
@@ -43,12 +70,7 @@ def fold_factors(
         form: How factors are formed.
         ema_decay: The decay of earlier statistics; a step's weight is its number of terms.
     """
-    if "factor_weight" not in state:
-        dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
-        for name, side in (("input_factor", layer.d_in), ("grad_output_factor", layer.d_out)):
-            shape = (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
-            state[name] = torch.zeros(shape, dtype=dtype, device=device)
-        state["factor_weight"] = torch.zeros((), dtype=dtype, device=device)
+    initialise_factors(state, layer, form)
     A, G, terms = moments.factors()
     total = state["factor_weight"]
     terms = terms.to(total)

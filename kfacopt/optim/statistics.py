@@ -102,7 +102,7 @@ class StatisticsCollector:
 
     Args:
         layers: The layers with their modules.
-        modules: All modules that contain any trained parameter.
+        modules: All modules that contain any trained parameter, with their names.
         options: Which curvature is collected.
         generator: Draws labels.
     """
@@ -110,7 +110,7 @@ class StatisticsCollector:
     def __init__(
         self,
         layers: Iterable[tuple[Layer, list[nn.Module]]],
-        modules: Iterable[nn.Module],
+        modules: Iterable[tuple[str, nn.Module]],
         options: CurvatureOptions,
         generator: Generator,
     ) -> None:
@@ -128,11 +128,18 @@ class StatisticsCollector:
             for module in own:
                 self._layers_of.setdefault(id(module), []).append(layer)
         handles = []
-        for module in modules:
+        self._modules: list[tuple[str, weakref.ref[nn.Module]]] = []
+        for name, module in modules:
+            self._modules.append((name, weakref.ref(module)))
             enter, leave = _Hook(self._enter), _Hook(self._leave)
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
         self._finalizer = weakref.finalize(self, _remove, handles)
+
+    def living_modules(self) -> list[tuple[str, nn.Module]]:
+        """Return the modules with hooks, and their names."""
+        living = [(name, ref()) for name, ref in self._modules]
+        return [(name, module) for name, module in living if module is not None]
 
     def remove_hooks(self) -> None:
         """Take the hooks off the modules."""
