@@ -26,6 +26,7 @@ from kfacopt.likelihoods import FISHER_TYPES, FisherType, likelihood_of
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 from kfacopt.optim.distributed import average_moments, data_parallel_group
 from kfacopt.optim.fallback import adamw_step
+from kfacopt.optim.loss_scale import calling_loss_scale
 from kfacopt.optim.messages import log_layers, missing_statistics
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import (
@@ -388,8 +389,10 @@ class KFACOptimizer(Optimizer):
             pending = average_moments(pending, self._layers, form, self._ddp_group)
         if not pending:
             self._report_missing_loss(forward_seen, unknown_losses)
+        loss_scale = calling_loss_scale() ** self._curvature.loss_scale_power
         for layer, moments in pending.items():
             state = self.state[layer.anchor]
+            moments.grad_output_sum /= loss_scale
             fold_factors(state, layer, moments, form, self._schedule.ema_decay)
 
     def _report_missing_loss(self, forward_seen: bool, unknown_losses: set[str]) -> None:

@@ -79,6 +79,17 @@ class CurvatureOptions:
     form: FactorForm
     likelihood: Likelihood | None
 
+    @property
+    def loss_scale_power(self) -> int:
+        """How often G carries a factor on the loss that is not the objective's: a loss scale.
+
+        A recognised loss's factor is carried once. A stated loss is not looked at, but the
+        gradients of an empirical Fisher carry the factor, squared.
+        """
+        if self.likelihood is None:
+            return 1
+        return 2 if self.fisher_type == "empirical" else 0
+
 
 class _Hook:
     """A module hook that keeps its owner alive no longer than others do.
@@ -122,6 +133,7 @@ class StatisticsCollector:
         self._open: list[_EmpiricalPass] = []
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._depth = 0
+        self._task = -1  # of the user's backward pass that runs
         self._mode: LossCallMode | None = None
         self._layers_of: dict[int, list[Layer]] = {}
         for layer, own in layers:
@@ -248,7 +260,23 @@ class StatisticsCollector:
         (probed_output,) = differentiable_tensors(probed)
         get_gradient_edge(probed_output).node.register_prehook(on_backward)
 
+    def _drop_stale(self) -> None:
+        """Forget statistics whose gradients were reset by others than `zero_grad` here.
+
+        A `GradScaler` skips steps, after which `model.zero_grad()` may follow. An earlier backward
+        pass that reached a layer has left a gradient there.
+        """
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            self.pending = {
+                layer: moments
+                for layer, moments in self.pending.items()
+                if layer.anchor.grad is not None
+            }
+
     def _collect(self, call: LossCall, passes: list[ForwardPass], upstream: Tensor) -> None:
+        self._drop_stale()
         if self._options.fisher_type == "empirical":
             self._collect_empirical(call, passes, upstream)
             return
