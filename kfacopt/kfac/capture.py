@@ -25,12 +25,23 @@ class LayerUse:
         input: What it was called with, without a graph.
         edge: The gradient edge of its output. Unlike the tensor, it survives an in-place
             activation behind the layer and keeps no memory alive.
+        version: The input's version counter at the call.
     """
 
     layer: Layer
     module: nn.Module
     input: Tensor
     edge: GradientEdge
+    version: int
+
+    def checked_input(self) -> Tensor:
+        """Return the input, or raise if it was changed in place after the call."""
+        if self.input._version != self.version:
+            raise RuntimeError(
+                f"layer {self.layer.name!r}: its input was changed in place after the layer used "
+                "it, so that its factor would be wrong. Write x = x + ... instead of x += ..."
+            )
+        return self.input
 
 
 def record_use(
@@ -45,7 +56,8 @@ def record_use(
     if all(p is not layer.anchor for p in module._parameters.values()):
         return None
     x = args[0] if args else kwargs["input"]
-    return LayerUse(layer, module, x.detach(), get_gradient_edge(output))
+    detached = x.detach()
+    return LayerUse(layer, module, detached, get_gradient_edge(output), detached._version)
 
 
 @contextmanager
@@ -72,7 +84,8 @@ def capture(layers: Iterable[tuple[Layer, list[nn.Module]]]) -> Iterator[list[La
     try:
         for layer, modules in layers:
             handles += [
-                m.register_forward_hook(make_hook(layer), with_kwargs=True) for m in modules
+                m.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
+                for m in modules
             ]
         yield uses
     finally:
@@ -100,18 +113,17 @@ def loss_vectors(
 
     Args:
         likelihood: What the loss means.
-        output: z, `[N, ...]`.
+        output: z, `[N, ...]`, widened.
         weights: ω_t, from `Likelihood.curvature_weights`.
         fisher_type: `"mc"` or `"type-2"`.
         mc_samples: How many labels to draw for each datum, for `"mc"`.
         generator: Draws labels, or signs.
     """
-    z = output.detach()
     if fisher_type == "type-2":
-        yield from likelihood.hessian_root(z, weights, generator)
+        yield from likelihood.hessian_root(output, weights, generator)
         return
     for _ in range(mc_samples):
-        yield likelihood.sample_gradient(z, weights / mc_samples, generator)
+        yield likelihood.sample_gradient(output, weights / mc_samples, generator)
 
 
 def would_be_gradients(

@@ -92,9 +92,11 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
     rows: list[Tensor] = []
     positions: list[int] = []
     for use in uses:
-        a, count = layer_inputs(use.module, use.input.to(dtype), form.reduce)
+        a, count = layer_inputs(use.module, use.checked_input().to(dtype), form.reduce)
         if layer.joint:
-            a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+            # A module that shares W but not b adds nothing to b's side.
+            constant = float(use.module._parameters.get("bias") is layer.bias)
+            a = torch.cat([a, a.new_full((*a.shape[:-1], 1), constant)], dim=-1)
         rows.append(a)
         positions.append(count)
     if form.reduce and len({a.shape[1] for a in rows}) == 1:

@@ -147,7 +147,8 @@ def find_layers(
     """Find the supported layers that own any of the parameters.
 
     Modules that share their weight (and bias) are one layer. A bias that a module does not share
-    with the module of the same weight has no layer.
+    with the module of the same weight has no layer, nor has a parameter that a module of another
+    kind owns too (an embedding tied to a linear layer), or one that requires no gradient.
 
     Args:
         named_modules: Candidate modules with their names.
@@ -157,9 +158,13 @@ def find_layers(
     Returns:
         Each layer with the modules that call it, in the order of the modules.
     """
-    wanted = {id(p) for p in params}
+    modules_by_name = list(named_modules)
+    wanted = {id(p) for p in params if p.requires_grad}
+    for _, module in modules_by_name:
+        if not is_supported(module):  # tied to a supported layer, for instance an embedding
+            wanted -= {id(p) for p in module._parameters.values()}
     layers: dict[int, tuple[Layer, list[nn.Module]]] = {}
-    for name, module in named_modules:
+    for name, module in modules_by_name:
         if not is_supported(module):
             continue
         weight, bias = (
@@ -197,6 +202,13 @@ def _convolution_patches(module: nn.Conv2d, x: Tensor) -> Tensor:
     return x
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Bring `[N, ..., d]` or `[d]` to `[N, S, d]`; N may be 0, where -1 could not be inferred."""
+    if x.ndim == 1:
+        return x.reshape(1, 1, -1)
+    return x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
+
+
 def layer_inputs(module: nn.Module, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
     """Bring a module's input to `[B, N, S, d_in]`.
 
@@ -216,7 +228,7 @@ def layer_inputs(module: nn.Module, x: Tensor, reduce: bool) -> tuple[Tensor, in
         # [N, C, OH, OW, KH, KW] -> [B, N, OH OW, C/B KH KW], the order of the weight's entries
         patches = patches.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 4, 2, 5, 6)
         return patches.flatten(4).flatten(2, 3), positions
-    rows = x.reshape(1, 1, -1) if x.ndim == 1 else x.reshape(x.shape[0], -1, x.shape[-1])
+    rows = _rows(x)
     positions = rows.shape[1]
     return (rows.mean(1, keepdim=True) if reduce else rows).unsqueeze(0), positions
 
@@ -233,5 +245,4 @@ def layer_grad_outputs(module: nn.Module, g: Tensor) -> Tensor:
             g = g.unsqueeze(0)
         channels = g.reshape(g.shape[0], module.groups, g.shape[1] // module.groups, -1)
         return channels.permute(1, 0, 3, 2)
-    rows = g.reshape(1, 1, -1) if g.ndim == 1 else g.reshape(g.shape[0], -1, g.shape[-1])
-    return rows.unsqueeze(0)
+    return _rows(g).unsqueeze(0)

@@ -34,6 +34,7 @@ from kfacopt.likelihoods import (
     FisherType,
     Likelihood,
     likelihood_of,
+    widened,
 )
 from kfacopt.linalg.kronecker import (
     DAMPING_METHODS,
@@ -296,11 +297,12 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             with capture(self._layers) as uses:
                 output = self._model_func(X)
             _check_output(output)
-            normalizer = normalizer + self._likelihood.normalizer(output.detach(), y)
-            terms = terms + self._empirical_terms(output.detach(), y, batch_size(X))
+            z = widened(output)
+            normalizer = normalizer + self._likelihood.normalizer(z, y)
+            terms = terms + self._empirical_terms(z, y, batch_size(X))
             reached: set[LayerUse] = set()
             for vector in self._vectors(output, y, generator):
-                vector_grads = would_be_gradients(output, uses, vector)
+                vector_grads = would_be_gradients(output, uses, vector.to(output.dtype))
                 by_use = {u: g for u, g in zip(uses, vector_grads, strict=True) if g is not None}
                 reached.update(by_use)
                 for layer, own in group_by_layer(by_use).items():
@@ -319,13 +321,14 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     def _vectors(self, output: Tensor, y: Tensor, generator: Generator) -> Iterator[Tensor]:
         """Yield the vectors of the *summed* loss; `_scale` makes them those of the mean."""
         if self._fisher_type != "empirical":
-            weights = self._likelihood.term_weights(output.detach(), y)
+            z = widened(output)
+            weights = self._likelihood.term_weights(z, y)
             options = (self._fisher_type, self._mc_samples, generator)
-            yield from loss_vectors(self._likelihood, output, weights, *options)
+            yield from loss_vectors(self._likelihood, z, weights, *options)
             return
         summed: Any = copy.copy(self._loss_func)
         summed.reduction = "sum"
-        z = output.detach().requires_grad_()
+        z = widened(output).requires_grad_()
         yield torch.autograd.grad(summed(z, y), z)[0]
 
     def _empirical_terms(self, output: Tensor, y: Tensor, data: int) -> Tensor:

@@ -234,7 +234,7 @@ class KFACOptimizer(Optimizer):
         group.setdefault("base_lr", group["lr"])
         group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
         if self._layers or self._names:
-            self._collector.remove_hooks()
+            self._collector.active = False
             self._connect()
 
     def _parameters(self) -> list[Parameter]:
@@ -383,10 +383,17 @@ class KFACOptimizer(Optimizer):
         if not self._ddp_known:
             self._ddp_group, self._ddp_known = data_parallel_group(self._parameters()), True
         unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
+        ignored = self._collector.unknown_objectives
         pending = self._collector.finish()
         form = self._curvature.form
         if self._ddp_group is not None:
             pending = average_moments(pending, self._layers, form, self._ddp_group)
+        if pending and ignored and self._curvature.likelihood is None:
+            self._warn(
+                "ignored-loss",
+                f"the objective contains {', '.join(sorted(ignored))}, whose curvature is not "
+                "known: it counts by its gradient alone.",
+            )
         if not pending:
             self._report_missing_loss(forward_seen, unknown_losses)
         loss_scale = calling_loss_scale() ** self._curvature.loss_scale_power

@@ -34,7 +34,7 @@ class LossObserver(Protocol):
     ) -> None:
         """Take note of a recognised loss on the outputs of forward passes."""
 
-    def observe_unknown_loss(self, name: str) -> None:
+    def observe_unknown_loss(self, name: str, loss: Tensor) -> None:
         """Take note of a call of a loss function that is not known."""
 
 
@@ -45,7 +45,6 @@ class ForwardPass:
 
     Attributes:
         uses: The uses of layers, in order.
-        counted: The uses whose inputs have been counted.
         consumed: Whether its output became the input of another outermost module.
     """
 
@@ -54,7 +53,6 @@ class ForwardPass:
         # Weak: an output that is kept must not keep a deleted optimizer at work.
         self._observer = weakref.ref(observer)
         self.uses: list[LayerUse] = []
-        self.counted: set[LayerUse] = set()
         self.consumed = False
 
     @property
@@ -140,7 +138,7 @@ def _notify(
         if observer is None:
             continue
         if call is None:
-            observer.observe_unknown_loss(func.__name__)
+            observer.observe_unknown_loss(func.__name__, loss)
         else:
             observer.observe_loss(call, loss, [p for p in passes if p.observer is observer])
 

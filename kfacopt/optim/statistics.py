@@ -2,15 +2,17 @@
 
 Hooks on the modules that contain the parameters record the uses of layers; a hook on the loss value
 that the user computes turns them into moments when the user's backward pass arrives there. That is
-the moment when it is known that the loss counts, and with what factor: `loss / k`,
+the moment when it is known with what factor the loss counts: `loss / k`,
 `0.3 * loss_1 + 0.7 * loss_2`, or a sum divided by the number of tokens are the user's objective,
-and the factors are those of the objective.
+and the factors are those of the objective. A layer's moments are candidates until the same backward
+pass accumulates the gradient of its parameter: passes that differentiate by something else (inputs,
+for a gradient penalty or an attack) do not count.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,9 @@ from kfacopt.kfac.capture import (
 )
 from kfacopt.kfac.factors import FactorForm, grad_output_moment, input_moment
 from kfacopt.kfac.layers import Layer
-from kfacopt.likelihoods import FisherType, Likelihood, UnsupportedLossError
+from kfacopt.likelihoods import FisherType, Likelihood, UnsupportedLossError, widened
+from kfacopt.optim.empirical import EmpiricalPass
+from kfacopt.optim.hooks import gradient_hooks, module_hooks, remove_hooks
 from kfacopt.optim.loss_calls import LossCall
 from kfacopt.optim.loss_probe import (
     ForwardPass,
@@ -56,6 +60,13 @@ class Moments:
     rows: int = 0
     grad_output_sum: Tensor | float = 0.0
     terms: Tensor | float = 0.0
+
+    def add(self, other: Moments) -> None:
+        """Add another record's sums."""
+        self.input_sum = self.input_sum + other.input_sum
+        self.rows += other.rows
+        self.grad_output_sum = self.grad_output_sum + other.grad_output_sum
+        self.terms = self.terms + other.terms
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, G and the number of terms."""
@@ -91,23 +102,6 @@ class CurvatureOptions:
         return 2 if self.fisher_type == "empirical" else 0
 
 
-class _Hook:
-    """A module hook that keeps its owner alive no longer than others do.
-
-    A copied or unpickled module carries a dead hook: the copy is not the optimizer's.
-    """
-
-    def __init__(self, method: Callable[..., Any] | None) -> None:
-        self._method = None if method is None else weakref.WeakMethod(method)
-
-    def __call__(self, *args: Any) -> Any:
-        method = None if self._method is None else self._method()
-        return None if method is None else method(*args)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
-        return _Hook, (None,)
-
-
 class StatisticsCollector:
     """Statistics of layers in ordinary forward and backward passes.
 
@@ -126,97 +120,114 @@ class StatisticsCollector:
         generator: Generator,
     ) -> None:
         self._options, self._generator = options, generator
-        self.active = True
-        self.pending: dict[Layer, Moments] = {}
-        self.forward_seen = False
-        self.unknown_losses: set[str] = set()
-        self._open: list[_EmpiricalPass] = []
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
-        self._depth = 0
         self._task = -1  # of the user's backward pass that runs
         self._mode: LossCallMode | None = None
         self._layers_of: dict[int, list[Layer]] = {}
         for layer, own in layers:
             for module in own:
                 self._layers_of.setdefault(id(module), []).append(layer)
-        handles = []
-        self._modules: list[tuple[str, weakref.ref[nn.Module]]] = []
-        for name, module in modules:
-            self._modules.append((name, weakref.ref(module)))
-            enter, leave = _Hook(self._enter), _Hook(self._leave)
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
-        self._finalizer = weakref.finalize(self, _remove, handles)
+        self._modules = [(name, weakref.ref(module)) for name, module in modules]
+        self._handles: list[Any] = []
+        weakref.finalize(self, remove_hooks, self._handles)
+        self.clear()
+        self.active = True
+
+    @property
+    def active(self) -> bool:
+        """Whether hooks are on the modules; they are taken off where no statistics are due."""
+        return bool(self._handles)
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        if active and not self._handles:
+            modules = [module for _, module in self.living_modules()]
+            layers = {layer.anchor: layer for own in self._layers_of.values() for layer in own}
+            self._handles += module_hooks(modules, self._enter, self._leave)
+            self._handles += gradient_hooks(layers, self._confirm)
+        elif not active:
+            remove_hooks(self._handles)
 
     def living_modules(self) -> list[tuple[str, nn.Module]]:
-        """Return the modules with hooks, and their names."""
+        """Return the modules that can have hooks, and their names."""
         living = [(name, ref()) for name, ref in self._modules]
         return [(name, module) for name, module in living if module is not None]
 
-    def remove_hooks(self) -> None:
-        """Take the hooks off the modules."""
-        self._finalizer()
-
     def clear(self) -> None:
         """Forget all statistics since the last step."""
-        self.pending, self._open = {}, []
+        self._pending: dict[Layer, Moments] = {}
+        self.unknown_losses: set[str] = set()
+        self.unknown_objectives: set[str] = set()
         self.forward_seen = False
-        self.unknown_losses = set()
+        self._start_task(-1)
+
+    def _start_task(self, task: int) -> None:
+        """Forget what belongs to one backward pass of the user's alone."""
+        self._task = task
+        self._candidates: dict[Layer, Moments] = {}
+        self._empirical: list[EmpiricalPass] = []
+        self._counted: set[LayerUse] = set()
 
     # Hooks -----------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not self.active or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return None
         if self._outermost is not None:
-            self._depth += module is self._outermost[0]
-            return None
+            if module is not self._outermost[0]:
+                return None
+            self._end_pass()  # it was left by an exception that runs no hooks, as Ctrl-C does
         if _is_foreign_call(module):
             return None
-        parents = [p for p in passes_feeding((args, kwargs)) if p.observer is self]
+        parents = passes_feeding((args, kwargs))
         for parent in parents:
             parent.consumed = True
-        self._depth = 1
         forward_pass = ForwardPass(self)
         self._outermost = (module, forward_pass, parents)
-        self._mode = None
         if self._options.likelihood is None:
             self._mode = LossCallMode(forward_pass, parents)
             self._mode.__enter__()
         return unprobe(args), unprobe(kwargs)
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self._outermost is None:
-            return None
-        outermost, forward_pass, parents = self._outermost
-        for layer in self._layers_of.get(id(module), ()):
-            if torch._C._are_functorch_transforms_active():
-                continue
-            use = record_use(layer, module, args, kwargs, output)
-            if use is not None:
-                forward_pass.uses.append(use)
-        if module is not outermost:
-            return None
-        self._depth -= 1
-        if self._depth:
-            return None
+    def _end_pass(self) -> None:
         self._outermost = None
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
             self._mode = None
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._outermost is None:
+            return None
+        outermost, forward_pass, parents = self._outermost
+        if not torch._C._are_functorch_transforms_active():
+            for layer in self._layers_of.get(id(module), ()):
+                use = record_use(layer, module, args, kwargs, output)
+                if use is not None:
+                    forward_pass.uses.append(use)
+        if module is not outermost:
+            return None
+        self._end_pass()
         if output is None or not (forward_pass.uses or parents):
             return None
         self.forward_seen = True
         probed = probe(output, forward_pass, parents)
         if self._options.likelihood is not None:
-            self._watch_output(output, probed, forward_pass, [*parents, forward_pass])
+            self._watch_output(output, probed, forward_pass, parents)
         return probed
 
     # Losses ----------------------------------------------------------------------------------
 
-    def observe_unknown_loss(self, name: str) -> None:
-        """Remember the name of a loss function that is not known, for the error message."""
+    def observe_unknown_loss(self, name: str, loss: Tensor) -> None:
+        """Remember a loss function that is not known, and whether the objective contains it."""
         self.unknown_losses.add(name)
+        collector = weakref.ref(self)
+
+        def on_backward(_: Tensor) -> None:
+            alive = collector()
+            if alive is not None:
+                alive.unknown_objectives.add(name)
+
+        loss.register_hook(on_backward)
 
     def observe_loss(
         self, call: LossCall | UnsupportedLossError, loss: Tensor, passes: list[ForwardPass]
@@ -237,7 +248,7 @@ class StatisticsCollector:
         loss.register_hook(on_backward)
 
     def _watch_output(
-        self, output: Any, probed: Any, forward_pass: ForwardPass, passes: list[ForwardPass]
+        self, output: Any, probed: Any, forward_pass: ForwardPass, parents: list[ForwardPass]
     ) -> None:
         """Take the stated loss at the model's output, when the backward pass arrives there."""
         likelihood = self._options.likelihood
@@ -249,6 +260,7 @@ class StatisticsCollector:
                 f"got {len(outputs)}. Let the loss be recognised, or wrap the model."
             )
         call = LossCall(likelihood, outputs[0], None)
+        passes = [p for p in (*parents, forward_pass) if p.observer is self]
         collector = weakref.ref(self)
 
         def on_backward(grads: Any) -> None:
@@ -260,49 +272,57 @@ class StatisticsCollector:
         (probed_output,) = differentiable_tensors(probed)
         get_gradient_edge(probed_output).node.register_prehook(on_backward)
 
-    def _drop_stale(self) -> None:
-        """Forget statistics whose gradients were reset by others than `zero_grad` here.
-
-        A `GradScaler` skips steps, after which `model.zero_grad()` may follow. An earlier backward
-        pass that reached a layer has left a gradient there.
-        """
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            self.pending = {
-                layer: moments
-                for layer, moments in self.pending.items()
-                if layer.anchor.grad is not None
-            }
+    # Moments ---------------------------------------------------------------------------------
 
     def _collect(self, call: LossCall, passes: list[ForwardPass], upstream: Tensor) -> None:
-        self._drop_stale()
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._start_task(task)
+            # Gradients that others than `zero_grad` reset (`model.zero_grad()`, after a step that a
+            # GradScaler skipped) take their statistics along.
+            kept = {la: m for la, m in self._pending.items() if la.anchor.grad is not None}
+            self._pending = kept
         if self._options.fisher_type == "empirical":
             self._collect_empirical(call, passes, upstream)
-            return
-        options, likelihood, z = self._options, call.likelihood, call.output
+        else:
+            self._collect_would_be(call, passes, upstream)
+
+    def _collect_would_be(
+        self, call: LossCall, passes: list[ForwardPass], upstream: Tensor
+    ) -> None:
+        options, likelihood, z = self._options, call.likelihood, widened(call.output)
         uses = [use for p in passes for use in p.uses]
-        weights = likelihood.curvature_weights(z.detach(), call.target, upstream)
+        weights = likelihood.curvature_weights(z, call.target, upstream)
         sampling = (options.fisher_type, options.mc_samples, self._generator)
+        terms = likelihood.num_terms(z, call.target)
+        share = self._share(terms)
         reached: set[LayerUse] = set()
         for vector in loss_vectors(likelihood, z, weights, *sampling):
-            grads = would_be_gradients(z, uses, vector)
+            grads = would_be_gradients(call.output, uses, vector.to(call.output.dtype))
             by_use = {u: g for u, g in zip(uses, grads, strict=True) if g is not None}
             reached.update(by_use)
             for p in passes:
                 for layer, own in group_by_layer(u for u in p.uses if u in by_use).items():
                     moment = grad_output_moment(layer, own, [by_use[u] for u in own], options.form)
-                    self._moments(layer).grad_output_sum += moment
-        terms = likelihood.num_terms(z.detach(), call.target)
+                    self._candidate(layer).grad_output_sum += moment * share
         for p in passes:
-            self._count_inputs(p, reached)
+            self._count_inputs([u for u in p.uses if u in reached])
         for layer in group_by_layer(u for u in uses if u in reached):
-            self._moments(layer).terms += terms
+            self._candidate(layer).terms += terms
+
+    def _share(self, terms: Tensor) -> Tensor | float:
+        """Return what a backward pass's G counts in a step of several.
+
+        A recognised loss brings its factor in the objective. A stated mean is taken for the mean
+        over all data since the last step; `finish` divides by the number of terms.
+        """
+        likelihood = self._options.likelihood
+        return terms if likelihood is not None and likelihood.reduction == "mean" else 1.0
 
     def _collect_empirical(
         self, call: LossCall, passes: list[ForwardPass], upstream: Tensor
     ) -> None:
-        likelihood, z = call.likelihood, call.output.detach()
+        likelihood, z = call.likelihood, widened(call.output)
         if likelihood.reduction == "none":
             raise UnsupportedLossError(
                 'fisher_type="empirical" needs a loss with reduction "mean" or "sum"; got "none". '
@@ -313,98 +333,70 @@ class StatisticsCollector:
         if likelihood.reduction == "mean":
             scale = scale / terms
         for p in passes:
-            known = next((e for e in self._open if e.forward_pass is p), None)
-            if known is None:
-                self._open.append(_EmpiricalPass(self, p, scale, terms))
-            else:
-                known.scale = torch.maximum(known.scale, scale)
+            entry = next((e for e in self._empirical if e.forward_pass is p), None)
+            if entry is None:
+                entry = EmpiricalPass(p, self._empirical_gradient)
+                self._empirical.append(entry)
+            entry.add_loss(call.output, scale, terms)
 
-    def _fold_empirical(self, entry: _EmpiricalPass, layers: Iterable[Layer]) -> None:
-        """Turn gradients of the user's own backward pass into moments."""
-        form = self._options.form
-        by_layer = group_by_layer(u for u in entry.forward_pass.uses if u in entry.grads)
-        for layer in layers:
-            own = by_layer.get(layer, [])
-            moments = self._moments(layer)
-            moment = grad_output_moment(layer, own, [entry.grads.pop(u) for u in own], form)
-            moments.grad_output_sum += moment / entry.scale
-            moments.terms += entry.terms
-            self._count_inputs(entry.forward_pass, set(own))
-
-    def empirical_gradient(self, entry: _EmpiricalPass, use: LayerUse, grad: Tensor) -> None:
+    def _empirical_gradient(self, entry: EmpiricalPass, use: LayerUse, grad: Tensor) -> None:
         """Take a gradient by a layer's output; fold it when the layer's other uses have come."""
+        if in_would_be_pass() or torch._C._current_graph_task_id() != self._task:
+            return
         entry.grads[use] = grad
         own = [u for u in entry.forward_pass.uses if u.layer is use.layer]
         if all(u in entry.grads for u in own):
-            self._fold_empirical(entry, [use.layer])
-            entry.missing.difference_update(own)
-        if not entry.missing and entry in self._open:
-            self._open.remove(entry)
+            self._fold_empirical(entry, use.layer)
 
-    def finish(self) -> dict[Layer, Moments]:
-        """Return what was collected since the last step, and forget it."""
-        for entry in self._open:  # layers of which not every use was reached
-            self._fold_empirical(entry, list(group_by_layer(entry.grads)))
-        pending = self.pending
-        self.clear()
-        return pending
+    def _fold_empirical(self, entry: EmpiricalPass, layer: Layer) -> None:
+        """Turn a layer's gradients in the user's own backward pass into moments."""
+        own = [u for u in entry.forward_pass.uses if u.layer is layer and u in entry.grads]
+        if not own:
+            return
+        scale, terms = entry.scale_and_terms()
+        grads = [entry.grads.pop(u) for u in own]
+        moment = grad_output_moment(layer, own, grads, self._options.form)
+        candidate = self._candidate(layer)
+        candidate.grad_output_sum += moment / scale * self._share(terms)
+        candidate.terms += terms
+        self._count_inputs(own)
 
-    def _count_inputs(self, forward_pass: ForwardPass, reached: set[LayerUse]) -> None:
-        """Count the inputs of uses once, however many losses reach them."""
-        new = [u for u in forward_pass.uses if u in reached and u not in forward_pass.counted]
-        forward_pass.counted.update(new)
+    def _count_inputs(self, uses: Iterable[LayerUse]) -> None:
+        """Count the inputs of uses of one forward pass once, however many losses reach them."""
+        new = [u for u in uses if u not in self._counted]
+        self._counted.update(new)
         for layer, own in group_by_layer(new).items():
             moment, rows = input_moment(layer, own, self._options.form)
-            moments = self._moments(layer)
-            moments.input_sum += moment
-            moments.rows += rows
+            candidate = self._candidate(layer)
+            candidate.input_sum += moment
+            candidate.rows += rows
 
-    def _moments(self, layer: Layer) -> Moments:
-        return self.pending.setdefault(layer, Moments())
+    def _candidate(self, layer: Layer) -> Moments:
+        return self._candidates.setdefault(layer, Moments())
 
+    def _confirm(self, layer: Layer) -> None:
+        """Let a layer's candidates count: its parameter's gradient has been accumulated."""
+        if torch._C._current_graph_task_id() != self._task:
+            return
+        for entry in self._empirical:  # uses of the layer that no gradient reached are left out
+            self._fold_empirical(entry, layer)
+        candidate = self._candidates.pop(layer, None)
+        if candidate is not None:
+            self._pending.setdefault(layer, Moments()).add(candidate)
 
-class _EmpiricalPass:
-    """Records the gradients by the outputs of one forward pass's layers in the user's backward.
+    def finish(self) -> dict[Layer, Moments]:
+        """Return what was collected since the last step, and forget it.
 
-    The gradients carry the objective's factor once; G = Σ g gᵀ / scale carries it once too.
-    """
-
-    def __init__(
-        self,
-        collector: StatisticsCollector,
-        forward_pass: ForwardPass,
-        scale: Tensor,
-        terms: Tensor,
-    ) -> None:
-        self.forward_pass, self.scale, self.terms = forward_pass, scale, terms
-        self.grads: dict[LayerUse, Tensor] = {}
-        self.missing = set(forward_pass.uses)
-        self._collector = weakref.ref(collector)
-        for i, use in enumerate(forward_pass.uses):
-            use.edge.node.register_prehook(self._recorder(i, use.edge.output_nr))
-
-    def _recorder(self, index: int, output_nr: int) -> Callable[[Any], None]:
-        # The hook belongs to the graph; a reference from it to the use, which holds the graph's
-        # node, would be a cycle that nothing collects.
-        this = weakref.ref(self)
-
-        def record(grads: Any) -> None:
-            entry = this()
-            collector = None if entry is None else entry._collector()
-            if entry is None or collector is None or in_would_be_pass():
-                return
-            if grads[output_nr] is None:
-                return
-            use = entry.forward_pass.uses[index]
-            if use in entry.missing:
-                collector.empirical_gradient(entry, use, grads[output_nr].detach())
-
-        return record
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+        Where no gradient was accumulated at all, the last backward pass counts: the gradients come
+        from `torch.autograd.grad`.
+        """
+        pending = self._pending or self._candidates
+        likelihood = self._options.likelihood
+        if likelihood is not None and likelihood.reduction == "mean":
+            for moments in pending.values():
+                moments.grad_output_sum = moments.grad_output_sum / moments.terms
+        self.clear()
+        return pending
 
 
 def _is_foreign_call(module: nn.Module) -> bool:
