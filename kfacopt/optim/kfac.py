@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
 from kfacopt.argument_checks import (
@@ -30,6 +31,7 @@ from kfacopt.optim.loss_scale import calling_loss_scale
 from kfacopt.optim.messages import log_layers, missing_statistics
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import (
+    discard_unfitting,
     factor_shapes,
     fold_factors,
     inverse_of,
@@ -226,6 +228,11 @@ class KFACOptimizer(Optimizer):
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if any(is_lazy(p) for p in group["params"]):
+            raise ValueError(
+                "params: a parameter is not initialized yet (nn.Lazy...); run a forward pass of "
+                "the model before making the optimizer."
+            )
         check_range("lr", group["lr"], 0)
         check_range("momentum", group["momentum"], 0, 1, upper_open=True)
         check_range("weight_decay", group["weight_decay"], 0)
@@ -233,9 +240,16 @@ class KFACOptimizer(Optimizer):
         check_range("fallback_lr", group["fallback_lr"], 0)
         group.setdefault("base_lr", group["lr"])
         group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
-        if self._layers or self._names:
+        if self._names:
             self._collector.active = False
             self._connect()
+
+    def _reconnect_if_frozen(self) -> None:
+        """Find the layers anew where parameters were frozen or unfrozen since."""
+        if [p.requires_grad for p in self._parameters()] != self._trained:
+            modules = self._collector.living_modules()
+            self._collector.active = False
+            self._connect(modules)
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -247,7 +261,10 @@ class KFACOptimizer(Optimizer):
             modules = find_modules(params, None if self._model is None else self._model())
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
         self._names = parameter_names(modules, params)
+        self._trained = [p.requires_grad for p in params]
         self._layers = [layer for layer, _ in layers]
+        for layer in self._layers:
+            discard_unfitting(self.state, layer, self._curvature.form)
         self._collector = StatisticsCollector(layers, modules, self._curvature, self._generator)
         covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
         rest = [self._names[id(p)] for p in params if id(p) not in covered]
@@ -323,6 +340,7 @@ class KFACOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and with them the statistics that wait for the next step."""
+        self._reconnect_if_frozen()
         self._collector.clear()
         super().zero_grad(set_to_none)
 
@@ -355,6 +373,7 @@ class KFACOptimizer(Optimizer):
             fresh = [b for b in self._blocks() if inverse_of(self.state[b.anchor]) is None]
             self._update_inverses(fresh)
         self._update_parameters()
+        self._reconnect_if_frozen()
         for group in self.param_groups:
             group["num_steps"] += 1
         self._collector.active = self._due(self._schedule.factor_update_interval)
@@ -369,10 +388,14 @@ class KFACOptimizer(Optimizer):
         Raises:
             KeyError: If there is no such layer, or no statistics of it yet.
         """
-        for layer in self._layers:
-            state = self.state[layer.anchor]
-            if layer.owns(key, self._names) and "factor_weight" in state:
-                return Factors.of(layer, state["input_factor"], state["grad_output_factor"])
+        owners = [layer for layer in self._layers if layer.owns(key, self._names)]
+        if len(owners) > 1:
+            raise KeyError(
+                f"{key!r} names {len(owners)} layers of different models; give a parameter."
+            )
+        if owners and "factor_weight" in self.state[owners[0].anchor]:
+            state = self.state[owners[0].anchor]
+            return Factors.of(owners[0], state["input_factor"], state["grad_output_factor"])
         known = [layer.name for layer in self._layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 

@@ -25,7 +25,8 @@ def find_modules(
     Raises:
         ValueError: If no module owns any of the parameters.
     """
-    modules = _living_modules() if model is None else list(model.modules())
+    found = _living_modules() if model is None else model.modules()
+    modules = [m for m in found if not _is_compiled(m)]
     wanted = {id(p) for p in params}
     hosts = {id(m): m for m in modules if any(id(p) in wanted for p in m._parameters.values())}
     if not hosts:
@@ -44,7 +45,7 @@ def find_modules(
             if id(parent) not in hosts:
                 hosts[id(parent)] = parent
                 unseen.append(parent)
-    roots = [m for m in hosts.values() if not parents.get(id(m))] if model is None else [model]
+    roots = [m for m in hosts.values() if not parents.get(id(m))]
     return _named(roots, hosts)
 
 
@@ -52,6 +53,11 @@ def _living_modules() -> list[nn.Module]:
     # `type(o)` instead of `isinstance(o, ...)`: the latter asks `o.__class__`, which wakes lazy
     # proxies all over the process.
     return [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Tell a `torch.compile` wrapper, whose hooks would be traced with the inner module's."""
+    return type(module).__name__ == "OptimizedModule"
 
 
 def _named(roots: Iterable[nn.Module], hosts: dict[int, nn.Module]) -> list[tuple[str, nn.Module]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,8 +38,26 @@ def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
     }
 
 
+def discard_unfitting(states: MutableMapping[Tensor, Any], layer: Layer, form: FactorForm) -> None:
+    """Forget a layer's factors and inverses if a parameter was frozen or added since.
+
+    Args:
+        states: The optimizer's state.
+        layer: The layer as it is now.
+        form: How factors are formed.
+    """
+    state = states.get(layer.anchor, {})
+    shapes = factor_shapes(layer, form)
+    if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):
+        return
+    for p in (layer.weight, layer.bias):
+        for key in (*shapes, "factor_weight", *chain.from_iterable(_INVERSES.values())):
+            if p is not None:
+                states.get(p, {}).pop(key, None)
+
+
 def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
-    """Give a layer's state empty running factors if it has none, or of another shape.
+    """Give a layer's state empty running factors if it has none.
 
     Their shapes follow from the parameters, as `torch.distributed.checkpoint` needs it.
 
@@ -49,7 +68,7 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
     """
     dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
     shapes = factor_shapes(layer, form)
-    if all(name in state and state[name].shape == shape for name, shape in shapes.items()):
+    if "factor_weight" in state:
         return
     for name, shape in shapes.items():
         state[name] = torch.zeros(shape, dtype=dtype, device=device)
