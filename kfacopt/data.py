@@ -72,9 +72,7 @@ def batch_size(X: Any) -> int:
     raise TypeError(f"data: inputs must be tensors, got {type(X).__name__}.")
 
 
-def show_progress(
-    data: Iterable[Batch], progressbar: bool, description: str
-) -> Iterator[Batch]:
+def show_progress(data: Iterable[Batch], progressbar: bool, description: str) -> Iterator[Batch]:
     """Yield the batches as they are, with a progress bar if asked for.
 
     Args:
@@ -194,7 +192,9 @@ def _same_data(a: _Record, b: _Record) -> bool:
 
 
 def _compare_passes(first: list[_Record], second: list[_Record]) -> None:
-    changed = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if not _same_data(a, b)]
+    changed = [
+        i for i, (a, b) in enumerate(zip(first, second, strict=True)) if not _same_data(a, b)
+    ]
     if changed:
         matched = all(any(_same_data(a, b) for b in second) for a in first)
         what = "order of the batches changed" if matched else "batches themselves changed"

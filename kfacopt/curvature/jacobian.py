@@ -13,6 +13,7 @@ from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator
 from kfacopt.data import Batch
+from kfacopt.linalg.operator import Shapes
 
 
 class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
@@ -69,21 +70,20 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
         predictions = self._check_deterministic() if check_deterministic else self._predict()
         trailing = {shape[1:] for shape in predictions}
         if len(trailing) == 1 and all(predictions):
-            self._rows = (sum(shape[0] for shape in predictions), *trailing.pop())
+            self._rows: tuple[int, ...] = (sum(shape[0] for shape in predictions), *trailing.pop())
         else:
             self._rows = (sum(torch.Size(shape).numel() for shape in predictions),)
         self._params = [tuple(p.shape) for p in model.leaves]
-        self._set_matrix_shape()
+        self._set_shape(*self._axes(), model.leaves[0].dtype, model.device)
 
-    def _set_matrix_shape(self) -> None:
-        self._set_shape([self._rows], self._params)
+    def _axes(self) -> tuple[Shapes, Shapes]:
+        """Return the shapes of the tensors that make up rows and columns."""
+        return [self._rows], self._params
 
     def _predict(self) -> list[tuple[int, ...]]:
         """Return the shapes of the predictions, by one pass over the data."""
         with self._model.evaluation(), torch.no_grad():
-            return [
-                tuple(self._model(self._to_device(X, y)[0]).shape) for X, y in self._batches()
-            ]
+            return [tuple(self._model(self._to_device(X, y)[0]).shape) for X, y in self._batches()]
 
     def _make_term(self, X: Any, y: Any) -> Linearization:
         return Linearization(self._model, X)
@@ -145,8 +145,8 @@ class TransposedJacobianLinearOperator(JacobianLinearOperator):
         True
     """
 
-    def _set_matrix_shape(self) -> None:
-        self._set_shape(self._params, [self._rows])
+    def _axes(self) -> tuple[Shapes, Shapes]:
+        return self._params, [self._rows]
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._pull_back(X)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.func import jvp, vmap
 
 from kfacopt.curvature.model import ParametrizedModel
@@ -18,7 +20,11 @@ _FORWARD_MODE_COLUMNS = 8
 
 
 def batched_grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    vectors: Sequence[Tensor],
+    *,
+    like: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Return vᵀ ∂outputs/∂inputs for K vectors; the graph stays alive.
 
@@ -29,11 +35,13 @@ def batched_grad(
         outputs: Tensors with a graph.
         inputs: What is differentiated by.
         vectors: One `[K, *output.shape]` for each output.
+        like: Tensors of the inputs' shapes, where these are gradient edges.
 
     Returns:
         One `[K, *input.shape]` for each input; zeros where no output depends on it.
     """
     columns = vectors[0].shape[0]
+    shapes = [x for x in inputs if isinstance(x, Tensor)] if like is None else like
     grads = _vectorised_grad(outputs, inputs, vectors) if columns > 1 else None
     if grads is None:
         each = [
@@ -45,16 +53,27 @@ def batched_grad(
         grads = tuple(None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True))
     return [
         torch.zeros(columns, *x.shape, dtype=x.dtype, device=x.device) if g is None else g
-        for g, x in zip(grads, inputs, strict=True)
+        for g, x in zip(grads, shapes, strict=True)
     ]
 
 
-def _vectorised_grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
-) -> tuple[Tensor | None, ...] | None:
+@contextmanager
+def _quiet_vmap() -> Iterator[None]:
+    """Silence what torch says of itself when it vectorises."""
     with warnings.catch_warnings():
         # vmap itself loops over an operation that has no batching rule, and says so.
         warnings.filterwarnings("ignore", "There is a performance drop")
+        # Its forward-mode formulas are scripted when they are first needed.
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        yield
+
+
+def _vectorised_grad(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    vectors: Sequence[Tensor],
+) -> tuple[Tensor | None, ...] | None:
+    with _quiet_vmap():
         try:
             return torch.autograd.grad(
                 outputs,
@@ -128,8 +147,7 @@ class Linearization:
             tangent: Tensor = jvp(lambda *p: self._model.at(p, self._X), primals, v)[1]
             return tangent
 
-        with torch.no_grad(), torch.random.fork_rng(random_devices()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")
+        with torch.no_grad(), torch.random.fork_rng(random_devices()), _quiet_vmap():
             # A dropout that is active must drop what it dropped in the forward pass.
             torch.set_rng_state(self._random_state[0])
             for state, device in zip(self._random_state[1:], random_devices(), strict=True):

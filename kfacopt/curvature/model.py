@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class ParametrizedModel:
 
     Attributes:
         leaves: θ, as leaves of autograd's graph.
+        device: Where it is evaluated.
 
     Raises:
         ValueError: If `params` is empty, names what the module does not have, repeats a tensor,
@@ -48,6 +50,17 @@ class ParametrizedModel:
             self.leaves = list(params)
             self.names = _names_in(model_func, self.leaves)
         _check_leaves(self.leaves, self.names)
+
+        self.device = self.leaves[0].device
+
+    @classmethod
+    def of_module(cls, module: nn.Module) -> ParametrizedModel:
+        """Return a module as a function of its inputs alone."""
+        model = cls.__new__(cls)
+        model.function, model.is_functional, model.leaves, model.names = module, False, [], []
+        first = next(chain(module.parameters(), module.buffers()), torch.empty(0))
+        model.device = first.device
+        return model
 
     def __call__(self, X: Any) -> Any:
         """Return f(X; θ), with a graph that reaches θ."""
@@ -83,7 +96,7 @@ class ParametrizedModel:
             stack.enter_context(evaluation(self.function))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             modules = self.module.modules() if self.module is not None else ()
-            if self.leaves[0].is_cuda and any(isinstance(m, nn.RNNBase) for m in modules):
+            if self.device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
 
@@ -103,8 +116,10 @@ def _check_names(model_func: Callable[..., Any], params: Mapping[str, Tensor]) -
             "params: a dict of named tensors needs an nn.Module as model_func, got "
             f"{type(model_func).__name__}; give a list of the tensors that it closes over."
         )
-    own = dict(model_func.named_parameters(remove_duplicate=False))
-    own.update(model_func.named_buffers(remove_duplicate=False))
+    own: dict[str, Tensor] = {
+        **dict(model_func.named_parameters(remove_duplicate=False)),
+        **dict(model_func.named_buffers(remove_duplicate=False)),
+    }
     for name, tensor in params.items():
         if name not in own:
             raise ValueError(f"params: {name!r} is not in model_func, which has {list(own)}.")

@@ -48,24 +48,24 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
             raise ValueError(f"cache_bytes must be an integer of at least 0, got {cache_bytes!r}.")
         self._model, self._loss_func, self._data = model, loss_func, data
         self._progressbar, self._chunk_size = progressbar, chunk_size
-        seen = [model.function] if loss_func is None else [model.function, loss_func]
+        seen: list[Any] = [model.function] if loss_func is None else [model.function, loss_func]
         modules = [m for m in seen if isinstance(m, nn.Module)]
         # Of a plain function nobody knows what else it depends on, and of a loader what comes next.
         in_memory = isinstance(data, list | tuple) and len(modules) == len(seen)
         self._cache = GraphCache[T](cache_bytes) if in_memory and cache_bytes else None
         self._modules = modules
 
-    def _set_shape(self, rows: Shapes, columns: Shapes) -> None:
+    def _set_shape(
+        self, rows: Shapes, columns: Shapes, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Finish the construction, once the shape is known."""
         sizes = [sum(torch.Size(s).numel() for s in shapes) for shapes in (rows, columns)]
-        first = self._model.leaves[0]
-        super().__init__((sizes[0], sizes[1]), first.dtype, first.device, columns, rows)
+        super().__init__((sizes[0], sizes[1]), dtype, device, columns, rows)
 
     def _check_deterministic(self) -> list[tuple[int, ...]]:
         """Check model and data; return the shapes of the predictions, batch by batch."""
-        device = self._model.leaves[0].device
         with self._model.evaluation():
-            return run_determinism_check(self._data, device, self._model)
+            return run_determinism_check(self._data, self._model.device, self._model)
 
     @abstractmethod
     def _make_term(self, X: Any, y: Any) -> T:
@@ -106,8 +106,7 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
         return show_progress(self._data, self._progressbar, type(self).__name__)
 
     def _to_device(self, X: Any, y: Any) -> Batch:
-        device = self._model.leaves[0].device
-        return to_device(X, device), to_device(y, device)
+        return to_device(X, self._model.device), to_device(y, self._model.device)
 
     def _chunks(self, num_columns: int) -> list[slice]:
         starts = range(0, num_columns, self._chunk_size)

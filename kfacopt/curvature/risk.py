@@ -85,7 +85,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         model = ParametrizedModel(model_func, params)
         super().__init__(model, loss_func, data, progressbar, chunk_size, cache_bytes)
         shapes = [tuple(p.shape) for p in model.leaves]
-        self._set_shape(shapes, shapes)
+        self._set_shape(shapes, shapes, model.leaves[0].dtype, model.device)
         if shape is not None and tuple(shape) != self.shape:
             raise ValueError(f"shape must be {self.shape} for these params, got {shape}.")
         self._reduction: str | None = getattr(loss_func, "reduction", None)
