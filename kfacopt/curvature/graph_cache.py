@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
@@ -122,7 +123,7 @@ class GraphCache(Generic[T]):
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes: list[int] = []
-        self._terms: list[tuple[_BatchVersion, T]] = []
+        self._terms: list[_Kept[T]] = []
         self._state: NetworkState | None = None
 
     def clear(self) -> None:
@@ -154,9 +155,8 @@ class GraphCache(Generic[T]):
         """Return the term of a batch, if it is kept and the batch is still the same."""
         if index >= len(self._terms):
             return None
-        version, term = self._terms[index]
-        if version.holds(batch):
-            return term
+        if self._terms[index].version.holds(batch):
+            return self._terms[index].term
         del self._terms[index:]
         return None
 
@@ -168,11 +168,14 @@ class GraphCache(Generic[T]):
         """Note the size of the next batch's term."""
         self._bytes.append(size)
 
-    def offer(self, index: int, batch: Batch, term: T) -> None:
-        """Keep a term if all before it are kept and it fits."""
-        fits = self.is_measured(index) and sum(self._bytes[: index + 1]) <= self._max_bytes
-        if fits and index == len(self._terms):
-            self._terms.append((_BatchVersion(batch), term))
+    def size_of(self, index: int) -> int:
+        """Return the measured size of a batch's term."""
+        return self._bytes[index]
+
+    def offer(self, index: int, batch: Batch, term: T, size: int) -> None:
+        """Keep a term of that size if all before it are kept and it fits."""
+        if index == len(self._terms) and sum(t.size for t in self._terms) + size <= self._max_bytes:
+            self._terms.append(_Kept(_BatchVersion(batch), size, term))
 
 
 class _BatchVersion:
@@ -185,3 +188,12 @@ class _BatchVersion:
     def holds(self, batch: Batch) -> bool:
         same = all(a is b for a, b in zip(self._batch, batch, strict=True))
         return same and [x._version for x in batch if isinstance(x, Tensor)] == self._versions
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept(Generic[T]):
+    """A term, the batch it belongs to, and its size in bytes."""
+
+    version: _BatchVersion
+    size: int
+    term: T

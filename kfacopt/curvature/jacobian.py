@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator
+from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
 from kfacopt.data import Batch
 from kfacopt.linalg.operator import Shapes
 
@@ -112,9 +112,8 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
             nonlocal start
             stop = start + term.output.numel()
             for chunk in self._chunks(U.shape[1]):
-                cotangents = U[start:stop, chunk].mT.reshape(-1, *term.output.shape)
-                pulled = term.vjp(cotangents)
-                total[chunk] += torch.cat([p.flatten(1) for p in pulled], dim=1)
+                cotangents = U[start:stop, chunk].mT.contiguous().reshape(-1, *term.output.shape)
+                add_rows(total, chunk, term.vjp(cotangents))
             start = stop
 
         self._visit_terms(add)

@@ -58,7 +58,7 @@ def batched_grad(
 
 
 @contextmanager
-def _quiet_vmap() -> Iterator[None]:
+def quiet_vmap() -> Iterator[None]:
     """Silence what torch says of itself when it vectorises."""
     with warnings.catch_warnings():
         # vmap itself loops over an operation that has no batching rule, and says so.
@@ -73,7 +73,7 @@ def _vectorised_grad(
     inputs: Sequence[Tensor] | Sequence[GradientEdge],
     vectors: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...] | None:
-    with _quiet_vmap():
+    with quiet_vmap():
         try:
             return torch.autograd.grad(
                 outputs,
@@ -107,6 +107,7 @@ class Linearization:
 
     Attributes:
         output: z, with its graph.
+        can_substitute: Whether f can be evaluated with other tensors in the place of θ.
     """
 
     def __init__(self, model: ParametrizedModel, X: Any) -> None:
@@ -120,18 +121,18 @@ class Linearization:
                 "model in a module that selects what the loss sees."
             )
         self._pullback: tuple[Tensor, list[int], list[Tensor]] | None = None
-        self._can_go_forward = model.names is not None
+        self.can_substitute = model.can_substitute()
         convolutions = nn.modules.conv._ConvNd
         modules = model.module.modules() if model.module is not None else ()
         self._convolves = any(isinstance(m, convolutions) for m in modules)
 
     def jvp(self, V: Sequence[Tensor]) -> Tensor:
         """Return J v `[K, *z.shape]` for K vectors, one `[K, *p.shape]` for each parameter."""
-        if self._can_go_forward and (self._convolves or V[0].shape[0] >= _FORWARD_MODE_COLUMNS):
+        if self.can_substitute and (self._convolves or V[0].shape[0] >= _FORWARD_MODE_COLUMNS):
             result = self._forward_mode(V)
             if result is not None:
                 return result
-            self._can_go_forward = False
+            self.can_substitute = False
         return self._double_backward(V)
 
     def vjp(self, U: Tensor) -> list[Tensor]:
@@ -147,7 +148,7 @@ class Linearization:
             tangent: Tensor = jvp(lambda *p: self._model.at(p, self._X), primals, v)[1]
             return tangent
 
-        with torch.no_grad(), torch.random.fork_rng(random_devices()), _quiet_vmap():
+        with torch.no_grad(), torch.random.fork_rng(random_devices()), quiet_vmap():
             # A dropout that is active must drop what it dropped in the forward pass.
             torch.set_rng_state(self._random_state[0])
             for state, device in zip(self._random_state[1:], random_devices(), strict=True):

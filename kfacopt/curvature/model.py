@@ -84,6 +84,12 @@ class ParametrizedModel:
         assert self.names is not None
         return functional_call(self.module, dict(zip(self.names, values, strict=True)), (X,))
 
+    def can_substitute(self) -> bool:
+        """Tell whether `at` is defined: whether the module, as it is now, owns θ."""
+        return self.is_functional or (
+            self.names is not None and _names_in(self.function, self.leaves) == self.names
+        )
+
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Run passes that leave no trace, on kernels that can be differentiated twice.

@@ -90,14 +90,24 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
             self._resume(term)
             action(term)
         elif cache.is_measured(index):
-            term = self._make_term(*self._to_device(*batch))
+            term, size = self._make_kept_term(*self._to_device(*batch), cache.size_of(index))
             action(term)
-            cache.offer(index, batch, term)
+            cache.offer(index, batch, term, size)
         else:
             known = [*self._model.leaves, *_tensors_in(self._modules, *batch)]
             with measure_saved_bytes(known) as sizes:
                 action(self._make_term(*self._to_device(*batch)))
             cache.note_size(sum(sizes))
+
+    def _make_kept_term(self, X: Any, y: Any, size: int) -> tuple[T, int]:
+        """Prepare a term that will be kept if it fits; return it and its size.
+
+        Args:
+            X: The inputs.
+            y: The targets.
+            size: How many bytes the graphs of the batch's term save.
+        """
+        return self._make_term(X, y), size
 
     def _resume(self, term: T) -> None:
         """Go on after a kept term as after one that was just made."""
@@ -115,7 +125,22 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
     @staticmethod
     def _leading_columns(X: Tensor, shapes: Shapes, chunk: slice) -> list[Tensor]:
         """Take a chunk of the columns of `X` `[D, K]` as one `[k, *shape]` for each shape."""
-        return [piece.movedim(-1, 0) for piece in split_rows(X[:, chunk], shapes)]
+        # Contiguous once here, not for every operation that the piece takes part in.
+        return [p.movedim(-1, 0).contiguous() for p in split_rows(X[:, chunk], shapes)]
+
+
+def add_rows(total: Tensor, chunk: slice, product: Sequence[Tensor]) -> None:
+    """Add a product to the rows of a chunk of columns.
+
+    Args:
+        total: `[K, D]`, changed in place.
+        chunk: Which of the K.
+        product: One `[k, *shape]` for each parameter.
+    """
+    stop = 0
+    for piece in product:
+        start, stop = stop, stop + piece[0].numel()
+        total[chunk, start:stop] += piece.flatten(1)
 
 
 def _tensors_in(modules: Sequence[nn.Module], *others: Any) -> Iterator[Tensor]:

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator
+from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
 from kfacopt.data import Batch, batch_size
 from kfacopt.likelihoods import SUPPORTED_LOSSES, likelihood_of
 
@@ -144,8 +143,11 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
 
     def _make_term(self, X: Any, y: Any) -> RiskTerm:
         linearization = Linearization(self._model, X)
-        output = linearization.output
-        product = self._batch_product(linearization, X, y)
+        return self._weigh(self._batch_product(linearization, X, y), linearization.output, X, y)
+
+    def _weigh(
+        self, product: Callable[[Columns], Columns], output: Tensor, X: Any, y: Any
+    ) -> RiskTerm:
         state = None if self._generator is None else self._generator.get_state()
         weights = self._normalizer(output, X, y), self._num_data(output.detach(), X, y)
         return RiskTerm(product, *weights, state)
@@ -162,7 +164,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         def add(term: RiskTerm) -> None:
             for chunk in self._chunks(X.shape[1]):
                 product = term.product(self._leading_columns(X, shapes, chunk))
-                total[chunk] += torch.cat([p.flatten(1) for p in product], dim=1)
+                add_rows(total, chunk, product)
             # without the product, which would keep the graph of every batch alive
             terms.append(RiskTerm(_forget, term.normalizer, term.num_data, None))
 
