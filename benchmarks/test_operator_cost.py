@@ -78,11 +78,15 @@ MODELS = {
 
 
 def make_problem(model_name, device, batch_size=None, num_batches=2):
-    """Return a model in evaluation mode, its loss and its data."""
+    """Return a model, its loss and its data.
+
+    The model is in training mode, without dropout: in evaluation mode an encoder layer would take
+    a fast path that has no forward mode.
+    """
     torch.manual_seed(0)
     make_model, size, datum = MODELS[model_name]
     size = batch_size or size
-    model = make_model().eval().to(device)
+    model = make_model().to(device)
     data = [
         (torch.randn(size, *datum, device=device), torch.randint(10, (size,), device=device))
         for _ in range(num_batches)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kfacopt.curvature.linearization import Linearization, batched_grad
 from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator
@@ -19,9 +20,9 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
         H = ∇²_θ L = c Σ_n ∇²_θ ℓ(f_θ(x_n), y_n).
 
     `loss_func` may be any callable that returns a scalar. A product is the derivative of ∇L along
-    the vectors, by a second backward pass through the graph of the gradient: per column about
-    twice the cost of a gradient's backward pass. See `EmpiricalRiskLinearOperator` for the
-    arguments and errors.
+    the vectors: by a second backward pass through the graph of the gradient, or, for many columns,
+    in forward mode, which shares the gradient's evaluation among them. A column costs about two
+    gradient evaluations. See `EmpiricalRiskLinearOperator` for the arguments and errors.
 
     Example:
         >>> import torch
@@ -48,13 +49,20 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
         loss = self._summed_loss(linearization.output, X, y)
         if not loss.requires_grad:
             return lambda V: [torch.zeros_like(v) for v in V]
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-        curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        outputs = [g for g in grads if g is not None and g.requires_grad]
+        gradient: list[tuple[int, Tensor]] = []
 
         def product(V: Columns) -> Columns:
-            if not outputs:  # the risk is linear in the parameters
+            result = linearization.gradient_jvp(lambda z: self._summed_loss(z, X, y), V)
+            if result is not None:
+                return result
+            if not gradient:
+                grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+                # the others are zero, or do not depend on the parameters
+                gradient.extend(
+                    (i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad
+                )
+            if not gradient:  # the risk is linear in the parameters
                 return [torch.zeros_like(v) for v in V]
-            return batched_grad(outputs, params, [V[i] for i in curved])
+            return batched_grad([g for _, g in gradient], params, [V[i] for i, _ in gradient])
 
         return product

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.func import jvp, vmap
+from torch.func import grad, jvp, vmap
 
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.data import random_devices
@@ -129,10 +129,9 @@ class Linearization:
     def jvp(self, V: Sequence[Tensor]) -> Tensor:
         """Return J v `[K, *z.shape]` for K vectors, one `[K, *p.shape]` for each parameter."""
         if self.can_substitute and (self._convolves or V[0].shape[0] >= _FORWARD_MODE_COLUMNS):
-            result = self._forward_mode(V)
+            result: Tensor | None = self._forward_mode(lambda *p: self._model.at(p, self._X), V)
             if result is not None:
                 return result
-            self.can_substitute = False
         return self._double_backward(V)
 
     def vjp(self, U: Tensor) -> list[Tensor]:
@@ -141,12 +140,32 @@ class Linearization:
             return [p.new_zeros(U.shape[0], *p.shape) for p in self._model.leaves]
         return batched_grad([self.output], self._model.leaves, [U])
 
-    def _forward_mode(self, V: Sequence[Tensor]) -> Tensor | None:
+    def gradient_jvp(
+        self, scalar: Callable[[Tensor], Tensor], V: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """Return the derivatives of ∇_θ s(z) along K vectors, in forward mode over reverse mode.
+
+        Args:
+            scalar: s, maps z to a scalar.
+            V: The vectors, one `[K, *p.shape]` for each parameter.
+
+        Returns:
+            One `[K, *p.shape]` for each parameter; or `None` where forward mode is not at hand, or
+            does not pay for as few columns.
+        """
+        if not self.can_substitute or V[0].shape[0] < _FORWARD_MODE_COLUMNS:
+            return None
+        every = tuple(range(len(self._model.leaves)))
+        gradient = grad(lambda *p: scalar(self._model.at(p, self._X)), argnums=every)
+        result = self._forward_mode(gradient, V)
+        return None if result is None else list(result)
+
+    def _forward_mode(self, function: Callable[..., Any], V: Sequence[Tensor]) -> Any:
+        """Return the derivatives of a function of θ along K vectors, or `None` if torch cannot."""
         primals = tuple(p.detach() for p in self._model.leaves)
 
-        def along(*v: Tensor) -> Tensor:
-            tangent: Tensor = jvp(lambda *p: self._model.at(p, self._X), primals, v)[1]
-            return tangent
+        def along(*v: Tensor) -> Any:
+            return jvp(function, primals, v)[1]
 
         with torch.no_grad(), torch.random.fork_rng(random_devices()), quiet_vmap():
             # A dropout that is active must drop what it dropped in the forward pass.
@@ -156,11 +175,11 @@ class Linearization:
             try:
                 if V[0].shape[0] == 1:
                     return along(*(v[0] for v in V)).unsqueeze(0)
-                result: Tensor = vmap(along, randomness="same")(*V)
-                return result
+                return vmap(along, randomness="same")(*V)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError):
+                self.can_substitute = False
                 return None
 
     def _double_backward(self, V: Sequence[Tensor]) -> Tensor:

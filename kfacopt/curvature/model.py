@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -94,13 +95,16 @@ class ParametrizedModel:
     def evaluation(self) -> Iterator[None]:
         """Run passes that leave no trace, on kernels that can be differentiated twice.
 
-        Fused attention has neither forward-mode nor double derivatives, cuDNN's recurrent layers
-        have no double derivatives. A plain function's layers are not seen; where it uses
-        recurrent layers on CUDA, run products under `torch.backends.cudnn.flags(enabled=False)`.
+        Fused attention and the fast path of `nn.TransformerEncoderLayer` have neither forward-mode
+        nor double derivatives, cuDNN's recurrent layers have no double derivatives. A plain
+        function's layers are not seen; where it uses recurrent layers on CUDA, run products under
+        `torch.backends.cudnn.flags(enabled=False)`.
         """
         with ExitStack() as stack:
             stack.enter_context(evaluation(self.function))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+            mha.set_fastpath_enabled(False)
             modules = self.module.modules() if self.module is not None else ()
             if self.device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))

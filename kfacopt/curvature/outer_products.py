@@ -17,7 +17,7 @@ from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, RiskTer
 # A matrix of gradients is kept in place of a graph if it is at most this many times as large.
 # Where weights are shared over positions it is of the graph's size, and its products save the
 # positions. Where they are not, it is larger by the width, and bound by the memory's bandwidth.
-_MAX_GRADIENTS_PER_GRAPH = 4
+_MAX_GRADIENTS_PER_GRAPH = 16
 
 # Gradients by single data against those by the batch, relative to the largest entry.
 _AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
