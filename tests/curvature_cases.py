@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+import kfacopt
+
 DTYPE = torch.float64
 BATCHES = {"one-batch": (5,), "unequal-batches": (2, 1, 2)}
 NUM_CLASSES = 3
@@ -104,3 +106,23 @@ def make_data(model_name, loss_name, batches, seed=1):
 
 def params_of(model):
     return [p for p in model.parameters() if p.requires_grad]
+
+
+# Of entries around 1: the same products in another order of summation.
+TOLERANCE = 1e-12
+
+RISK_OPERATORS = [
+    kfacopt.HessianLinearOperator,
+    kfacopt.GGNLinearOperator,
+    kfacopt.EFLinearOperator,
+    kfacopt.FisherMCLinearOperator,
+]
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def columns_for(operator, count=3):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(operator.shape[1], count, generator=generator, dtype=DTYPE)

@@ -5,41 +5,12 @@ import weakref
 import dense_curvature as dense
 import pytest
 import torch
-from curvature_cases import DTYPE, make_data, make_model, params_of
+from curvature_cases import DTYPE, TOLERANCE, close, columns_for, make_data, make_model, params_of
 from torch import nn
 
 import kfacopt
-from kfacopt.experimental import ActivationHessianLinearOperator
 
-# Of entries around 1: the same products in another order of summation.
-TOLERANCE = 1e-12
-
-RISK_OPERATORS = [
-    kfacopt.HessianLinearOperator,
-    kfacopt.GGNLinearOperator,
-    kfacopt.EFLinearOperator,
-    kfacopt.FisherMCLinearOperator,
-]
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
-
-
-def columns_for(operator, count=3):
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(operator.shape[1], count, generator=generator, dtype=DTYPE)
-
-
-@pytest.fixture(params=RISK_OPERATORS, ids=lambda c: c.__name__)
-def risk_operator(request):
-    return request.param
-
-
-@pytest.fixture
-def problem():
-    """Return a model, its loss and a data set of two unequal batches."""
-    return make_model("mlp"), nn.CrossEntropyLoss(), make_data("mlp", "ce", (4, 3))
+pytest_plugins = ["curvature_fixtures"]
 
 
 class TestParameters:
@@ -200,6 +171,19 @@ class TestColumns:
         close(products[0], products[1])
         close(products[0], products[2])
 
+    def test_encoder_layers_in_evaluation_mode(self, risk_operator):
+        """Their fast path has no derivatives; torch would take it in forward mode."""
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(4, 2, 5, 0.0, batch_first=True)
+        model = nn.Sequential(layer, nn.Flatten(), nn.Linear(12, 3)).to(DTYPE)
+        data = make_data("attention", "ce", (3,))
+        operator = risk_operator(model, nn.CrossEntropyLoss(), params_of(model), data)
+        V = columns_for(operator, 10)
+        training = operator @ V
+        model.eval()
+        close(operator @ V, training)
+        close(operator @ V, training)
+
     @pytest.mark.parametrize("chunk_size", [0, 2.0])
     def test_chunk_size_is_checked(self, problem, chunk_size):
         model, loss_func, data = problem
@@ -257,130 +241,6 @@ class TestColumns:
         )
         operator @ columns_for(operator, 40)
         assert counting.passes == 1
-
-
-def fresh(risk_operator, problem):
-    model, loss_func, data = problem
-    return risk_operator(model, loss_func, params_of(model), data, cache_bytes=0)
-
-
-def in_place(problem):
-    with torch.no_grad():
-        problem[0][0].weight.add_(0.1)
-
-
-def through_data(problem):
-    problem[0][2].bias.data.add_(0.1)
-
-
-def data_replaced(problem):
-    problem[0][0].weight.data = problem[0][0].weight.data * 1.1
-
-
-def same_values_loaded(problem):
-    problem[0].load_state_dict(problem[0].state_dict())
-
-
-def setting_changed(problem):
-    problem[1].label_smoothing = 0.3
-
-
-def batch_changed(problem):
-    problem[2][1][0].mul_(2)
-
-
-def batch_replaced(problem):
-    X, y = problem[2][1]
-    problem[2][1] = (X * 2, y)
-
-
-class TestCache:
-    @pytest.mark.parametrize(
-        "change",
-        [
-            in_place,
-            through_data,
-            data_replaced,
-            same_values_loaded,
-            setting_changed,
-            batch_changed,
-            batch_replaced,
-        ],
-        ids=lambda f: f.__name__,
-    )
-    @pytest.mark.parametrize("columns", [1, 3, 10])
-    def test_notices_changes(self, risk_operator, problem, change, columns):
-        if change is setting_changed and risk_operator is kfacopt.FisherMCLinearOperator:
-            pytest.skip("the likelihood is fixed when the operator is made")
-        model, loss_func, data = problem
-        operator = risk_operator(model, loss_func, params_of(model), data)
-        V = columns_for(operator, columns)
-        for _ in range(3):
-            close(operator @ V, fresh(risk_operator, problem) @ V)
-        change(problem)
-        for _ in range(3):
-            close(operator @ V, fresh(risk_operator, problem) @ V)
-
-    @pytest.mark.parametrize("cache_bytes", [0, 700, 2**30])
-    def test_bound_does_not_change_products(self, risk_operator, problem, cache_bytes):
-        model, loss_func, data = problem
-        operator = risk_operator(model, loss_func, params_of(model), data, cache_bytes=cache_bytes)
-        V = columns_for(operator)
-        expected = fresh(risk_operator, problem) @ V
-        for _ in range(3):
-            close(operator @ V, expected)
-
-    def test_skips_forward_passes_on_lists_only(self, risk_operator, problem):
-        model, loss_func, data = problem
-        calls = []
-        model.register_forward_hook(lambda *_: calls.append(1))
-        for source, expected in ((data, 0), (iter_again(data), len(data))):
-            operator = risk_operator(
-                model, loss_func, params_of(model), source, check_deterministic=False
-            )
-            V = columns_for(operator)
-            operator @ V
-            operator @ V
-            calls.clear()
-            operator @ V
-            assert len(calls) == expected
-
-    def test_survives_batch_norm_in_training_mode(self, risk_operator):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).to(DTYPE)
-        data = make_data("mlp", "ce", (4, 3))
-        operator = risk_operator(model, nn.CrossEntropyLoss(), params_of(model), data)
-        V = columns_for(operator)
-        products = [operator @ V for _ in range(4)]
-        for product in products[1:]:
-            close(product, products[0])
-        model.eval()
-        expected = risk_operator(
-            model, nn.CrossEntropyLoss(), params_of(model), data, cache_bytes=0
-        )
-        close(operator @ V, expected @ V)
-        assert float((operator @ V - products[0]).abs().max()) > 1e-3
-
-    def test_goes_on_after_an_error(self, problem):
-        model, loss_func, data = problem
-        broken = [data[0], (data[1][0][:, :2], data[1][1])]
-        operator = kfacopt.GGNLinearOperator(
-            model, loss_func, params_of(model), broken, check_deterministic=False
-        )
-        V = columns_for(operator)
-        for _ in range(2):
-            with pytest.raises(RuntimeError):
-                operator @ V
-        broken[1] = data[1]
-        close(operator @ V, fresh(kfacopt.GGNLinearOperator, problem) @ V)
-
-
-def iter_again(data):
-    class Loader:
-        def __iter__(self):
-            return iter(data)
-
-    return Loader()
 
 
 class TestNoTrace:
@@ -470,98 +330,3 @@ class TestFisherMC:
         model, loss_func, data = problem
         with pytest.raises(ValueError, match=next(iter(option))):
             kfacopt.FisherMCLinearOperator(model, loss_func, params_of(model), data, **option)
-
-
-class Residual(nn.Module):
-    """A feature that reaches the loss on two ways, one through an in-place activation."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.act, self.last = nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 2)
-
-    def forward(self, X):
-        Z = self.first(X)
-        return self.last(Z.exp() + self.act(Z))
-
-
-class TestActivationHessian:
-    @pytest.mark.parametrize(
-        "activation", [("first", "output", 0), ("act", "input", 0), ("last", "input", 0)]
-    )
-    @pytest.mark.parametrize("frozen", [False, True])
-    def test_equals_the_dense_matrix(self, activation, frozen):
-        model = Residual().to(DTYPE).requires_grad_(not frozen)
-        X, y = torch.randn(4, 4, dtype=DTYPE), torch.randn(4, 2, dtype=DTYPE)
-        loss_func = nn.MSELoss()
-        H = ActivationHessianLinearOperator(model, loss_func, activation, [(X, y)])
-        Z = model.first(X)
-
-        def risk_of(value):
-            rest = value if activation[0] == "last" else value.exp() + value.relu()
-            return loss_func(model.last(rest), y)
-
-        if activation[0] == "last":
-            Z = Z.exp() + Z.relu()
-        expected = dense.activation_hessian(risk_of, Z)
-        for _ in range(3):
-            close(H @ torch.eye(12, dtype=DTYPE), expected)
-        (product,) = H @ [torch.ones(4, 3, dtype=DTYPE)]
-        close(product.flatten(), expected.sum(1))
-
-    def test_element_of_a_tuple(self):
-        lstm = nn.LSTM(2, 3, dtype=DTYPE)
-
-        class Last(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.lstm = lstm
-
-            def forward(self, X):
-                return self.lstm(X)[0]
-
-        data = [(torch.randn(3, 2, 2, dtype=DTYPE), torch.randn(3, 2, 3, dtype=DTYPE))]
-        H = ActivationHessianLinearOperator(Last(), nn.MSELoss(), ("lstm", "output", 0), data)
-        close(H @ torch.eye(18, dtype=DTYPE), 2 / 18 * torch.eye(18, dtype=DTYPE))
-
-    def test_weights_may_change(self):
-        model = Residual().to(DTYPE)
-        data = [(torch.randn(4, 4, dtype=DTYPE), torch.randn(4, 2, dtype=DTYPE))]
-        args = model, nn.MSELoss(), ("first", "output", 0), data
-        H = ActivationHessianLinearOperator(*args)
-        V = columns_for(H)
-        for _ in range(3):
-            before = H @ V
-        with torch.no_grad():
-            model.last.weight.mul_(2)
-        close(H @ V, ActivationHessianLinearOperator(*args) @ V)
-        assert not torch.allclose(H @ V, before)
-
-    @pytest.mark.parametrize(
-        ("activation", "batches", "message"),
-        [
-            (("first", "output", 0), 2, "exactly one batch"),
-            (("first", "output", 0), 0, "exactly one batch"),
-            (("none", "output", 0), 1, "no layer 'none'"),
-            (("first", "weight", 0), 1, "second entry"),
-            (("first", "output", -1), 1, "third entry"),
-            (("first", "output", 1), 1, "must be a floating tensor"),
-        ],
-    )
-    def test_refused(self, activation, batches, message):
-        model = Residual()
-        data = [(torch.randn(4, 4), torch.randn(4, 2))] * batches
-        with pytest.raises(ValueError, match=message):
-            ActivationHessianLinearOperator(model, nn.MSELoss(), activation, data)
-
-    def test_a_layer_that_runs_twice_names_no_feature(self):
-        class Twice(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.layer = nn.Linear(3, 3)
-
-            def forward(self, X):
-                return self.layer(self.layer(X))
-
-        data = [(torch.randn(4, 3), torch.randn(4, 3))]
-        with pytest.raises(ValueError, match="ran 2 times"):
-            ActivationHessianLinearOperator(Twice(), nn.MSELoss(), ("layer", "output", 0), data)

@@ -49,12 +49,18 @@ class NetworkState:
             return False
         if [t._version for t in present] != self._versions:
             return False
-        equal = [
-            torch.eq(t, value).all() if t.shape == value.shape and t.device == value.device else 0
-            for t, value in zip(present, self._values, strict=True)
-        ]
-        # one synchronisation with the device
-        return not equal or bool(torch.stack([torch.as_tensor(e).bool() for e in equal]).all())
+        return _all_equal(present, self._values)
+
+
+def _all_equal(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+    pairs = list(zip(tensors, values, strict=True))
+    if any(t.shape != value.shape or t.device != value.device for t, value in pairs):
+        return False
+    if all(t.device.type == "cpu" for t in tensors):
+        return all(torch.equal(t, value) for t, value in pairs)
+    # one synchronisation with the device in place of one for each tensor
+    same = [torch.eq(t, value).all().to(tensors[0].device) for t, value in pairs]
+    return bool(torch.stack(same).all())
 
 
 def _settings(modules: Sequence[nn.Module]) -> list[Any]:

@@ -59,7 +59,8 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         cache_bytes: How many bytes of activations are kept from one product to the next, so that
             only what depends on the vector is computed. For data in a list and for modules as
             model and loss, and as long as no parameter, buffer, setting or batch changes. The
-            first product keeps nothing. 0 switches it off.
+            first product keeps nothing; the graph of a backward pass that a later product needs
+            in addition is not counted. 0 switches it off.
 
     Raises:
         RuntimeError: If the check for deterministic behavior fails.
