@@ -2,12 +2,29 @@
 
 import pytest
 import torch
-from curvature_cases import DTYPE, close, columns_for, make_data, make_model, params_of
+from curvature_cases import (
+    DTYPE,
+    RISK_OPERATORS,
+    close,
+    columns_for,
+    make_data,
+    make_model,
+    params_of,
+)
 from torch import nn
 
 import kfacopt
 
-pytest_plugins = ["curvature_fixtures"]
+
+@pytest.fixture(params=RISK_OPERATORS, ids=lambda c: c.__name__)
+def risk_operator(request):
+    return request.param
+
+
+@pytest.fixture
+def problem():
+    """Return a model, its loss and a data set of two unequal batches."""
+    return make_model("mlp"), nn.CrossEntropyLoss(), make_data("mlp", "ce", (4, 3))
 
 
 def fresh(risk_operator, problem):
