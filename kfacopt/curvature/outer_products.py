@@ -19,7 +19,8 @@ from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, RiskTer
 # positions. Where they are not, it is larger by the width, and bound by the memory's bandwidth.
 _MAX_GRADIENTS_PER_GRAPH = 16
 
-# Gradients by single data against those by the batch, relative to the largest entry.
+# Gradients by single data against those by the batch: relative to the largest entry and to √N,
+# as round-off adds up. What fails takes the way through the outputs.
 _AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -73,7 +74,7 @@ def gradients_of_data(
     error = (torch.einsum("n,nmd->d", weights, G) - expected).abs().max()
     # Gradients that cancel in the sum leave the round-off of the summands.
     scale = G.abs().max()
-    return G.flatten(0, 1) if bool(error <= _AGREEMENT[G.dtype] * len(G) * scale) else None
+    return G.flatten(0, 1) if bool(error <= _AGREEMENT[G.dtype] * len(G) ** 0.5 * scale) else None
 
 
 class OuterProductLinearOperator(EmpiricalRiskLinearOperator):
