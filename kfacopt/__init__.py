@@ -1,6 +1,11 @@
 """K-FAC for PyTorch: a second-order optimizer whose preconditioner can be checked."""
 
+from kfacopt import experimental
+from kfacopt.curvature.empirical_fisher import EFLinearOperator
+from kfacopt.curvature.fisher import FisherMCLinearOperator
 from kfacopt.curvature.ggn import GGNLinearOperator
+from kfacopt.curvature.hessian import HessianLinearOperator
+from kfacopt.curvature.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
 from kfacopt.estimators.diagonal import HutchinsonDiagonalEstimator
 from kfacopt.estimators.spectrum import (
     LanczosApproximateLogSpectrumCached,
@@ -24,11 +29,15 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CGConvergenceWarning",
     "CGInverseLinearOperator",
+    "EFLinearOperator",
+    "FisherMCLinearOperator",
     "GGNLinearOperator",
+    "HessianLinearOperator",
     "HutchPPTraceEstimator",
     "HutchinsonDiagonalEstimator",
     "HutchinsonTraceEstimator",
     "IdentityLinearOperator",
+    "JacobianLinearOperator",
     "KFACLinearOperator",
     "KFACOptimizer",
     "KFACWarning",
@@ -37,6 +46,8 @@ __all__ = [
     "NeumannInverseLinearOperator",
     "NotPositiveDefiniteError",
     "SubmatrixLinearOperator",
+    "TransposedJacobianLinearOperator",
+    "experimental",
     "lanczos_approximate_log_spectrum",
     "lanczos_approximate_spectrum",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 Batch = tuple[Any, Any]
@@ -16,6 +17,8 @@ Batch = tuple[Any, Any]
 # Two runs of the same computation may differ by the order of summation of parallel reductions.
 _RELATIVE_TOLERANCE = {torch.float64: 1e-10}
 _DEFAULT_TOLERANCE = 1e-4
+
+_WAY_OUT = "Pass check_deterministic=False only if you know why this is right."
 
 
 _evaluating: ContextVar[bool] = ContextVar("kfacopt_evaluating", default=False)
@@ -25,8 +28,9 @@ _evaluating: ContextVar[bool] = ContextVar("kfacopt_evaluating", default=False)
 def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
     """Run forward passes of kfacopt's own that leave no trace.
 
-    Optimizers take no statistics from them, and a module's buffers (the running statistics of
-    batch norm) are put back afterwards.
+    Optimizers take no statistics from them. A module's buffers (the running statistics of batch
+    norm) and torch's global generators, of which dropout and a `DataLoader` draw, are put back
+    afterwards.
 
     Args:
         model_func: What is evaluated; its buffers are kept if it is a module.
@@ -35,14 +39,20 @@ def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
     kept = [b.detach().clone() for b in buffers]
     token = _evaluating.set(True)
     try:
-        with torch.enable_grad():
+        with torch.random.fork_rng(random_devices()), torch.enable_grad():
             yield
     finally:
         _evaluating.reset(token)
-        with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        for buffer, value in zip(buffers, kept, strict=True):
+            if not torch.equal(buffer, value):
+                # Through .data: a graph that is kept over products saved the buffer, and would
+                # take a changed version counter for a changed value.
+                buffer.data.copy_(value)
+
+
+def random_devices() -> list[int]:
+    """Return the CUDA devices whose global generator a forward pass may draw from."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
 
 
 def is_evaluating() -> bool:
@@ -62,6 +72,17 @@ def batch_size(X: Any) -> int:
     raise TypeError(f"data: inputs must be tensors, got {type(X).__name__}.")
 
 
+def show_progress(data: Iterable[Batch], progressbar: bool, description: str) -> Iterator[Batch]:
+    """Yield the batches as they are, with a progress bar if asked for.
+
+    Args:
+        data: The batches `(X, y)`.
+        progressbar: Whether to show a bar.
+        description: What the bar says.
+    """
+    yield from tqdm(data, desc=description, disable=not progressbar)
+
+
 def iterate(
     data: Iterable[Batch], device: torch.device, progressbar: bool, description: str
 ) -> Iterator[Batch]:
@@ -73,7 +94,7 @@ def iterate(
         progressbar: Whether to show a bar.
         description: What the bar says.
     """
-    for X, y in tqdm(data, desc=description, disable=not progressbar):
+    for X, y in show_progress(data, progressbar, description):
         yield to_device(X, device), to_device(y, device)
 
 
@@ -87,38 +108,72 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     return not torch.allclose(first, second, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
+class _Record(NamedTuple):
+    """What one pass saw of a batch."""
+
+    X: Tensor
+    y: Tensor
+    prediction: Tensor
+
+
 def _fingerprint(x: Any) -> Tensor:
-    """Summarise a batch so that a change of values or of their order shows; bounded memory."""
+    """Summarise a tensor so that a change of values or of their order shows; bounded memory."""
     if not isinstance(x, Tensor):
         return torch.zeros(0)
-    flat = x.detach().flatten().to("cpu", torch.float64)
-    positions = torch.linspace(1, 2, max(flat.numel(), 1), dtype=torch.float64)[: flat.numel()]
-    sums = torch.stack([flat.sum(), (flat * positions).sum(), flat.square().sum()])
+    flat = x.detach().flatten()
+    # The devices that lack float64 (MPS) are left for the CPU.
+    flat = flat.to("cpu" if flat.device.type == "mps" else flat.device, torch.float64)
+    count = flat.numel()
+    positions = torch.linspace(1, 2, max(count, 1), dtype=flat.dtype, device=flat.device)[:count]
+    sums = torch.stack([flat.sum(), flat.dot(positions), flat.square().sum()]).cpu()
     return torch.cat([sums, torch.tensor(list(x.shape), dtype=torch.float64)])
+
+
+def _check_drop_last(data: Iterable[Batch]) -> None:
+    if not isinstance(data, DataLoader) or not data.drop_last or data.batch_size is None:
+        return
+    sampler = data.sampler
+    size = len(sampler) if isinstance(sampler, Sized) else 0
+    dropped = size % data.batch_size
+    if dropped:
+        raise RuntimeError(
+            f"data: drop_last=True leaves out {dropped} of {size} data. Use drop_last=False. "
+            f"{_WAY_OUT}"
+        )
 
 
 def run_determinism_check(
     data: Iterable[Batch], device: torch.device, evaluate: Callable[[Any], Any]
-) -> None:
+) -> list[tuple[int, ...]]:
     """Check that two passes over the data see the same batches and the same predictions.
 
-    The cost is two forward passes over the data.
+    The cost is two forward passes over the data, without a graph: less than any product. Each
+    pass keeps a few numbers for each batch.
 
     Args:
         data: The batches.
         device: Where tensors are moved.
         evaluate: Maps inputs to predictions.
 
+    Returns:
+        The shapes of the predictions, for each batch.
+
     Raises:
         RuntimeError: If the number of batches, a batch, or a prediction differs; it says which.
+            Also if a `DataLoader` leaves out data by `drop_last`.
     """
-    passes = []
+    _check_drop_last(data)
+    shapes: list[tuple[int, ...]] = []
+    passes: list[list[_Record]] = []
     for _ in range(2):
-        records = []
+        shapes, records = [], []
         for X, y in iterate(data, device, False, ""):
+            # Taken first, for a model that changes its input in place.
+            seen = _fingerprint(X), _fingerprint(y)
             with torch.no_grad():
                 prediction = evaluate(X)
-            records.append((_fingerprint(X), _fingerprint(y), _fingerprint(prediction)))
+            records.append(_Record(*seen, _fingerprint(prediction)))
+            shapes.append(tuple(prediction.shape) if isinstance(prediction, Tensor) else ())
         passes.append(records)
     first, second = passes
     if len(first) != len(second):
@@ -129,28 +184,28 @@ def run_determinism_check(
     if not first:
         raise RuntimeError("data: there are no batches.")
     _compare_passes(first, second)
+    return shapes
 
 
-def _compare_passes(
-    first: list[tuple[Tensor, Tensor, Tensor]], second: list[tuple[Tensor, Tensor, Tensor]]
-) -> None:
-    way_out = "Pass check_deterministic=False only if you know why this is right."
+def _same_data(a: _Record, b: _Record) -> bool:
+    return not _differ(a.X, b.X) and not _differ(a.y, b.y)
+
+
+def _compare_passes(first: list[_Record], second: list[_Record]) -> None:
     changed = [
-        i
-        for i, (a, b) in enumerate(zip(first, second, strict=True))
-        if _differ(a[0], b[0]) or _differ(a[1], b[1])
+        i for i, (a, b) in enumerate(zip(first, second, strict=True)) if not _same_data(a, b)
     ]
     if changed:
-        matched = all(any(not _differ(a[0], b[0]) for b in second) for a in first)
+        matched = all(any(_same_data(a, b) for b in second) for a in first)
         what = "order of the batches changed" if matched else "batches themselves changed"
         raise RuntimeError(
             f"data: not deterministic, the {what} between two passes (first at batch "
-            f"{changed[0]}). Switch off shuffling, drop_last and augmentation. {way_out}"
+            f"{changed[0]}). Switch off shuffling, drop_last and augmentation. {_WAY_OUT}"
         )
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
-        if _differ(a[2], b[2]):
+        if _differ(a.prediction, b.prediction):
             raise RuntimeError(
                 f"model_func: not deterministic, its predictions for batch {i} differ between two "
                 "passes over the same data. Dropout is active, or batch norm's statistics change; "
-                f"call model.eval(). {way_out}"
+                f"call model.eval(). {_WAY_OUT}"
             )

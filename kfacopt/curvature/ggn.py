@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
+from typing import Any
 
-from kfacopt.curvature.risk import EmpiricalRiskLinearOperator
+import torch
+from torch import nn
+
+from kfacopt.curvature.linearization import Linearization, batched_grad
+from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator
 
 
 class GGNLinearOperator(EmpiricalRiskLinearOperator):
@@ -15,8 +19,10 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
 
         GGN = c Σ_n (J_θ f_n)ᵀ (∇²_f ℓ(f_n, y_n)) (J_θ f_n).
 
-    A product costs, per column, about one forward pass (J v), the loss's Hessian at the output,
-    and one backward pass (Jᵀ u); see `EmpiricalRiskLinearOperator` for the arguments.
+    `loss_func` may be any callable that returns a scalar; the GGN is positive semi-definite if it
+    is convex in f. A product costs, per column, about one forward pass (J v), the loss's Hessian
+    at the output, and one backward pass (Jᵀ u). See `EmpiricalRiskLinearOperator` for the
+    arguments and further errors.
 
     Raises:
         ValueError: For `nn.NLLLoss`: it is linear in its input, so that its GGN at
@@ -38,8 +44,6 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
         https://arxiv.org/abs/1412.1193, section 8.
     """
 
-    self_adjoint = True
-
     def _check_loss(self) -> None:
         super()._check_loss()
         if isinstance(self._loss_func, nn.NLLLoss):
@@ -48,13 +52,16 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
                 "Return logits from model_func and use nn.CrossEntropyLoss."
             )
 
-    def _batch_matmat(self, output: Tensor, y: Tensor, X: list[Tensor]) -> list[Tensor]:
-        """Multiply one batch's GGN onto K vectors."""
-        tangents = self._jvp(output, X)
-        z = output.detach().requires_grad_()
-        loss = self._loss(z, y)
-        (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
-        if gradient.grad_fn is None:  # a loss that is linear in z
-            return [torch.zeros_like(x) for x in X]
-        (curved,) = self._vjp(gradient, [z], tangents)
-        return self._vjp(output, self._params, curved)
+    def _batch_product(
+        self, linearization: Linearization, X: Any, y: Any
+    ) -> Callable[[Columns], Columns]:
+        z = linearization.output.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self._summed_loss(z, X, y), z, create_graph=True)
+
+        def product(V: Columns) -> Columns:
+            if not gradient.requires_grad:  # the loss is linear in z
+                return [torch.zeros_like(v) for v in V]
+            (curved,) = batched_grad([gradient], [z], [linearization.jvp(V)])
+            return linearization.vjp(curved)
+
+        return product

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import Parameter
 
-from kfacopt.data import Batch, batch_size, evaluation, iterate, run_determinism_check
+from kfacopt.curvature.linearization import Linearization
+from kfacopt.curvature.model import ParametrizedModel
+from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
+from kfacopt.data import Batch, batch_size
 from kfacopt.likelihoods import SUPPORTED_LOSSES, likelihood_of
-from kfacopt.linalg.operator import LinearOperator, split_rows
+
+Columns = list[Tensor]
 
 
-class EmpiricalRiskLinearOperator(LinearOperator):
+@dataclass(frozen=True, eq=False)
+class RiskTerm:
+    """One batch's share of a curvature matrix, that of the *summed* loss.
+
+    Attributes:
+        product: Multiplies it onto lists of `[K, *p.shape]`.
+        normalizer: What the batch adds to the Z that a mean divides by.
+        num_data: How many data the loss counts in the batch.
+        random_state: The generator's state after the term was made, if there is a generator.
+    """
+
+    product: Callable[[Columns], Columns]
+    normalizer: Tensor | float
+    num_data: Tensor | float
+    random_state: Tensor | None
+
+
+class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
     """A curvature matrix of L(θ) = c Σ_n ℓ(f_θ(x_n), y_n), by its products.
 
     Args:
         model_func: f, a module or a function that maps inputs X to predictions.
         loss_func: ℓ with its reduction, maps predictions and targets to a scalar. For several
             batches it needs an attribute `reduction`, as the losses of `torch.nn` have.
-        params: θ, the parameters of the matrix's rows and columns, in this order.
+        params: θ, the parameters of the matrix's rows and columns, in this order: a list of those
+            that `model_func` uses; or, for a module, a dict of tensors that stand in for its own
+            of the same names.
         data: Batches `(X, y)`; may be iterated any number of times. For `reduction="mean"` the
             risk is the mean over the data of all batches: over all terms that the loss counts for
             the losses of `kfacopt.likelihoods`, over all data for others.
@@ -30,119 +54,133 @@ class EmpiricalRiskLinearOperator(LinearOperator):
         check_deterministic: Check that data and model are deterministic, at the cost of two
             forward passes over the data.
         shape: The shape `(D, D)`; checked against the parameters.
+        chunk_size: How many columns are multiplied at once. The memory of a product grows with
+            it: a batch's activations, and the parameters, exist this many times over.
+        cache_bytes: How many bytes of activations are kept from one product to the next, so that
+            only what depends on the vector is computed. For data in a list and for modules as
+            model and loss, and as long as no parameter, buffer, setting or batch changes. The
+            first product keeps nothing; the graph of a backward pass that a later product needs
+            in addition is not counted. 0 switches it off.
 
     Raises:
         RuntimeError: If the check for deterministic behavior fails.
         ValueError: If an argument contradicts another.
     """
 
+    self_adjoint = True
+
     def __init__(
         self,
         model_func: Callable[[Tensor], Tensor],
         loss_func: Callable[[Tensor, Tensor], Tensor] | None,
-        params: list[Parameter],
+        params: list[Parameter] | Mapping[str, Tensor],
         data: Iterable[Batch],
         progressbar: bool = False,
         check_deterministic: bool = True,
         shape: tuple[int, int] | None = None,
+        *,
+        chunk_size: int = CHUNK_SIZE,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._params = list(params)
-        if not self._params:
-            raise ValueError("params: at least one parameter is needed.")
-        for i, p in enumerate(self._params):
-            if not p.requires_grad:
-                raise ValueError(f"params[{i}] does not require gradients.")
-        shapes = [tuple(p.shape) for p in self._params]
-        size = sum(p.numel() for p in self._params)
-        if shape is not None and tuple(shape) != (size, size):
-            raise ValueError(f"shape must be {(size, size)} for these params, got {shape}.")
-        first = self._params[0]
-        super().__init__((size, size), first.dtype, first.device, shapes, shapes)
-        self._model_func, self._loss_func, self._data = model_func, loss_func, data
-        self._progressbar = progressbar
+        model = ParametrizedModel(model_func, params)
+        super().__init__(model, loss_func, data, progressbar, chunk_size, cache_bytes)
+        shapes = [tuple(p.shape) for p in model.leaves]
+        self._set_shape(shapes, shapes, model.leaves[0].dtype, model.device)
+        if shape is not None and tuple(shape) != self.shape:
+            raise ValueError(f"shape must be {self.shape} for these params, got {shape}.")
+        self._reduction: str | None = getattr(loss_func, "reduction", None)
+        self._generator: Generator | None = None
         self._check_loss()
         if check_deterministic:
-            with evaluation(model_func):
-                run_determinism_check(data, self.device, model_func)
+            self._check_deterministic()
 
     def _check_loss(self) -> None:
         if self._loss_func is None:
-            raise ValueError(f"loss_func: {type(self).__name__} needs a loss function.")
+            raise ValueError(f"loss_func: {type(self).__name__} needs a loss function, got None.")
 
-    def _loss(self, output: Tensor, y: Tensor) -> Tensor:
-        assert self._loss_func is not None
-        loss = self._loss_func(output, y)
+    def _summed_loss(self, output: Tensor, X: Any, y: Any) -> Tensor:
+        """Return Z times a batch's mean loss, or its summed loss; a scalar."""
+        loss_func: Any = self._loss_func
+        if self._reduction == "mean" and isinstance(loss_func, SUPPORTED_LOSSES):
+            # Not the mean times Z: that is 0/0 for a batch whose targets are all ignored.
+            loss_func = copy.copy(loss_func)
+            loss_func.reduction = "sum"
+        loss: Tensor = loss_func(output, y)
         if loss.numel() != 1:
             raise ValueError(
                 f"loss_func must return a scalar, got the shape {tuple(loss.shape)}; set its "
                 'reduction to "mean" or "sum".'
             )
-        return loss.sum()
+        by_mean = self._reduction == "mean" and loss_func is self._loss_func
+        return loss.sum() * batch_size(X) if by_mean else loss.sum()
 
-    def _batch_weight(self, output: Tensor, X: Any, y: Tensor) -> Tensor | float:
-        """Return what a batch's loss counts in a mean over batches (unnormalised)."""
+    def _normalizer(self, output: Tensor, X: Any, y: Any) -> Tensor | float:
+        """Return what a batch adds to Z, where L is the summed loss over Z."""
+        if self._reduction != "mean":
+            return 1.0
         if isinstance(self._loss_func, SUPPORTED_LOSSES):
             return likelihood_of(self._loss_func).normalizer(output.detach(), y)
         return float(batch_size(X))
 
+    def _num_data(self, output: Tensor, X: Any, y: Any) -> Tensor | float:
+        """Return how many data are in a batch; not needed unless `_scale` asks for it."""
+        return 0.0
+
+    def _scale(self, normalizer: Tensor | float, num_data: Tensor | float) -> Tensor | float:
+        """Return what the sum over the data is multiplied by."""
+        return 1.0 / normalizer if self._reduction == "mean" else 1.0
+
     @abstractmethod
-    def _batch_matmat(self, output: Tensor, y: Tensor, X: list[Tensor]) -> list[Tensor]:
-        """Multiply one batch's matrix onto lists of `[K, *p.shape]`.
+    def _batch_product(
+        self, linearization: Linearization, X: Any, y: Any
+    ) -> Callable[[Columns], Columns]:
+        """Return the product with the matrix of one batch's summed loss.
 
         Args:
-            output: The predictions, with their graph.
+            linearization: The predictions and their derivative.
+            X: The inputs.
             y: The targets.
-            X: One tensor `[K, *p.shape]` for each parameter.
-
-        Returns:
-            The products, in the same form.
         """
+
+    def _make_term(self, X: Any, y: Any) -> RiskTerm:
+        linearization = Linearization(self._model, X)
+        return self._weigh(self._batch_product(linearization, X, y), linearization.output, X, y)
+
+    def _weigh(
+        self, product: Callable[[Columns], Columns], output: Tensor, X: Any, y: Any
+    ) -> RiskTerm:
+        state = None if self._generator is None else self._generator.get_state()
+        weights = self._normalizer(output, X, y), self._num_data(output.detach(), X, y)
+        return RiskTerm(product, *weights, state)
+
+    def _resume(self, term: RiskTerm) -> None:
+        if self._generator is not None and term.random_state is not None:
+            self._generator.set_state(term.random_state)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         assert self.in_shapes is not None
-        pieces = [p.movedim(-1, 0) for p in split_rows(X, self.in_shapes)]
-        total = [torch.zeros_like(p) for p in pieces]
-        weights: list[Tensor | float] = []
-        reduction = getattr(self._loss_func, "reduction", None)
-        with evaluation(self._model_func):
-            for inputs, y in iterate(
-                self._data, self.device, self._progressbar, type(self).__name__
-            ):
-                output = self._model_func(inputs)
-                product = self._batch_matmat(output, y, pieces)
-                weight = 1.0 if reduction == "sum" else self._batch_weight(output, inputs, y)
-                weights.append(weight)
-                total = [t.add_(weight * p) for t, p in zip(total, product, strict=True)]
-        if reduction != "sum":
-            if reduction != "mean" and len(weights) > 1:
-                raise ValueError(
-                    "loss_func: for several batches it must have an attribute `reduction` that is "
-                    f'"mean" or "sum", got {reduction!r}; set loss_func.reduction.'
-                )
-            normalizer = sum(weights)
-            total = [t / normalizer for t in total]
-        return torch.cat([t.flatten(1) for t in total], dim=1).mT
+        shapes, terms = self.in_shapes, list[RiskTerm]()
+        total = X.new_zeros(X.shape[1], X.shape[0])  # [K, D]
 
-    def _jvp(self, output: Tensor, X: Sequence[Tensor]) -> Tensor:
-        """Return J x `[K, *z.shape]` as the derivative of u ↦ Jᵀ u, which is linear in u."""
-        u = torch.zeros_like(output, requires_grad=True)
-        pulled = torch.autograd.grad(
-            output, self._params, u, create_graph=True, retain_graph=True, allow_unused=True
-        )
-        used = [(g, x) for g, x in zip(pulled, X, strict=True) if g is not None and g.requires_grad]
-        if not used:
-            return output.new_zeros(X[0].shape[0], *output.shape)
-        grads, vectors = zip(*used, strict=True)
-        (result,) = torch.autograd.grad(grads, u, vectors, is_grads_batched=True)
-        return result
+        def add(term: RiskTerm) -> None:
+            for chunk in self._chunks(X.shape[1]):
+                product = term.product(self._leading_columns(X, shapes, chunk))
+                add_rows(total, chunk, product)
+            # without the product, which would keep the graph of every batch alive
+            terms.append(RiskTerm(_forget, term.normalizer, term.num_data, None))
 
-    @staticmethod
-    def _vjp(output: Tensor, inputs: Sequence[Tensor], U: Tensor) -> list[Tensor]:
-        """Return Jᵀ u for the K cotangents `U` `[K, *z.shape]`, by input."""
-        grads = torch.autograd.grad(
-            output, inputs, U, retain_graph=True, is_grads_batched=True, allow_unused=True
-        )
-        return [
-            torch.zeros(U.shape[0], *x.shape, dtype=x.dtype, device=x.device) if g is None else g
-            for g, x in zip(grads, inputs, strict=True)
-        ]
+        self._visit_terms(add)
+        self._check_reduction(len(terms))
+        normalizer: Any = sum(t.normalizer for t in terms)
+        return (total * self._scale(normalizer, sum(t.num_data for t in terms))).mT
+
+    def _check_reduction(self, num_batches: int) -> None:
+        if self._reduction not in ("mean", "sum") and num_batches > 1:
+            raise ValueError(
+                "loss_func: for several batches it must have an attribute `reduction` that is "
+                f'"mean" or "sum", got {self._reduction!r}; set loss_func.reduction.'
+            )
+
+
+def _forget(columns: Sequence[Tensor]) -> Columns:
+    raise RuntimeError("This term's graph is gone.")

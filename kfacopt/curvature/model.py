@@ -1,0 +1,157 @@
+"""A network as a differentiable function of named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.backends import mha
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kfacopt.data import evaluation
+
+
+class ParametrizedModel:
+    """f(X; θ) with the tensors θ that it is differentiated by.
+
+    Args:
+        model_func: A module, or a function that closes over its parameters.
+        params: θ: a list of the parameters that `model_func` uses, any subset in any order; or a
+            mapping from names in the module to tensors that take the place of its own.
+
+    Attributes:
+        leaves: θ, as leaves of autograd's graph.
+        device: Where it is evaluated.
+
+    Raises:
+        ValueError: If `params` is empty, names what the module does not have, repeats a tensor,
+            or mixes dtypes or devices.
+    """
+
+    def __init__(
+        self,
+        model_func: Callable[[Any], Any],
+        params: Sequence[Tensor] | Mapping[str, Tensor],
+    ) -> None:
+        self.function = model_func
+        self.is_functional = isinstance(params, Mapping)
+        self.leaves: list[Tensor] = []
+        self.names: list[str] | None = None
+        if isinstance(params, Mapping):
+            self.names = list(params)
+            # detach() shares memory and version counter with the tensor of the user
+            self.leaves = [t.detach().requires_grad_() for t in params.values()]
+            _check_names(model_func, params)
+        else:
+            self.leaves = list(params)
+            self.names = _names_in(model_func, self.leaves)
+        _check_leaves(self.leaves, self.names)
+
+        self.device = self.leaves[0].device
+
+    @classmethod
+    def of_module(cls, module: nn.Module) -> ParametrizedModel:
+        """Return a module as a function of its inputs alone."""
+        model = cls.__new__(cls)
+        model.function, model.is_functional, model.leaves, model.names = module, False, [], []
+        first = next(chain(module.parameters(), module.buffers()), torch.empty(0))
+        model.device = first.device
+        return model
+
+    def __call__(self, X: Any) -> Any:
+        """Return f(X; θ), with a graph that reaches θ."""
+        if self.is_functional:
+            return self.at(self.leaves, X)
+        return self.function(X)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, or `None` if the model is a plain function."""
+        return self.function if isinstance(self.function, nn.Module) else None
+
+    def at(self, values: Sequence[Tensor], X: Any) -> Any:
+        """Return f(X; values). Only for modules that own θ.
+
+        Args:
+            values: A tensor for each of θ.
+            X: The inputs.
+        """
+        assert self.module is not None
+        assert self.names is not None
+        return functional_call(self.module, dict(zip(self.names, values, strict=True)), (X,))
+
+    def can_substitute(self) -> bool:
+        """Tell whether `at` is defined: whether the module, as it is now, owns θ."""
+        return self.is_functional or (
+            self.names is not None and _names_in(self.function, self.leaves) == self.names
+        )
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Run passes that leave no trace, on kernels that can be differentiated twice.
+
+        Fused attention and the fast path of `nn.TransformerEncoderLayer` have neither forward-mode
+        nor double derivatives, cuDNN's recurrent layers have no double derivatives. A plain
+        function's layers are not seen; where it uses recurrent layers on CUDA, run products under
+        `torch.backends.cudnn.flags(enabled=False)`.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(evaluation(self.function))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+            mha.set_fastpath_enabled(False)
+            modules = self.module.modules() if self.module is not None else ()
+            if self.device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            yield
+
+
+def _names_in(model_func: Callable[..., Any], params: Sequence[Tensor]) -> list[str] | None:
+    """Return the parameters' names in the module, or `None` if it does not own them all."""
+    if not isinstance(model_func, nn.Module):
+        return None
+    known = {id(p): name for name, p in model_func.named_parameters()}
+    names = [known.get(id(p)) for p in params]
+    return [name for name in names if name is not None] if None not in names else None
+
+
+def _check_names(model_func: Callable[..., Any], params: Mapping[str, Tensor]) -> None:
+    if not isinstance(model_func, nn.Module):
+        raise ValueError(
+            "params: a dict of named tensors needs an nn.Module as model_func, got "
+            f"{type(model_func).__name__}; give a list of the tensors that it closes over."
+        )
+    own: dict[str, Tensor] = {
+        **dict(model_func.named_parameters(remove_duplicate=False)),
+        **dict(model_func.named_buffers(remove_duplicate=False)),
+    }
+    for name, tensor in params.items():
+        if name not in own:
+            raise ValueError(f"params: {name!r} is not in model_func, which has {list(own)}.")
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"params[{name!r}] must have the shape {tuple(own[name].shape)} of the module's, "
+                f"got {tuple(tensor.shape)}."
+            )
+
+
+def _check_leaves(leaves: Sequence[Tensor], names: Sequence[str] | None) -> None:
+    if not leaves:
+        raise ValueError("params: at least one parameter is needed.")
+    if len({id(p) for p in leaves}) != len(leaves):
+        raise ValueError("params: a parameter stands there twice.")
+    first = leaves[0]
+    for i, p in enumerate(leaves):
+        label = f"params[{i}]" if names is None else f"params[{i}] ({names[i]})"
+        if not p.requires_grad:
+            raise ValueError(f"{label} does not require gradients; call requires_grad_().")
+        if (p.dtype, p.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"{label}: parameters must share one dtype and device, got {p.dtype} on {p.device} "
+                f"beside {first.dtype} on {first.device}; split params into operators of their own."
+            )

@@ -1,0 +1,150 @@
+"""What all matrices of a network and a data set have in common: passes over the data."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kfacopt.curvature.graph_cache import GraphCache, measure_saved_bytes
+from kfacopt.curvature.model import ParametrizedModel
+from kfacopt.data import Batch, run_determinism_check, show_progress, to_device
+from kfacopt.linalg.operator import LinearOperator, Shapes, split_rows
+
+CHUNK_SIZE = 16
+CACHE_BYTES = 2**30
+
+T = TypeVar("T")
+
+
+class NetworkLinearOperator(LinearOperator, Generic[T]):
+    """A matrix that is made of one term for each batch of a data set.
+
+    Args:
+        model: f and θ.
+        loss_func: The loss, if there is one.
+        data: Batches `(X, y)`; may be iterated any number of times.
+        progressbar: Show a bar during products.
+        chunk_size: How many columns are multiplied at once.
+        cache_bytes: How much memory the terms of a data set may take that are kept between
+            products.
+    """
+
+    def __init__(
+        self,
+        model: ParametrizedModel,
+        loss_func: Callable[[Tensor, Tensor], Tensor] | None,
+        data: Iterable[Batch],
+        progressbar: bool,
+        chunk_size: int,
+        cache_bytes: int,
+    ) -> None:
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}.")
+        if not isinstance(cache_bytes, int) or cache_bytes < 0:
+            raise ValueError(f"cache_bytes must be an integer of at least 0, got {cache_bytes!r}.")
+        self._model, self._loss_func, self._data = model, loss_func, data
+        self._progressbar, self._chunk_size = progressbar, chunk_size
+        seen: list[Any] = [model.function] if loss_func is None else [model.function, loss_func]
+        modules = [m for m in seen if isinstance(m, nn.Module)]
+        # Of a plain function nobody knows what else it depends on, and of a loader what comes next.
+        in_memory = isinstance(data, list | tuple) and len(modules) == len(seen)
+        self._cache = GraphCache[T](cache_bytes) if in_memory and cache_bytes else None
+        self._modules = modules
+
+    def _set_shape(
+        self, rows: Shapes, columns: Shapes, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Finish the construction, once the shape is known."""
+        sizes = [sum(torch.Size(s).numel() for s in shapes) for shapes in (rows, columns)]
+        super().__init__((sizes[0], sizes[1]), dtype, device, columns, rows)
+
+    def _check_deterministic(self) -> list[tuple[int, ...]]:
+        """Check model and data; return the shapes of the predictions, batch by batch."""
+        with self._model.evaluation():
+            return run_determinism_check(self._data, self._model.device, self._model)
+
+    @abstractmethod
+    def _make_term(self, X: Any, y: Any) -> T:
+        """Prepare the products with one batch's term of the matrix."""
+
+    def _visit_terms(self, action: Callable[[T], None]) -> None:
+        """Call `action`, which takes products, with each term in data order."""
+        if self._cache is None:
+            with self._model.evaluation():
+                for X, y in self._batches():
+                    action(self._make_term(*self._to_device(X, y)))
+            return
+        with self._cache.use(self._modules, self._model.leaves), self._model.evaluation():
+            for index, (X, y) in enumerate(self._batches()):
+                self._visit_kept_term(self._cache, index, (X, y), action)
+
+    def _visit_kept_term(
+        self, cache: GraphCache[T], index: int, batch: Batch, action: Callable[[T], None]
+    ) -> None:
+        term = cache.get(index, batch)
+        if term is not None:
+            self._resume(term)
+            action(term)
+        elif cache.is_measured(index):
+            term, size = self._make_kept_term(*self._to_device(*batch), cache.size_of(index))
+            action(term)
+            cache.offer(index, batch, term, size)
+        else:
+            known = [*self._model.leaves, *_tensors_in(self._modules, *batch)]
+            with measure_saved_bytes(known) as sizes:
+                action(self._make_term(*self._to_device(*batch)))
+            cache.note_size(sum(sizes))
+
+    def _make_kept_term(self, X: Any, y: Any, size: int) -> tuple[T, int]:
+        """Prepare a term that will be kept if it fits; return it and its size.
+
+        Args:
+            X: The inputs.
+            y: The targets.
+            size: How many bytes the graphs of the batch's term save.
+        """
+        return self._make_term(X, y), size
+
+    def _resume(self, term: T) -> None:
+        """Go on after a kept term as after one that was just made."""
+
+    def _batches(self) -> Iterator[Batch]:
+        return show_progress(self._data, self._progressbar, type(self).__name__)
+
+    def _to_device(self, X: Any, y: Any) -> Batch:
+        return to_device(X, self._model.device), to_device(y, self._model.device)
+
+    def _chunks(self, num_columns: int) -> list[slice]:
+        starts = range(0, num_columns, self._chunk_size)
+        return [slice(start, start + self._chunk_size) for start in starts]
+
+    @staticmethod
+    def _leading_columns(X: Tensor, shapes: Shapes, chunk: slice) -> list[Tensor]:
+        """Take a chunk of the columns of `X` `[D, K]` as one `[k, *shape]` for each shape."""
+        # Contiguous once here, not for every operation that the piece takes part in.
+        return [p.movedim(-1, 0).contiguous() for p in split_rows(X[:, chunk], shapes)]
+
+
+def add_rows(total: Tensor, chunk: slice, product: Sequence[Tensor]) -> None:
+    """Add a product to the rows of a chunk of columns.
+
+    Args:
+        total: `[K, D]`, changed in place.
+        chunk: Which of the K.
+        product: One `[k, *shape]` for each parameter.
+    """
+    stop = 0
+    for piece in product:
+        start, stop = stop, stop + piece[0].numel()
+        total[chunk, start:stop] += piece.flatten(1)
+
+
+def _tensors_in(modules: Sequence[nn.Module], *others: Any) -> Iterator[Tensor]:
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
+    yield from (x for x in others if isinstance(x, Tensor))
