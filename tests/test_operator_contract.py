@@ -6,6 +6,7 @@ A new operator joins by one row in `CASES`.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import dense_curvature
 import numpy as np
 import pytest
 import torch
@@ -25,12 +26,19 @@ from torch import nn
 
 from kfacopt import (
     CGInverseLinearOperator,
+    EFLinearOperator,
+    FisherMCLinearOperator,
     GGNLinearOperator,
+    HessianLinearOperator,
     IdentityLinearOperator,
+    JacobianLinearOperator,
     KFACLinearOperator,
     NeumannInverseLinearOperator,
     SubmatrixLinearOperator,
+    TransposedJacobianLinearOperator,
 )
+from kfacopt.experimental import ActivationHessianLinearOperator
+from kfacopt.likelihoods import likelihood_of
 from kfacopt.linalg.operator import LinearOperator
 from kfacopt.linalg.structured import DenseLinearOperator, operator_from
 
@@ -87,6 +95,57 @@ def ggn(dtype: torch.dtype) -> Pair:
     matrix = torch.einsum("ncd,nce,nef->df", J, H, J) / len(X)
     model.to(dtype)
     return op, matrix.detach().numpy()
+
+
+def curvature(kind: Callable, oracle: Callable) -> Callable:
+    """An exact operator of the small network and its matrix by double loops in float64."""
+
+    def build(dtype: torch.dtype) -> Pair:
+        model, data = mlp(dtype)
+        op = kind(model, nn.CrossEntropyLoss(), list(model.parameters()), data)
+        model64, _ = mlp(torch.float64)
+        data64 = [(X.double(), y) for X, y in data]
+        return op, oracle(model64, list(model64.parameters()), data64).numpy()
+
+    return build
+
+
+def cross_entropy_matrix(function: Callable) -> Callable:
+    return lambda model, params, data: function(model, nn.CrossEntropyLoss(), params, data)
+
+
+def sampled_fisher(model, params, data) -> torch.Tensor:
+    """With the labels that the seed draws, batch by batch."""
+    likelihood = likelihood_of(nn.CrossEntropyLoss(reduction="sum"))
+    generator = torch.Generator().manual_seed(2147483647)
+    us = []
+    for X, y in data:
+        z = model(X).detach()
+        us.append(likelihood.sample_gradient(z, likelihood.term_weights(z, y), generator))
+    u = torch.cat(us)
+    J = dense_curvature.jacobian(model, params, data).reshape(*u.shape, -1)
+    rows = torch.einsum("nc,ncd->nd", u, J)
+    return rows.T @ rows / len(u)
+
+
+def jacobian_operator(model, _, params, data) -> JacobianLinearOperator:
+    return JacobianLinearOperator(model, params, data)
+
+
+def transposed_jacobian_operator(model, _, params, data) -> TransposedJacobianLinearOperator:
+    return TransposedJacobianLinearOperator(model, params, data)
+
+
+def activation_hessian(dtype: torch.dtype) -> Pair:
+    model, data = mlp(dtype)
+    op = ActivationHessianLinearOperator(model, nn.CrossEntropyLoss(), ("0", "output", 0), data[:1])
+    model64, _ = mlp(torch.float64)
+    X, y = data[0]
+    rest = model64[1:]
+    matrix = dense_curvature.activation_hessian(
+        lambda z: nn.functional.cross_entropy(rest(z), y), model64[0](X.double())
+    )
+    return op, matrix.numpy()
 
 
 def kfac_operator(dtype: torch.dtype) -> KFACLinearOperator:
@@ -220,6 +279,26 @@ CASES = {
     "CG inverse": Case(cg_inverse, symmetric=True, definite=True, lists=True),
     "Neumann inverse": Case(neumann_inverse),
     "GGN": Case(ggn, symmetric=True, lists=True),
+    "Hessian": Case(
+        curvature(HessianLinearOperator, cross_entropy_matrix(dense_curvature.hessian)),
+        symmetric=True,
+        lists=True,
+    ),
+    "EF": Case(
+        curvature(EFLinearOperator, cross_entropy_matrix(dense_curvature.empirical_fisher)),
+        symmetric=True,
+        lists=True,
+    ),
+    "FisherMC": Case(curvature(FisherMCLinearOperator, sampled_fisher), symmetric=True, lists=True),
+    "Jacobian": Case(curvature(jacobian_operator, dense_curvature.jacobian), lists=True),
+    "transposed Jacobian": Case(
+        curvature(
+            transposed_jacobian_operator,
+            lambda *arguments: dense_curvature.jacobian(*arguments).T,
+        ),
+        lists=True,
+    ),
+    "activation Hessian": Case(activation_hessian, symmetric=True, lists=True),
     "damped GGN": Case(damped_ggn, symmetric=True, definite=True, lists=True),
     "KFAC": Case(kfac, symmetric=True, lists=True),
     "KFAC inverse": Case(kfac_inverse, symmetric=True, definite=True, lists=True),
@@ -412,7 +491,7 @@ def test_lists(pair):
         assert_close(torch.cat([t.reshape(-1) for t in one_result]), M @ X[:, 0].numpy())
         assert_close(torch.cat([t.reshape(-1, COLUMNS) for t in many_result]), M @ X.numpy())
     with pytest.raises(ValueError, match="parameter tensors"):
-        op @ [torch.ones(3)]
+        op @ ([torch.ones(3)] * (len(op.in_shapes) + 1))
     with pytest.raises(ValueError, match=r"x\[0\] must have the shape"):
         op @ [torch.ones(99), *[torch.ones(s) for s in op.in_shapes[1:]]]
 
