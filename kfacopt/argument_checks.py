@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -43,6 +46,41 @@ def check_range(
 
 
 def check_integer(name: str, value: Any) -> None:
-    """Raise unless a value is an integer."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}.")
+    """Raise unless a value is an integer of 64 bits, as a generator's seed is."""
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}.")
+
+
+def check_shape(shape: Any, expected: tuple[int, int]) -> None:
+    """Raise unless a stated shape is `None` or the one that is expected."""
+    fits = isinstance(shape, tuple | list) and tuple(shape) == expected
+    if shape is not None and not fits:
+        raise ValueError(f"shape must be {expected} for these params, got {shape!r}.")
+
+
+def check_loss(loss_func: Any) -> None:
+    """Raise unless a loss function is something to call; a class of losses is not."""
+    if isinstance(loss_func, type) or not callable(loss_func):
+        raise ValueError(
+            f"loss_func must be a function or an instance like nn.MSELoss(), got {loss_func!r}."
+        )
+
+
+def check_evaluation(data: Any, progressbar: Any, check_deterministic: Any) -> None:
+    """Raise unless data can be iterated and the flags are flags."""
+    if not isinstance(data, Iterable):
+        raise ValueError(f"data must be an iterable of batches (X, y), got {data!r}.")
+    check_flag("progressbar", progressbar)
+    check_flag("check_deterministic", check_deterministic)
+
+
+def check_params(params: Any) -> None:
+    """Raise unless parameters are an iterable of tensors, or a mapping to tensors."""
+    values = params.values() if isinstance(params, Mapping) else params
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise ValueError(
+            f"params must be a list of parameters or a dict, got {type(params).__name__}."
+        )
+    for i, p in enumerate(values):
+        if not isinstance(p, Tensor):
+            raise ValueError(f"params[{i}] must be a tensor, got {p!r}.")

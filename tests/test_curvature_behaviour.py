@@ -70,7 +70,9 @@ class TestParameters:
     def test_parameter_without_influence_has_zero_rows(self, risk_operator, problem):
         model, loss_func, data = problem
         stranger = nn.Parameter(torch.ones(2, dtype=DTYPE))
-        operator = risk_operator(model, loss_func, [stranger, *model.parameters()], data)
+        model.register_parameter("stranger", stranger)
+        operator = risk_operator(model, loss_func, params_of(model), data)
+        assert next(model.parameters()) is stranger
         product = operator @ columns_for(operator)
         assert bool((product[:2] == 0).all())
         assert bool((product[2:] != 0).any())
@@ -110,6 +112,11 @@ class TestParameters:
             pytest.param(lambda m: {"0.bias": torch.ones(2)}, "must have the shape", id="shape"),
             pytest.param(
                 lambda m: [m[0].bias, nn.Parameter(torch.ones(1))], "one dtype", id="dtypes"
+            ),
+            pytest.param(
+                lambda m: [nn.Parameter(torch.ones(1, dtype=DTYPE))],
+                "no parameters of model_func",
+                id="foreign",
             ),
         ],
     )

@@ -461,6 +461,23 @@ BAD = {
     "loss_average-none": ({"loss_average": None}, ValueError, "loss_average must be None exactly"),
     "shape": ({"shape": (3, 3)}, ValueError, r"shape must be \(43, 43\)"),
     "seed": ({"seed": 0.5}, ValueError, "seed must be an integer"),
+    "seed-wide": ({"seed": 2**70}, ValueError, "seed must be an integer of 64 bits, got 118"),
+    "separate": ({"separate_weight_and_bias": "a"}, ValueError, "separate_weight_and_bias must"),
+    "progressbar": ({"progressbar": "x"}, ValueError, "progressbar must be True or False, got 'x'"),
+    "check": ({"check_deterministic": None}, ValueError, "check_deterministic must be True or"),
+    "shape-number": ({"shape": 3}, ValueError, r"shape must be \(43, 43\) .* got 3"),
+    "data": ({"data": None}, ValueError, "data must be an iterable of batches"),
+    "params": (
+        {"params": None},
+        ValueError,
+        "params must be a list of parameters or a dict, got No",
+    ),
+    "params-text": (
+        {"params": ["weight"]},
+        ValueError,
+        r"params\[0\] must be a tensor, got 'weight'",
+    ),
+    "loss_func": ({"loss_func": nn.MSELoss}, ValueError, "loss_func must be a function or an inst"),
 }
 
 
@@ -469,8 +486,13 @@ def test_bad_options(name):
     options, error, message = BAD[name]
     model = nn.Sequential(LINEAR(4, 5), LINEAR(5, 3))
     data = [(torch.rand(2, 4), torch.rand(2, 3))]
+    arguments = {"loss_func": nn.MSELoss(), "params": list(model.parameters()), "data": data}
     with pytest.raises(error, match=message):
-        KFACLinearOperator(model, nn.MSELoss(), list(model.parameters()), data, **options)
+        KFACLinearOperator(model, **(arguments | options))
+    shared = ("progressbar", "check", "shape-number", "data", "params", "params-text", "loss_func")
+    if name in shared:
+        with pytest.raises(error, match=message):
+            GGNLinearOperator(model, **(arguments | options))
 
 
 def test_bad_models_losses_and_parameters():

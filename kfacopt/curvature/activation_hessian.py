@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kfacopt.argument_checks import check_evaluation, check_loss
 from kfacopt.curvature.linearization import batched_grad
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator
@@ -93,6 +94,8 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
         chunk_size: int = CHUNK_SIZE,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        check_evaluation(data, progressbar, check_deterministic)
+        check_loss(loss_func)
         self._activation = _checked_activation(model_func, activation)
         batches = list(islice(data, 2))
         if len(batches) != 1:

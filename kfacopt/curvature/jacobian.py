@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from kfacopt.argument_checks import check_evaluation
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
@@ -65,6 +66,7 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
         chunk_size: int = CHUNK_SIZE,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        check_evaluation(data, progressbar, check_deterministic)
         model = ParametrizedModel(model_func, params)
         super().__init__(model, None, data, progressbar, chunk_size, cache_bytes)
         predictions = self._check_deterministic() if check_deterministic else self._predict()

@@ -13,6 +13,7 @@ from torch.backends import mha
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kfacopt.argument_checks import check_params
 from kfacopt.data import evaluation
 
 
@@ -38,6 +39,9 @@ class ParametrizedModel:
         model_func: Callable[[Any], Any],
         params: Sequence[Tensor] | Mapping[str, Tensor],
     ) -> None:
+        if not callable(model_func):
+            raise ValueError(f"model_func must be a module or a function, got {model_func!r}.")
+        check_params(params)
         self.function = model_func
         self.is_functional = isinstance(params, Mapping)
         self.leaves: list[Tensor] = []
@@ -51,6 +55,12 @@ class ParametrizedModel:
             self.leaves = list(params)
             self.names = _names_in(model_func, self.leaves)
         _check_leaves(self.leaves, self.names)
+        if self.names is None and isinstance(model_func, nn.Module):
+            raise ValueError(
+                "params: the list holds tensors that are no parameters of model_func. Give its "
+                "own, a dict from its names to tensors that take their place, or a function "
+                "as model_func that closes over the tensors."
+            )
 
         self.device = self.leaves[0].device
 

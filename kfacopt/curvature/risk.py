@@ -11,6 +11,7 @@ from typing import Any
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
+from kfacopt.argument_checks import check_evaluation, check_loss, check_shape
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
@@ -82,12 +83,12 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         chunk_size: int = CHUNK_SIZE,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        check_evaluation(data, progressbar, check_deterministic)
         model = ParametrizedModel(model_func, params)
         super().__init__(model, loss_func, data, progressbar, chunk_size, cache_bytes)
         shapes = [tuple(p.shape) for p in model.leaves]
         self._set_shape(shapes, shapes, model.leaves[0].dtype, model.device)
-        if shape is not None and tuple(shape) != self.shape:
-            raise ValueError(f"shape must be {self.shape} for these params, got {shape}.")
+        check_shape(shape, self.shape)
         self._reduction: str | None = getattr(loss_func, "reduction", None)
         self._generator: Generator | None = None
         self._check_loss()
@@ -97,6 +98,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
     def _check_loss(self) -> None:
         if self._loss_func is None:
             raise ValueError(f"loss_func: {type(self).__name__} needs a loss function, got None.")
+        check_loss(self._loss_func)
 
     def _summed_loss(self, output: Tensor, X: Any, y: Any) -> Tensor:
         """Return Z times a batch's mean loss, or its summed loss; a scalar."""

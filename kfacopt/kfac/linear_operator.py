@@ -10,7 +10,17 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from kfacopt.argument_checks import check_choice, check_count, check_integer, check_range
+from kfacopt.argument_checks import (
+    check_choice,
+    check_count,
+    check_evaluation,
+    check_flag,
+    check_integer,
+    check_loss,
+    check_params,
+    check_range,
+    check_shape,
+)
 from kfacopt.data import Batch, batch_size, evaluation, iterate, run_determinism_check
 from kfacopt.kfac.capture import (
     LayerUse,
@@ -203,6 +213,10 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         loss_average: str | None = "batch",
         separate_weight_and_bias: bool = True,
     ) -> None:
+        check_evaluation(data, progressbar, check_deterministic)
+        check_flag("separate_weight_and_bias", separate_weight_and_bias)
+        check_loss(loss_func)
+        check_params(params)
         self._likelihood = likelihood_of(loss_func)
         _check_options(self._likelihood, fisher_type, mc_samples, kfac_approx, loss_average, seed)
         if not isinstance(model_func, nn.Module):
@@ -212,8 +226,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         params = list(params)
         self._layers = _layers_of(model_func, params, separate_weight_and_bias)
         super().__init__(params)
-        if shape is not None and tuple(shape) != self.shape:
-            raise ValueError(f"shape must be {self.shape} for these params, got {shape}.")
+        check_shape(shape, self.shape)
         self._model_func, self._loss_func, self._data = model_func, loss_func, data
         self._progressbar, self._seed = progressbar, seed
         self._fisher_type: FisherType = fisher_type

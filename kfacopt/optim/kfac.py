@@ -19,6 +19,7 @@ from kfacopt.argument_checks import (
     check_count,
     check_flag,
     check_integer,
+    check_loss,
     check_range,
 )
 from kfacopt.kfac.factors import FactorForm, Factors
@@ -198,6 +199,8 @@ class KFACOptimizer(Optimizer):
             kl_clip,
             separate_weight_and_bias,
         )
+        if loss_func is not None:
+            check_loss(loss_func)
         likelihood = None if loss_func is None else likelihood_of(loss_func)
         form = FactorForm(kfac_approx, max_factor_dim)
         self._curvature = CurvatureOptions(fisher_type, mc_samples, form, likelihood)
