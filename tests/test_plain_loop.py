@@ -504,6 +504,9 @@ def test_hooks_do_nothing_on_steps_without_factors():
         optimizer.zero_grad()
         z = model(X * (i + 1))
         kinds.append(type(z) is torch.Tensor)
+        # steps without factors run modules as if there were no optimizer
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert hooked != kinds[-1]
         step(optimizer, F.cross_entropy(z, LABELS))
         if i == 2:
             assert_factors(optimizer, model, CE(), [(X, LABELS)])
