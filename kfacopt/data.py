@@ -39,7 +39,11 @@ def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
     kept = [b.detach().clone() for b in buffers]
     token = _evaluating.set(True)
     try:
-        with torch.random.fork_rng(random_devices()), torch.enable_grad():
+        with (
+            torch.random.fork_rng(random_devices()),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             yield
     finally:
         _evaluating.reset(token)

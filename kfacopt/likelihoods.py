@@ -124,7 +124,7 @@ class Likelihood(ABC):
             generator: Draws the signs.
         """
         scale = self._spread(weights.sqrt(), output)
-        rows = output.shape[:1] if self._has_data_axis(output) else ()
+        rows = output.shape[:1] if self.has_data_axis(output) else ()
         shape = rows + (1,) * (output.ndim - len(rows))
         draw = torch.randint(2, shape, generator=generator, device=generator.device)
         scale = scale * (draw.to(output) * 2 - 1)
@@ -132,7 +132,7 @@ class Likelihood(ABC):
             for position in self._position_masks(output):
                 yield (column * scale * position).to(output.dtype)
 
-    def _has_data_axis(self, output: Tensor) -> bool:
+    def has_data_axis(self, output: Tensor) -> bool:
         """Tell whether z is a batch, and not a single datum without an axis N."""
         return output.ndim > 0
 
@@ -164,7 +164,8 @@ class _Categorical(Likelihood):
     def _class_axis(output: Tensor) -> int:
         return 1 if output.ndim > 1 else 0
 
-    def _has_data_axis(self, output: Tensor) -> bool:
+    def has_data_axis(self, output: Tensor) -> bool:
+        """Tell whether z is a batch: one axis alone is that of the classes."""
         return output.ndim > 1
 
     def _spread(self, weights: Tensor, output: Tensor) -> Tensor:
@@ -325,12 +326,22 @@ class _Elementwise(Likelihood):
 class SquaredError(_Elementwise):
     """MSE: ℓ = (z − y)², ∇²ℓ = 2; the negative log-likelihood of y ~ N(z, 1/2)."""
 
+    @staticmethod
+    def _check_target(output: Tensor, target: Tensor | None) -> None:
+        if isinstance(target, Tensor) and target.shape != output.shape:
+            raise ValueError(
+                f"MSE: the prediction has the shape {tuple(output.shape)} and the target "
+                f"{tuple(target.shape)}, which would be broadcast against each other; reshape one."
+            )
+
     def term_weights(self, output: Tensor, target: Tensor | None) -> Tensor:
         """Return the elementwise `weight` of the loss, or ones."""
+        self._check_target(output, target)
         return torch.ones_like(output) if self.weight is None else self.weight.to(output)
 
     def normalizer(self, output: Tensor, target: Tensor | None) -> Tensor:
         """Return the number of entries of z, or the sum of the elementwise weights."""
+        self._check_target(output, target)
         if self.weight is None:
             return super().normalizer(output, target)
         return self.weight.to(output).sum()
@@ -387,6 +398,14 @@ def checked(likelihood: Likelihood) -> Likelihood:
     return likelihood
 
 
+def has_likelihood(loss_func: object) -> bool:
+    """Tell whether a loss is one of `SUPPORTED_LOSSES`; a subclass that changes it is not."""
+    return any(
+        isinstance(loss_func, kind) and type(loss_func).forward is kind.forward
+        for kind in SUPPORTED_LOSSES
+    )
+
+
 def likelihood_of(loss_func: nn.Module) -> Likelihood:
     """Return the likelihood of an `nn` loss module.
 
@@ -396,6 +415,10 @@ def likelihood_of(loss_func: nn.Module) -> Likelihood:
     Raises:
         UnsupportedLossError: For any other loss, by name.
     """
+    if not has_likelihood(loss_func):
+        supported = ", ".join(f"nn.{loss.__name__}" for loss in SUPPORTED_LOSSES)
+        name = getattr(loss_func, "__name__", type(loss_func).__name__)
+        raise UnsupportedLossError(f"loss_func: {name} is not supported; give one of {supported}.")
     if isinstance(loss_func, nn.CrossEntropyLoss):
         return checked(
             CrossEntropy(
@@ -405,14 +428,11 @@ def likelihood_of(loss_func: nn.Module) -> Likelihood:
                 loss_func.label_smoothing,
             )
         )
-    if isinstance(loss_func, nn.NLLLoss) and not isinstance(loss_func, nn.PoissonNLLLoss):
+    if isinstance(loss_func, nn.NLLLoss):
         return checked(
             NegativeLogLikelihood(loss_func.reduction, loss_func.weight, loss_func.ignore_index)
         )
     if isinstance(loss_func, nn.BCEWithLogitsLoss):
         return checked(Bernoulli(loss_func.reduction, loss_func.weight, loss_func.pos_weight))
-    if isinstance(loss_func, nn.MSELoss):
-        return checked(SquaredError(loss_func.reduction))
-    supported = ", ".join(f"nn.{loss.__name__}" for loss in SUPPORTED_LOSSES)
-    name = getattr(loss_func, "__name__", type(loss_func).__name__)
-    raise UnsupportedLossError(f"loss_func: {name} is not supported; give one of {supported}.")
+    assert isinstance(loss_func, nn.MSELoss)
+    return checked(SquaredError(loss_func.reduction))

@@ -155,7 +155,8 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
         def add(term: Product) -> None:
             for chunk in self._chunks(X.shape[1]):
                 (V,) = self._leading_columns(X, shapes, chunk)
-                chunks.append(term(V).flatten(1))
+                product = term(V)
+                chunks.append(product.reshape(product.shape[0], -1))
 
         self._visit_terms(add)
         return torch.cat(chunks).mT

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfacopt.curvature.outer_products import OuterProductLinearOperator
 from kfacopt.data import batch_size
-from kfacopt.likelihoods import SUPPORTED_LOSSES, likelihood_of
+from kfacopt.likelihoods import has_likelihood, likelihood_of
 
 
 class EFLinearOperator(OuterProductLinearOperator):
@@ -66,8 +66,8 @@ class EFLinearOperator(OuterProductLinearOperator):
     def _output_vectors(self, output: Tensor, X: Any, y: Any) -> Tensor:
         z = output.requires_grad_()
         (gradient,) = torch.autograd.grad(self._summed_loss(z, X, y), z)
-        data, rows = batch_size(X), output.shape[0] if output.ndim else 1
-        if rows % data:
+        data, rows = self._data_and_rows(output, X)
+        if not data or rows % data:
             raise ValueError(
                 f"model_func: its {rows} rows of predictions are not a multiple of the {data} data "
                 "in the batch, so that there is no gradient of a datum. Return one row, or equally "
@@ -76,12 +76,19 @@ class EFLinearOperator(OuterProductLinearOperator):
         return gradient.reshape(1, data, -1)
 
     def _num_data(self, output: Tensor, X: Any, y: Any) -> Tensor | float:
-        if not isinstance(self._loss_func, SUPPORTED_LOSSES):
+        if not has_likelihood(self._loss_func):
             return float(batch_size(X))
-        likelihood = likelihood_of(self._loss_func)
+        loss_func: Any = self._loss_func
+        likelihood = likelihood_of(loss_func)
         # For targets that are unknown every term counts, with weight 1.
         share = likelihood.num_terms(output, y) / likelihood.num_terms(output, None)
-        return share * batch_size(X)
+        return share * self._data_and_rows(output, X)[0]
+
+    def _data_and_rows(self, output: Tensor, X: Any) -> tuple[int, int]:
+        """Return the number of data and of rows of predictions: 1 without an axis of data."""
+        loss_func: Any = self._loss_func
+        single = has_likelihood(loss_func) and not likelihood_of(loss_func).has_data_axis(output)
+        return (1, 1) if single or not output.ndim else (batch_size(X), output.shape[0])
 
     def _scale(self, normalizer: Tensor | float, num_data: Tensor | float) -> Tensor | float:
         """Return N / Z² for the mean: c = 1/N times (N / Z)² from the two gradients."""

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from kfacopt.argument_checks import check_count, check_integer
 from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE
 from kfacopt.curvature.outer_products import OuterProductLinearOperator
 from kfacopt.data import Batch
@@ -79,11 +80,9 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
         chunk_size: int = CHUNK_SIZE,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        if not isinstance(mc_samples, int) or mc_samples < 1:
-            raise ValueError(f"mc_samples must be an integer of at least 1, got {mc_samples!r}.")
-        if not isinstance(seed, int):
-            raise ValueError(f"seed must be an integer, got {seed!r}.")
-        self._likelihood = likelihood_of(loss_func)
+        check_count("mc_samples", mc_samples)
+        check_integer("seed", seed)
+        likelihood_of(loss_func)  # refuses what is not supported, by name
         super().__init__(
             model_func,
             loss_func,
@@ -108,10 +107,12 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
 
     def _output_vectors(self, output: Tensor, X: Any, y: Any) -> Tensor:
         assert self._generator is not None
-        weights = self._likelihood.term_weights(output, y) / self._mc_samples
+        loss_func: Any = self._loss_func
+        likelihood = likelihood_of(loss_func)
+        weights = likelihood.term_weights(output, y) / self._mc_samples
         samples = [
-            self._likelihood.sample_gradient(output, weights, self._generator)
+            likelihood.sample_gradient(output, weights, self._generator)
             for _ in range(self._mc_samples)
         ]
-        rows = output.shape[0] if output.ndim else 1
+        rows = output.shape[0] if likelihood.has_data_axis(output) else 1
         return torch.stack(samples).reshape(self._mc_samples, rows, -1)

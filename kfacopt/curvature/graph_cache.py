@@ -22,7 +22,7 @@ class NetworkState:
 
     Tensors are compared by identity, version and value: a write through `.data` leaves the
     version as it was, and a write of the same values changes it. Settings are the numbers,
-    strings and booleans among a module's attributes, such as `training`.
+    strings, booleans, functions and containers among a module's attributes, hooks included.
 
     Args:
         modules: The modules.
@@ -63,6 +63,9 @@ def _all_equal(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
     return bool(torch.stack(same).all())
 
 
+_TENSORS_AND_MODULES = ("_parameters", "_buffers", "_modules")
+
+
 def _settings(modules: Sequence[nn.Module]) -> list[Any]:
     simple = (bool, int, float, str)
     device = "cuda" if torch.cuda.is_initialized() else "cpu"
@@ -70,7 +73,14 @@ def _settings(modules: Sequence[nn.Module]) -> list[Any]:
     found: list[Any] = [autocast]
     for module in chain.from_iterable(m.modules() for m in modules):
         found.append(id(module))
-        found += [(k, v) for k, v in vars(module).items() if isinstance(v, simple)]
+        # Functions and containers by what they print, which is their address or their contents.
+        found += [
+            (k, v if isinstance(v, simple) else repr(v))
+            for k, v in vars(module).items()
+            if isinstance(v, simple)
+            or (callable(v) and not isinstance(v, nn.Module))
+            or (isinstance(v, list | tuple | dict) and k not in _TENSORS_AND_MODULES)
+        ]
     return found
 
 
@@ -180,20 +190,25 @@ class GraphCache(Generic[T]):
 
     def offer(self, index: int, batch: Batch, term: T, size: int) -> None:
         """Keep a term of that size if all before it are kept and it fits."""
+        if not all(isinstance(x, Tensor) for x in batch):
+            return
         if index == len(self._terms) and sum(t.size for t in self._terms) + size <= self._max_bytes:
             self._terms.append(_Kept(_BatchVersion(batch), size, term))
 
 
 class _BatchVersion:
-    """A batch, with the versions of its tensors."""
+    """A batch of tensors, with their versions and values."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = tuple(batch)
-        self._versions = [x._version for x in batch if isinstance(x, Tensor)]
+        self._versions = [x._version for x in batch]
+        self._values = [x.detach().clone() for x in batch]
 
     def holds(self, batch: Batch) -> bool:
         same = all(a is b for a, b in zip(self._batch, batch, strict=True))
-        return same and [x._version for x in batch if isinstance(x, Tensor)] == self._versions
+        if not same or [x._version for x in batch] != self._versions:
+            return False
+        return _all_equal(batch, self._values)  # a write through `.data` or NumPy has no version
 
 
 @dataclass(frozen=True, eq=False)

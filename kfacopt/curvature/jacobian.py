@@ -96,10 +96,12 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
 
         def add(term: Linearization) -> None:
             chunks = [
-                term.jvp(self._leading_columns(X, self._params, chunk)).flatten(1)
+                term.jvp(self._leading_columns(X, self._params, chunk))
                 for chunk in self._chunks(X.shape[1])
             ]
-            rows.append(torch.cat(chunks).mT)
+            width = term.output.numel()
+            empty = X.new_zeros(0, width)
+            rows.append(torch.cat([empty, *(c.reshape(-1, width) for c in chunks)]).mT)
 
         self._visit_terms(add)
         return torch.cat(rows)

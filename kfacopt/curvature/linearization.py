@@ -122,17 +122,31 @@ class Linearization:
             )
         self._pullback: tuple[Tensor, list[int], list[Tensor]] | None = None
         self.can_substitute = model.can_substitute()
+        self._checked: bool | None = None
         convolutions = nn.modules.conv._ConvNd
         modules = model.module.modules() if model.module is not None else ()
         self._convolves = any(isinstance(m, convolutions) for m in modules)
 
     def jvp(self, V: Sequence[Tensor]) -> Tensor:
         """Return J v `[K, *z.shape]` for K vectors, one `[K, *p.shape]` for each parameter."""
-        if self.can_substitute and (self._convolves or V[0].shape[0] >= _FORWARD_MODE_COLUMNS):
+        wide = self._convolves or V[0].shape[0] >= _FORWARD_MODE_COLUMNS
+        if wide and self._can_forward():
             result: Tensor | None = self._forward_mode(lambda *p: self._model.at(p, self._X), V)
             if result is not None:
                 return result
         return self._double_backward(V)
+
+    def _can_forward(self) -> bool:
+        """Tell whether substitution sees every path from θ to z.
+
+        A module may reach a parameter past its own name (in a closure, a list, a plain
+        attribute); with other tensors in the place of θ, the predictions then still depend on it.
+        """
+        if self.can_substitute and self._checked is None:
+            values = [p.detach() for p in self._model.leaves]
+            with torch.enable_grad(), torch.random.fork_rng(random_devices()):
+                self._checked = not self._model.reached_by(self._model.at(values, self._X))
+        return self.can_substitute and bool(self._checked)
 
     def vjp(self, U: Tensor) -> list[Tensor]:
         """Return Jᵀ u, one `[K, *p.shape]` for each parameter, for `U` `[K, *z.shape]`."""
@@ -153,7 +167,9 @@ class Linearization:
             One `[K, *p.shape]` for each parameter; or `None` where forward mode is not at hand, or
             does not pay for as few columns.
         """
-        if not self.can_substitute or V[0].shape[0] < _FORWARD_MODE_COLUMNS:
+        if V[0].shape[0] < _FORWARD_MODE_COLUMNS or not self._can_forward():
+            return None
+        if self._model.reached_by(scalar(self.output.detach())):  # a loss that sees θ itself
             return None
         every = tuple(range(len(self._model.leaves)))
         gradient = grad(lambda *p: scalar(self._model.at(p, self._X)), argnums=every)

@@ -101,6 +101,13 @@ class ParametrizedModel:
             self.names is not None and _names_in(self.function, self.leaves) == self.names
         )
 
+    def reached_by(self, value: Tensor) -> bool:
+        """Tell whether a value's graph reaches any of θ."""
+        if not value.requires_grad:
+            return False
+        grads = torch.autograd.grad(value.sum(), self.leaves, allow_unused=True)
+        return any(g is not None for g in grads)
+
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Run passes that leave no trace, on kernels that can be differentiated twice.

@@ -140,7 +140,7 @@ def add_rows(total: Tensor, chunk: slice, product: Sequence[Tensor]) -> None:
     stop = 0
     for piece in product:
         start, stop = stop, stop + piece[0].numel()
-        total[chunk, start:stop] += piece.flatten(1)
+        total[chunk, start:stop] += piece.reshape(piece.shape[0], -1)
 
 
 def _tensors_in(modules: Sequence[nn.Module], *others: Any) -> Iterator[Tensor]:

@@ -124,7 +124,7 @@ def _through_outputs(linearization: Linearization, u: Tensor) -> Callable[[Colum
 
 def _through_gradients(G: Tensor) -> Callable[[Columns], Columns]:
     def product(V: Columns) -> Columns:
-        columns = torch.cat([v.flatten(1) for v in V], dim=1)  # [K, D]
+        columns = torch.cat([v.reshape(v.shape[0], -1) for v in V], dim=1)  # [K, D]
         pieces = ((columns @ G.mT) @ G).split([v[0].numel() for v in V], dim=1)
         return [p.reshape(v.shape) for p, v in zip(pieces, V, strict=True)]
 

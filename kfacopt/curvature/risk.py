@@ -16,7 +16,7 @@ from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
 from kfacopt.data import Batch, batch_size
-from kfacopt.likelihoods import SUPPORTED_LOSSES, likelihood_of
+from kfacopt.likelihoods import has_likelihood, likelihood_of
 
 Columns = list[Tensor]
 
@@ -89,11 +89,16 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         shapes = [tuple(p.shape) for p in model.leaves]
         self._set_shape(shapes, shapes, model.leaves[0].dtype, model.device)
         check_shape(shape, self.shape)
-        self._reduction: str | None = getattr(loss_func, "reduction", None)
         self._generator: Generator | None = None
         self._check_loss()
         if check_deterministic:
             self._check_deterministic()
+
+    @property
+    def _reduction(self) -> str | None:
+        """The loss's reduction, as it is now."""
+        reduction: str | None = getattr(self._loss_func, "reduction", None)
+        return reduction
 
     def _check_loss(self) -> None:
         if self._loss_func is None:
@@ -103,7 +108,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
     def _summed_loss(self, output: Tensor, X: Any, y: Any) -> Tensor:
         """Return Z times a batch's mean loss, or its summed loss; a scalar."""
         loss_func: Any = self._loss_func
-        if self._reduction == "mean" and isinstance(loss_func, SUPPORTED_LOSSES):
+        if self._reduction == "mean" and has_likelihood(loss_func):
             # Not the mean times Z: that is 0/0 for a batch whose targets are all ignored.
             loss_func = copy.copy(loss_func)
             loss_func.reduction = "sum"
@@ -120,8 +125,9 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         """Return what a batch adds to Z, where L is the summed loss over Z."""
         if self._reduction != "mean":
             return 1.0
-        if isinstance(self._loss_func, SUPPORTED_LOSSES):
-            return likelihood_of(self._loss_func).normalizer(output.detach(), y)
+        if has_likelihood(self._loss_func):
+            loss_func: Any = self._loss_func
+            return likelihood_of(loss_func).normalizer(output.detach(), y)
         return float(batch_size(X))
 
     def _num_data(self, output: Tensor, X: Any, y: Any) -> Tensor | float:

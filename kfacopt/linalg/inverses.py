@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -146,8 +147,7 @@ class CGInverseLinearOperator(LinearOperator):
         return self._solve(X, self._callback)
 
     def _solve(self, B: Tensor, callback: Callable[[Any], Any] | None) -> Tensor:
-        norms = B.norm(dim=0)
-        if not bool(norms.isfinite().all()):
+        if not bool(B.isfinite().all()):
             raise ValueError("x has NaN or infinite entries; A⁻¹ x is not defined.")
         X0 = self._x0
         if X0 is not None:
@@ -157,22 +157,31 @@ class CGInverseLinearOperator(LinearOperator):
                     "another x0 with set_cg_hyperparameters."
                 )
             X0 = X0.expand(-1, B.shape[1])
+        # Columns are solved at their own scale: the squares of small entries would underflow.
+        units = torch.where((B == 0).all(0), 1.0, B.abs().amax(0)).to(B) if len(B) else B.sum(0)
+        B, X0 = B / units, None if X0 is None else X0 / units
 
         def in_vectors(iterates: Tensor) -> None:
             assert callback is not None
+            iterates = iterates * units
             callback(iterates[:, 0] if iterates.shape[1] == 1 else iterates)
 
-        X, self.last_solve = conjugate_gradients(
+        X, report = conjugate_gradients(
             _kernel(self._A),
             B,
             X0,
-            (self._tol * norms).clamp(min=self._atol),
+            torch.maximum(self._tol * B.norm(dim=0), self._atol / units),
             self._maxiter,
             None if self._M is None else _kernel(self._M),
             None if callback is None else in_vectors,
         )
+        self.last_solve = replace(
+            report,
+            residual_norms=report.residual_norms * units,
+            tolerances=report.tolerances * units,
+        )
         self._warn_unless_converged(self.last_solve)
-        return X
+        return X * units
 
     def _warn_unless_converged(self, report: CGReport) -> None:
         failed = ~report.converged

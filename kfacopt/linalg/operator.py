@@ -111,8 +111,9 @@ class LinearOperator(SciPyLinearOperator):
         if X.dtype.kind != "f" or X.dtype.itemsize > 8:
             X = X.astype(np.float64)
         X = np.ascontiguousarray(X, X.dtype.newbyteorder("="))
-        tensor = torch.from_numpy(X if X.flags.writeable else X.copy())
-        result = kernel(tensor.to(self.device, self.torch_dtype))
+        with torch.inference_mode(False):  # derivatives inside the kernel need autograd
+            tensor = torch.from_numpy(X if X.flags.writeable else X.copy())
+            result = kernel(tensor.to(self.device, self.torch_dtype))
         if result.dtype == torch.bfloat16:
             result = result.float()
         return result.cpu().numpy().astype(dtype, copy=False)
@@ -141,14 +142,16 @@ class LinearOperator(SciPyLinearOperator):
             raise ValueError(
                 f"x is on {x.device}, the operator on {self.device}; move one with .to(...)."
             )
+        matrix = x.detach().unsqueeze(1) if x.ndim == 1 else x.detach()
         if x.is_complex():
-            real = self._apply_tensor(kernel, x.real, rows)
-            return torch.complex(real, self._apply_tensor(kernel, x.imag, rows))
+            both = torch.cat([matrix.real, matrix.imag], dim=1)
+            result = torch.complex(*self._apply_tensor(kernel, both, rows).chunk(2, dim=1))
+            return result[:, 0] if x.ndim == 1 else result
         dtype = torch.promote_types(x.dtype, self.torch_dtype)
-        # The imaginary part of a conjugate view is lazily negated, which NumPy does not know.
-        matrix = x.detach().resolve_neg().to(self.torch_dtype)
-        matrix = matrix.unsqueeze(1) if x.ndim == 1 else matrix
-        result = kernel(matrix).to(dtype)
+        with torch.inference_mode(False):  # derivatives inside the kernel need autograd
+            matrix = matrix.clone() if matrix.is_inference() else matrix
+            # The imaginary part of a conjugate view is lazily negated, unknown to NumPy.
+            result = kernel(matrix.resolve_neg().to(self.torch_dtype)).to(dtype)
         return result[:, 0] if x.ndim == 1 else result
 
     def _apply_list(

@@ -1,0 +1,217 @@
+"""Input to the exact operators that once gave wrong numbers without an error; none does now."""
+
+import copy
+
+import pytest
+import torch
+from dense_curvature import ggn as dense_ggn
+from dense_curvature import hessian as dense_hessian
+from dense_curvature import jacobian as dense_jacobian
+from torch import nn
+from torch.nn import functional as F
+
+import kfacopt
+from kfacopt.likelihoods import UnsupportedLossError
+from kfacopt.linalg.structured import DenseLinearOperator
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+TOLERANCE = 1e-9
+PRODUCTS = 3  # the first measures, the second keeps, the third uses what was kept
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def batch(targets="real"):
+    X = torch.rand(6, 3)
+    return X, (torch.rand(6, 2) if targets == "real" else torch.randint(2, (6,)))
+
+
+def assert_matrix(operator, expected):
+    identity = torch.eye(operator.shape[1])
+    for _ in range(PRODUCTS):
+        for columns in (1, 7, operator.shape[1]):
+            got, want = operator @ identity[:, :columns], expected[:, :columns]
+            assert torch.allclose(got, want, atol=TOLERANCE)
+
+
+def test_a_loss_that_sees_the_parameters():
+    model, data = network(), [batch()]
+    params = list(model.parameters())
+
+    def loss_func(z, y):
+        return ((z - y) ** 2).sum() + sum((p**3).sum() for p in params)
+
+    operator = kfacopt.HessianLinearOperator(model, loss_func, params, data)
+    assert_matrix(operator, dense_hessian(model, loss_func, params, data))
+
+
+class Aliased(nn.Module):
+    """Reaches a parameter past its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.alias = [self.layer.weight]
+
+    def forward(self, X):
+        return F.linear(self.layer(X).tanh(), self.alias[0])
+
+
+def test_a_parameter_reached_past_its_name():
+    torch.manual_seed(1)
+    model, data = Aliased(), [(torch.rand(5, 3), torch.rand(5, 3))]
+    params, loss_func = list(model.parameters()), nn.MSELoss()
+    jacobian = kfacopt.JacobianLinearOperator(model, params, data)
+    assert_matrix(jacobian, dense_jacobian(model, params, data))
+    ggn = kfacopt.GGNLinearOperator(model, loss_func, params, data)
+    assert_matrix(ggn, dense_ggn(model, loss_func, params, data))
+    hessian = kfacopt.HessianLinearOperator(model, loss_func, params, data)
+    assert_matrix(hessian, dense_hessian(model, loss_func, params, data))
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_would_be_broadcast_are_refused():
+    model, data = nn.Linear(3, 1), [(torch.rand(6, 3), torch.rand(6))]
+    params = list(model.parameters())
+    for kind in (
+        kfacopt.HessianLinearOperator,
+        kfacopt.GGNLinearOperator,
+        kfacopt.EFLinearOperator,
+        kfacopt.FisherMCLinearOperator,
+        kfacopt.KFACLinearOperator,
+    ):
+        with pytest.raises(ValueError, match=r"shape \(6, 1\) and the target \(6,\)"):
+            kind(model, nn.MSELoss(), params, data) @ torch.ones(4)
+
+
+def test_inference_mode():
+    model, data = network(), [batch()]
+    params, loss_func = list(model.parameters()), nn.MSELoss()
+    hessian = kfacopt.HessianLinearOperator(model, loss_func, params, data)
+    expected = dense_hessian(model, loss_func, params, data)
+    vector = torch.ones(hessian.shape[1])
+    with torch.inference_mode():
+        product = hessian @ vector
+    assert torch.allclose(product, expected @ vector, atol=TOLERANCE)
+
+
+def through_data(X, y, model):
+    X.data.mul_(2)
+
+
+def through_numpy(X, y, model):
+    X.numpy()[:] *= 2
+
+
+def through_targets(X, y, model):
+    y.data.mul_(3)
+
+
+def through_function(X, y, model):
+    model[1].act = torch.sin
+
+
+class Activation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = torch.tanh
+
+    def forward(self, X):
+        return self.act(X)
+
+
+def through_hook(X, y, model):
+    model[0].register_forward_hook(lambda module, args, out: 2 * out)
+
+
+CHANGES = [through_data, through_numpy, through_targets, through_function, through_hook]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=[c.__name__ for c in CHANGES])
+@pytest.mark.parametrize("kind", [kfacopt.GGNLinearOperator, kfacopt.EFLinearOperator])
+def test_kept_graphs_notice_changes(kind, change):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), Activation(), nn.Linear(4, 2))
+    X, y = batch()
+    params, loss_func = list(model.parameters()), nn.MSELoss()
+    operator = kind(model, loss_func, params, [(X, y)])
+    vector = torch.ones(operator.shape[1])
+    for _ in range(PRODUCTS):
+        operator @ vector
+    change(X, y, model)
+    fresh = kind(model, loss_func, params, [(X, y)])
+    assert torch.allclose(operator @ vector, fresh @ vector, atol=TOLERANCE)
+
+
+def test_the_reduction_is_read_at_each_product():
+    model, data = network(), [batch(), batch()]
+    params, loss_func = list(model.parameters()), nn.MSELoss(reduction="sum")
+    operator = kfacopt.GGNLinearOperator(model, loss_func, params, data)
+    vector = torch.ones(operator.shape[1])
+    operator @ vector
+    loss_func.reduction = "mean"
+    fresh = kfacopt.GGNLinearOperator(model, copy.copy(loss_func), params, data)
+    assert torch.allclose(operator @ vector, fresh @ vector, atol=TOLERANCE)
+
+
+def test_subclasses_that_change_a_loss_have_no_likelihood():
+    class Focal(nn.CrossEntropyLoss):
+        def forward(self, input, target):
+            loss = F.cross_entropy(input, target, reduction="none")
+            return ((1 - (-loss).exp()) ** 2 * loss).mean()
+
+    model, data = network(), [batch("labels")]
+    params = list(model.parameters())
+    for kind in (kfacopt.FisherMCLinearOperator, kfacopt.KFACLinearOperator):
+        with pytest.raises(UnsupportedLossError, match="Focal is not supported"):
+            kind(model, Focal(), params, data)
+    hessian = kfacopt.HessianLinearOperator(model, Focal(), params, data)
+    assert_matrix(hessian, dense_hessian(model, Focal(), params, data))
+
+
+def test_a_single_datum_without_an_axis():
+    model, x, y = nn.Linear(3, 3), torch.rand(3), torch.tensor(1)
+    params, loss_func = list(model.parameters()), nn.CrossEntropyLoss()
+    gradient = torch.autograd.grad(loss_func(model(x), y), params)
+    g = torch.cat([t.flatten() for t in gradient])
+    ef = kfacopt.EFLinearOperator(model, loss_func, params, [(x, y)])
+    assert torch.allclose(ef @ torch.eye(12), torch.outer(g, g), atol=TOLERANCE)
+    fisher = kfacopt.FisherMCLinearOperator(model, loss_func, params, [(x, y)], mc_samples=4000)
+    ggn = kfacopt.GGNLinearOperator(model, loss_func, params, [(x, y)])
+    error = (fisher - ggn) @ torch.eye(12)
+    assert error.norm() < 0.1 * (ggn @ torch.eye(12)).norm()
+
+
+class Temperature(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.layer = nn.Parameter(torch.tensor(1.5)), nn.Linear(3, 2)
+
+    def forward(self, X):
+        return self.layer(X) * self.scale
+
+
+def test_parameters_and_predictions_without_axes():
+    model, data = Temperature(), [batch("labels")]
+    params, loss_func = list(model.parameters()), nn.CrossEntropyLoss()
+    for kind, oracle in (
+        (kfacopt.HessianLinearOperator, dense_hessian),
+        (kfacopt.GGNLinearOperator, dense_ggn),
+    ):
+        operator = kind(model, loss_func, params, data)
+        assert_matrix(operator, oracle(model, loss_func, params, data))
+    jacobian = kfacopt.JacobianLinearOperator(model, params, data)
+    assert (jacobian @ torch.zeros(jacobian.shape[1], 0)).shape == (12, 0)
+    assert_matrix(jacobian.T, dense_jacobian(model, params, data).T)
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-30, 1e19])
+def test_conjugate_gradients_at_any_scale(scale):
+    matrix = torch.diag(torch.linspace(1, 2, 6)).float()
+    inverse = kfacopt.CGInverseLinearOperator(DenseLinearOperator(matrix))
+    b = torch.arange(1.0, 7.0).float() * scale
+    assert torch.allclose((inverse @ b) / scale, (b / matrix.diagonal()) / scale, rtol=1e-4)
