@@ -228,7 +228,8 @@ def test_factors(name, approx, joint):
         got_G = factors.grad_output_factor[index] if one_of_many else factors.grad_output_factor
         assert torch.allclose(got_A, A, atol=TOLERANCE)
         assert torch.allclose(got_G, G, atol=TOLERANCE)
-    assert kfac.factors(f"{layer_name}.weight").input_factor is not None
+    by_name = kfac.factors(f"{layer_name}.weight")
+    assert torch.equal(by_name.grad_output_factor, factors.grad_output_factor)
     assert torch.equal(kfac.factors(layer.bias).input_factor, factors.input_factor)
 
 
@@ -338,8 +339,7 @@ def test_trace_determinant_norm(separate):
     assert torch.allclose(inverse.trace(), dense_inverse.trace())
     shifted = kfac.inverse(1.0, method="exact")
     assert torch.allclose(shifted.det(), torch.det(to_dense(shifted)))
-    # the factors of few data are singular
-    assert kfac.det() == torch.exp(kfac.logdet())
+    assert torch.allclose(kfac.det(), torch.det(dense), atol=TOLERANCE)  # few data: singular
 
 
 def test_logdet_of_a_regular_matrix():

@@ -423,5 +423,10 @@ def test_bad_group_settings_and_samples():
         KFACOptimizer([{"params": list(model.parameters()), "damping": -1}])
     with pytest.raises(ValueError, match='mc_samples must be 1 unless fisher_type="mc", got 2'):
         KFACOptimizer(model.parameters(), fisher_type="empirical", mc_samples=2)
+    for params in (None, 3, model):
+        with pytest.raises(
+            ValueError, match=f"params must be an iterable .* {type(params).__name__}"
+        ):
+            KFACOptimizer(params)
     with pytest.raises(ValueError, match="empty parameter list"):
         KFACOptimizer([])

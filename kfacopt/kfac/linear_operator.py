@@ -157,8 +157,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         shape: The shape `(D, D)`; checked against the parameters.
         seed: Seeds the generator of sampled labels, anew for each computation of the factors.
         fisher_type: `"mc"`, `"type-2"` or `"empirical"`. `"mc"` is unbiased in expectation over
-            the seed. `"type-2"` is exact and takes one backward pass for every entry of a datum's
-            output.
+            the seed. `"type-2"` takes one backward pass for every entry of a datum's output and
+            is exact where the rows of the output are independent data; where the model mixes
+            them (flattened sequences), random signs of the rows keep it unbiased.
         mc_samples: Labels drawn for each datum; 1 unless `fisher_type="mc"`.
         kfac_approx: `"expand"` or `"reduce"`, for layers with shared positions.
         loss_average: `"batch"`, `"batch+sequence"` or `None` (a sum). Checked against the loss's
@@ -267,7 +268,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         """Return the damped inverse as a linear operator.
 
         Args:
-            damping: δ > 0, in units of F.
+            damping: δ ≥ 0, in units of F; 0 needs regular factors.
             method: `"factored"` is (G + √δ/π I)⁻¹ ⊗ (A + π√δ I)⁻¹, by Cholesky; it is what
                 `KFACOptimizer` uses by default. `"exact"` is (G ⊗ A + δI)⁻¹, in the eigenbases.
 

@@ -88,7 +88,7 @@ class KFACOptimizer(Optimizer):
     `binary_cross_entropy_with_logits` and `nll_loss` (by their `nn` modules or functions) on the
     model's output, on views and functions of it, or inside the model. F is the Fisher of the
     objective on which `backward` is called: of `loss / k`, of a weighted sum of losses, of a sum
-    divided by a number.
+    divided by a number. Terms that are not recognised count by their gradient alone.
 
     Args:
         params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
@@ -101,8 +101,9 @@ class KFACOptimizer(Optimizer):
         damping_method: `"factored"` (above; Cholesky) or `"exact"`: (Ḡ ⊗ Ā + δI)⁻¹ (eigenbases).
         fisher_type: `"mc"`: labels drawn from the model, one extra backward pass through the
             layers' outputs (no weight gradients) per sample; `"type-2"`: the loss's exact Hessian,
-            one such pass for every entry of a datum's output; `"empirical"`: the data's labels, no
-            extra pass, not a Fisher.
+            one such pass for every entry of a datum's output (exact where rows of the output are
+            independent data, else unbiased by random signs of the rows); `"empirical"`: the data's
+            labels, no extra pass, not a Fisher.
         mc_samples: Labels drawn for each datum; 1 unless `fisher_type="mc"`.
         kfac_approx: `"expand"` or `"reduce"`, for layers with shared positions.
         ema_decay: The decay of Ā and Ḡ per update, in [0, 1); the averages are free of bias, and a
@@ -116,7 +117,8 @@ class KFACOptimizer(Optimizer):
             group's current to its initial `lr`.
         loss_func: The loss at the model's output (an `nn` loss), where it is computed in a way
             that is not recognised; the curvature is then taken at the output of the outermost
-            module. Its targets are unknown: no class weights, no ignored targets.
+            module. Its targets are unknown: no class weights, no ignored targets. A factor on it
+            is not seen either; a mean is taken over all data since the last step.
         model: The module (or a module that contains all) whose parameters are trained. `None`
             searches the process, once, for the modules that own `params`.
         seed: Seeds the generator that draws labels.
@@ -124,6 +126,7 @@ class KFACOptimizer(Optimizer):
     Raises:
         ValueError: If an argument is out of its range, or no module owns the parameters.
         RuntimeError: In `step`, if no loss was recognised.
+        UnsupportedLossError: In `backward`, for an option of a known loss that is not supported.
 
     Example:
         >>> import torch
@@ -174,6 +177,11 @@ class KFACOptimizer(Optimizer):
         model: nn.Module | None = None,
         seed: int = 2147483647,
     ) -> None:
+        if isinstance(params, nn.Module | Tensor) or not isinstance(params, Iterable):
+            raise ValueError(
+                "params must be an iterable of parameters or groups, as model.parameters(), got "
+                f"{type(params).__name__}."
+            )
         check_choice("damping_method", damping_method, DAMPING_METHODS)
         check_choice("fisher_type", fisher_type, FISHER_TYPES)
         check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
@@ -220,6 +228,7 @@ class KFACOptimizer(Optimizer):
     def _start_unconnected(self, model: nn.Module | None) -> None:
         self._model = None if model is None else weakref.ref(model)
         self._layers: list[Layer] = []
+        self._blocks: list[Block] = []
         self._names: dict[int, str] = {}
         self._warned: set[str] = set()
         self._ddp_known = False
@@ -266,6 +275,7 @@ class KFACOptimizer(Optimizer):
         self._names = parameter_names(modules, params)
         self._trained = [p.requires_grad for p in params]
         self._layers = [layer for layer, _ in layers]
+        self._blocks = [block for layer in self._layers for block in layer.blocks]
         for layer in self._layers:
             discard_unfitting(self.state, layer, self._curvature.form)
         self._collector = StatisticsCollector(layers, modules, self._curvature, self._generator)
@@ -371,9 +381,9 @@ class KFACOptimizer(Optimizer):
         if self._collector.active:  # at an interval's start, and when layers are new
             self._update_factors()
         if self._due(self._schedule.inverse_update_interval):
-            self._update_inverses(self._blocks())
+            self._update_inverses(self._blocks)
         else:
-            fresh = [b for b in self._blocks() if inverse_of(self.state[b.anchor]) is None]
+            fresh = [b for b in self._blocks if inverse_of(self.state[b.anchor]) is None]
             self._update_inverses(fresh)
         self._update_parameters()
         self._reconnect_if_frozen()
@@ -401,9 +411,6 @@ class KFACOptimizer(Optimizer):
             return Factors.of(owners[0], state["input_factor"], state["grad_output_factor"])
         known = [layer.name for layer in self._layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
-
-    def _blocks(self) -> list[Block]:
-        return [block for layer in self._layers for block in layer.blocks]
 
     def _update_factors(self) -> None:
         if not self._ddp_known:
@@ -448,7 +455,7 @@ class KFACOptimizer(Optimizer):
     def _directions(self) -> dict[Parameter, Tensor]:
         """Return the preconditioned gradients of the parameters in layers."""
         directions: dict[Parameter, Tensor] = {}
-        for block in self._blocks():
+        for block in self._blocks:
             grads = [p.grad for p in block.parameters]
             if all(g is None for g in grads):
                 continue
