@@ -75,6 +75,26 @@ def second_moment(x: Tensor, diagonal: bool) -> Tensor:
     return rows.square().sum(1) if diagonal else rows.mT @ rows
 
 
+def input_rows(layer: Layer, use: LayerUse, reduce: bool) -> tuple[Tensor, int]:
+    """Return a layer's input in one use, `[B, N, S, d_in]`, with the constant of a joint bias.
+
+    Args:
+        layer: The layer.
+        use: The use.
+        reduce: Whether to average over the positions, which leaves S = 1.
+
+    Returns:
+        a, and the number S of positions before averaging.
+    """
+    x = use.checked_input().to(factor_dtype(layer.anchor.dtype))
+    a, positions = layer_inputs(use.module, x, reduce)
+    if layer.joint:
+        # A module that shares W but not b adds nothing to b's side.
+        constant = float(use.module._parameters.get("bias") is layer.bias)
+        a = torch.cat([a, a.new_full((*a.shape[:-1], 1), constant)], dim=-1)
+    return a, positions
+
+
 def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tuple[Tensor, int]:
     """Return Σ a aᵀ and the number of summands, over the uses of a layer in one forward pass.
 
@@ -89,19 +109,10 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
     dtype = factor_dtype(layer.anchor.dtype)
     if layer.weight is None:
         return torch.ones(layer.groups, 1, 1, dtype=dtype, device=layer.anchor.device), 1
-    rows: list[Tensor] = []
-    positions: list[int] = []
-    for use in uses:
-        a, count = layer_inputs(use.module, use.checked_input().to(dtype), form.reduce)
-        if layer.joint:
-            # A module that shares W but not b adds nothing to b's side.
-            constant = float(use.module._parameters.get("bias") is layer.bias)
-            a = torch.cat([a, a.new_full((*a.shape[:-1], 1), constant)], dim=-1)
-        rows.append(a)
-        positions.append(count)
+    rows, positions = zip(*(input_rows(layer, use, form.reduce) for use in uses), strict=True)
     if form.reduce and len({a.shape[1] for a in rows}) == 1:
         weights = [count / sum(positions) for count in positions]
-        rows = [torch.stack([w * a for w, a in zip(weights, rows, strict=True)]).sum(0)]
+        rows = (torch.stack([w * a for w, a in zip(weights, rows, strict=True)]).sum(0),)
     diagonal = form.diagonal(layer.d_in)
     moment = torch.stack([second_moment(a, diagonal) for a in rows]).sum(0)
     return moment, sum(a.shape[1] * a.shape[2] for a in rows)

@@ -202,12 +202,7 @@ class KroneckerProduct:
             DecompositionError: If a factor cannot be inverted or decomposed.
         """
         if method == "exact":
-            eigen = self.eigendecomposition()
-            shifted = eigen.eigenvalues + damping
-            if not bool((shifted > 0).all()):
-                raise DecompositionError("the matrix is singular and the damping is 0")
-            eigen.eigenvalues = shifted.reciprocal()
-            return eigen
+            return self.eigendecomposition().inverse(damping)
         sides = (self.grad_output_factor, self.input_factor)
         dampings = factored_damping(*sides, damping)
         inverses = [damped_inverse(side, d) for side, d in zip(sides, dampings, strict=True)]
@@ -235,6 +230,21 @@ class KroneckerEigendecomposition:
         transposed_a = None if basis_a is None else basis_a.mT
         rotated = multiply_right(multiply_left(transposed_g, X), basis_a)
         return multiply_right(multiply_left(basis_g, rotated * self.eigenvalues), transposed_a)
+
+    def inverse(self, damping: float) -> KroneckerEigendecomposition:
+        """Return the damped inverse, with the eigenvalues 1 / (λ + δ).
+
+        Args:
+            damping: δ, in units of λ.
+
+        Raises:
+            DecompositionError: If an eigenvalue and the damping are 0.
+        """
+        shifted = self.eigenvalues + damping
+        if not bool((shifted > 0).all()):
+            raise DecompositionError("the matrix is singular and the damping is 0")
+        bases = (self.grad_output_basis, self.input_basis)
+        return KroneckerEigendecomposition(*bases, shifted.reciprocal())
 
     def trace(self) -> Tensor:
         """Return Σ λ."""
