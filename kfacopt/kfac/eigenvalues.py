@@ -87,7 +87,10 @@ def gradient_second_moments(g: Tensor, a: Tensor, bases: Bases) -> Tensor:
 
 def _rotated(rows: Tensor, basis: Tensor | None) -> Tensor:
     """Return rows `[B, n, S, d]` times Q `[B, d, d]`."""
-    return rows if basis is None else (rows.flatten(1, 2) @ basis).unflatten(1, rows.shape[1:3])
+    if basis is None:
+        return rows
+    rotated = rows.flatten(1, 2) @ basis.to(rows.dtype)
+    return rotated.reshape(rows.shape)
 
 
 def _pair_products(rows: Tensor, weighted: bool = False) -> Tensor:
@@ -107,6 +110,6 @@ def _rotated_gradients(g: Tensor, a: Tensor, bases: Bases) -> Tensor:
     S, d_out, d_in = g.shape[2], g.shape[-1], a.shape[-1]
     if S * (d_out**2 + d_in**2) < d_out * d_in * (d_out + d_in):
         return _rotated(g, bases[0]).mT @ _rotated(a, bases[1])
-    basis_g, basis_a = (None if q is None else q.unsqueeze(1) for q in bases)
+    basis_g, basis_a = (None if q is None else q.to(g.dtype).unsqueeze(1) for q in bases)
     gradients = multiply_left(None if basis_g is None else basis_g.mT, g.mT @ a)
     return multiply_right(gradients, basis_a)

@@ -49,10 +49,12 @@ class FactorForm:
     Attributes:
         kfac_approx: `"expand"` or `"reduce"`.
         max_factor_dim: A wider side is kept as its diagonal.
+        stored_dtype: The dtype that running averages are kept in; `None` is the computation's.
     """
 
     kfac_approx: KFACApprox
     max_factor_dim: int | None = None
+    stored_dtype: torch.dtype | None = None
 
     @property
     def reduce(self) -> bool:
@@ -65,7 +67,7 @@ class FactorForm:
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a parameter's factors: its own, but at least float32."""
+    """Return the dtype that a parameter's factors are computed in: its own, at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -143,7 +145,8 @@ def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -
     """Move a running average, in place, to include a value.
 
     With W ← decay · W + w, the average Σ_t decay^(T−t) w_t x_t / W is x ← x + (w / W) (x_T − x),
-    which is free of bias from the first value on: it knows its own total weight.
+    which is free of bias from the first value on: it knows its own total weight. An average of a
+    lower precision is rounded once, after the sum.
 
     Args:
         average: The average, of any shape.
@@ -151,4 +154,8 @@ def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -
         weight: w, a scalar.
         total_weight: W, a scalar that already includes w.
     """
-    average.add_((weight / total_weight).to(average.dtype) * (value - average))
+    share = (weight / total_weight).to(value.dtype)
+    if average.dtype == value.dtype:
+        average.lerp_(value, share)
+    else:
+        average.copy_(torch.lerp(average.to(value.dtype), value, share))

@@ -19,6 +19,20 @@ def off_diagonal_share(matrix: Tensor) -> Tensor:
     return share.sqrt()
 
 
+def rayleigh_quotients(factor: Tensor, basis: Tensor | None) -> Tensor:
+    """Return the diagonal of QᵀAQ `[B, d]`, clamped at 0; `None` is the identity.
+
+    Args:
+        factor: A, `[B, d, d]` or its diagonal `[B, d]`.
+        basis: Q, `[B, d, d]`.
+    """
+    if basis is None:
+        diagonal = factor if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
+        return diagonal.clamp(min=0)
+    wide = basis.to(factor.dtype)
+    return ((factor @ wide) * wide).sum(-2).clamp(min=0)
+
+
 def refreshed_basis(factor: Tensor, basis: Tensor | None, tolerance: float) -> Tensor | None:
     """Return an orthonormal basis that nearly diagonalises a factor, from an earlier one.
 

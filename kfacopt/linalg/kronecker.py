@@ -162,6 +162,16 @@ class KroneckerProduct:
     grad_output_factor: Tensor
     input_factor: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.input_factor.dtype
+
+    def widened(self) -> KroneckerProduct:
+        """Return the same product in at least float32."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return KroneckerProduct(self.grad_output_factor.to(dtype), self.input_factor.to(dtype))
+
     def apply(self, X: Tensor) -> Tensor:
         """Return G X A for X `[..., B, d_out, d_in]`."""
         return multiply_right(multiply_left(self.grad_output_factor, X), self.input_factor)
@@ -222,6 +232,21 @@ class KroneckerEigendecomposition:
     grad_output_basis: Tensor | None
     input_basis: Tensor | None
     eigenvalues: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the eigenvalues; bases may be kept in less."""
+        return self.eigenvalues.dtype
+
+    def widened(self) -> KroneckerEigendecomposition:
+        """Return the same matrix with bases and eigenvalues in one dtype, at least float32."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        basis_g, basis_a = self.grad_output_basis, self.input_basis
+        return KroneckerEigendecomposition(
+            None if basis_g is None else basis_g.to(dtype),
+            None if basis_a is None else basis_a.to(dtype),
+            self.eigenvalues.to(dtype),
+        )
 
     def apply(self, X: Tensor) -> Tensor:
         """Return Q_G (λ ⊙ (Q_Gᵀ X Q_A)) Q_Aᵀ for X `[..., B, d_out, d_in]`."""

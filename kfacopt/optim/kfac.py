@@ -26,15 +26,25 @@ from kfacopt.kfac.factors import FactorForm, Factors
 from kfacopt.kfac.layers import KFAC_APPROXES, Block, KFACApprox, Layer, find_layers
 from kfacopt.likelihoods import FISHER_TYPES, FisherType, likelihood_of
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
-from kfacopt.optim.distributed import average_moments, data_parallel_group
+from kfacopt.optim.distributed import (
+    average_moments,
+    average_second_moments,
+    data_parallel_group,
+)
 from kfacopt.optim.fallback import adamw_step
 from kfacopt.optim.loss_scale import calling_loss_scale
 from kfacopt.optim.messages import log_layers, missing_statistics
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import (
+    PRECONDITIONERS,
+    InverseForm,
+    PreconditionerKind,
+    bases_of,
     discard_unfitting,
     factor_shapes,
     fold_factors,
+    fold_second_moments,
+    has_inverse,
     inverse_of,
     precondition,
     refresh_inverse,
@@ -46,7 +56,7 @@ from kfacopt.optim.serialization import (
     restore_generator,
     store_generator,
 )
-from kfacopt.optim.statistics import CurvatureOptions, StatisticsCollector
+from kfacopt.optim.statistics import CurvatureOptions, Moments, StatisticsCollector
 from kfacopt.optim.step_rules import apply_step, kl_clip_scale
 
 
@@ -58,12 +68,18 @@ class KFACWarning(UserWarning):
 class _Schedule:
     """Settings that are the same for all parameter groups; see `KFACOptimizer`."""
 
-    damping_method: DampingMethod
+    inverse: InverseForm
     ema_decay: float
     factor_update_interval: int
     inverse_update_interval: int
     kl_clip: float | None
     separate_weight_and_bias: bool
+
+
+def _check_kept_dtype(name: str, dtype: torch.dtype | None) -> None:
+    allowed = (None, torch.bfloat16, torch.float32, torch.float64)
+    if dtype not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {dtype!r}.")
 
 
 class KFACOptimizer(Optimizer):
@@ -98,7 +114,12 @@ class KFACOptimizer(Optimizer):
         momentum: μ in [0, 1), on the preconditioned step.
         weight_decay: λ ≥ 0, decoupled.
         damping: δ > 0, in units of F.
-        damping_method: `"factored"` (above; Cholesky) or `"exact"`: (Ḡ ⊗ Ā + δI)⁻¹ (eigenbases).
+        preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
+            and Ā's eigenbases Q and the running averages Λ of the second moments of single data's
+            gradients in them (see `kfacopt.EKFACLinearOperator`). Λ is updated with the factors,
+            the bases, by warm-started orthogonal iteration, with the inverses.
+        damping_method: For K-FAC, `"factored"` (above; Cholesky; the default) or `"exact"`:
+            (Ḡ ⊗ Ā + δI)⁻¹ (eigenbases). EKFAC's is always `"exact"`.
         fisher_type: `"mc"`: labels drawn from the model, one extra backward pass through the
             layers' outputs (no weight gradients) per sample; `"type-2"`: the loss's exact Hessian,
             one such pass for every entry of a datum's output (exact where rows of the output are
@@ -113,6 +134,10 @@ class KFACOptimizer(Optimizer):
         kl_clip: κ > 0; `None` switches it off.
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
+        factor_dtype: The dtype that Ā, Ḡ and Λ are kept in; `None` is the parameters', at least
+            float32. Sums and decompositions are computed in at least float32.
+        inverse_dtype: The dtype that inverses and bases are kept in; `None` is the factors', at
+            least float32. They are multiplied in that, but at least float32.
         fallback_lr: AdamW's learning rate for all other parameters; it follows the ratio of the
             group's current to its initial `lr`.
         loss_func: The loss at the model's output (an `nn` loss), where it is computed in a way
@@ -162,7 +187,8 @@ class KFACOptimizer(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         damping: float = 0.03,
-        damping_method: DampingMethod = "factored",
+        preconditioner: PreconditionerKind = "kfac",
+        damping_method: DampingMethod | None = None,
         fisher_type: FisherType = "mc",
         mc_samples: int = 1,
         kfac_approx: KFACApprox = "expand",
@@ -172,6 +198,8 @@ class KFACOptimizer(Optimizer):
         kl_clip: float | None = 3e-4,
         separate_weight_and_bias: bool = False,
         max_factor_dim: int | None = 8192,
+        factor_dtype: torch.dtype | None = None,
+        inverse_dtype: torch.dtype | None = None,
         fallback_lr: float = 1e-3,
         loss_func: nn.Module | None = None,
         model: nn.Module | None = None,
@@ -182,7 +210,17 @@ class KFACOptimizer(Optimizer):
                 "params must be an iterable of parameters or groups, as model.parameters(), got "
                 f"{type(params).__name__}."
             )
+        check_choice("preconditioner", preconditioner, PRECONDITIONERS)
+        if damping_method is None:
+            damping_method = "factored" if preconditioner == "kfac" else "exact"
         check_choice("damping_method", damping_method, DAMPING_METHODS)
+        if preconditioner == "ekfac" and damping_method != "exact":
+            raise ValueError(
+                'damping_method must be "exact" or None for preconditioner="ekfac", got '
+                f'"{damping_method}": there are no factors between which damping could be split.'
+            )
+        for name, dtype in (("factor_dtype", factor_dtype), ("inverse_dtype", inverse_dtype)):
+            _check_kept_dtype(name, dtype)
         check_choice("fisher_type", fisher_type, FISHER_TYPES)
         check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
         check_count("mc_samples", mc_samples)
@@ -200,7 +238,7 @@ class KFACOptimizer(Optimizer):
             raise ValueError(f"model must be an nn.Module or None, got {type(model).__name__}.")
         check_integer("seed", seed)
         self._schedule = _Schedule(
-            damping_method,
+            InverseForm(preconditioner, damping_method, inverse_dtype),
             float(ema_decay),
             factor_update_interval,
             inverse_update_interval,
@@ -210,8 +248,10 @@ class KFACOptimizer(Optimizer):
         if loss_func is not None:
             check_loss(loss_func)
         likelihood = None if loss_func is None else likelihood_of(loss_func)
-        form = FactorForm(kfac_approx, max_factor_dim)
-        self._curvature = CurvatureOptions(fisher_type, mc_samples, form, likelihood)
+        form = FactorForm(kfac_approx, max_factor_dim, factor_dtype)
+        self._curvature = CurvatureOptions(
+            fisher_type, mc_samples, form, likelihood, preconditioner == "ekfac"
+        )
         self._seed = seed
         self._start_unconnected(model)
         defaults = {
@@ -279,6 +319,7 @@ class KFACOptimizer(Optimizer):
         for layer in self._layers:
             discard_unfitting(self.state, layer, self._curvature.form)
         self._collector = StatisticsCollector(layers, modules, self._curvature, self._generator)
+        self._watch(True)
         covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
         rest = [self._names[id(p)] for p in params if id(p) not in covered]
         log_layers(self._layers, rest, self._curvature.form)
@@ -329,7 +370,14 @@ class KFACOptimizer(Optimizer):
         restore_generator(self.state, self._generator)
         self._collector.clear()
         new = any("factor_weight" not in self.state[layer.anchor] for layer in self._layers)
-        self._collector.active = new or self._due(self._schedule.factor_update_interval)
+        self._watch(new or self._due(self._schedule.factor_update_interval))
+
+    def _watch(self, active: bool) -> None:
+        """Put hooks on the modules or take them off, and tell the collector of the bases."""
+        if active and self._schedule.inverse.corrected:
+            bases = {block: bases_of(self.state[block.anchor]) for block in self._blocks}
+            self._collector.bases = {b: known for b, known in bases.items() if known is not None}
+        self._collector.active = active
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles are made of, the modules included."""
@@ -378,18 +426,20 @@ class KFACOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        first: dict[Layer, Moments] = {}
         if self._collector.active:  # at an interval's start, and when layers are new
-            self._update_factors()
+            first = self._update_factors()
         if self._due(self._schedule.inverse_update_interval):
             self._update_inverses(self._blocks)
         else:
-            fresh = [b for b in self._blocks if inverse_of(self.state[b.anchor]) is None]
+            fresh = [b for b in self._blocks if not has_inverse(self.state[b.anchor])]
             self._update_inverses(fresh)
+        self._start_second_moments(first)
         self._update_parameters()
         self._reconnect_if_frozen()
         for group in self.param_groups:
             group["num_steps"] += 1
-        self._collector.active = self._due(self._schedule.factor_update_interval)
+        self._watch(self._due(self._schedule.factor_update_interval))
         return result
 
     def factors(self, key: str | Parameter) -> Factors:
@@ -412,7 +462,8 @@ class KFACOptimizer(Optimizer):
         known = [layer.name for layer in self._layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 
-    def _update_factors(self) -> None:
+    def _update_factors(self) -> dict[Layer, Moments]:
+        """Fold the statistics since the last step; return what has no eigenbases yet."""
         if not self._ddp_known:
             self._ddp_group, self._ddp_known = data_parallel_group(self._parameters()), True
         unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
@@ -432,8 +483,33 @@ class KFACOptimizer(Optimizer):
         loss_scale = calling_loss_scale() ** self._curvature.loss_scale_power
         for layer, moments in pending.items():
             state = self.state[layer.anchor]
-            moments.grad_output_sum /= loss_scale
+            moments.scale_curvature(1 / loss_scale)
             fold_factors(state, layer, moments, form, self._schedule.ema_decay)
+        if not self._schedule.inverse.corrected:
+            return {}
+        bases = self._collector.bases
+        new = dict.fromkeys(b.layer for b in self._blocks if b not in bases)
+        known = [block for block in self._blocks if block.layer not in new]
+        self._update_second_moments(pending, known)
+        return {layer: pending.get(layer, Moments()) for layer in new}
+
+    def _start_second_moments(self, first: dict[Layer, Moments]) -> None:
+        """Fold the second moments of layers whose bases were not known when they were collected."""
+        blocks = [b for la in first for b in la.blocks if has_inverse(self.state[b.anchor])]
+        for layer, moments in first.items():
+            own = {b: bases_of(self.state[b.anchor]) for b in blocks if b.layer is layer}
+            moments.project({b: known for b, known in own.items() if known is not None})
+        self._update_second_moments(first, blocks)
+
+    def _update_second_moments(self, pending: dict[Layer, Moments], blocks: list[Block]) -> None:
+        values = {b: v for moments in pending.values() for b, v in moments.second_moments.items()}
+        if self._ddp_group is not None:
+            values = average_second_moments(values, blocks, self._ddp_group)
+        for block in blocks:
+            moments = pending.get(block.layer)
+            if moments is not None and block in values:
+                state, decay = self.state[block.anchor], self._schedule.ema_decay
+                fold_second_moments(state, values[block], moments.terms, decay)
 
     def _report_missing_loss(self, forward_seen: bool, unknown_losses: set[str]) -> None:
         owned = [p for layer in self._layers for p in (layer.weight, layer.bias)]
@@ -449,17 +525,18 @@ class KFACOptimizer(Optimizer):
         damping = {id(p): g["damping"] for g in self.param_groups for p in g["params"]}
         for block in blocks:
             layer_state, state = self.state[block.layer.anchor], self.state[block.anchor]
-            method = self._schedule.damping_method
-            refresh_inverse(state, layer_state, block, damping[id(block.anchor)], method)
+            form = self._schedule.inverse
+            refresh_inverse(state, layer_state, block, damping[id(block.anchor)], form)
 
     def _directions(self) -> dict[Parameter, Tensor]:
         """Return the preconditioned gradients of the parameters in layers."""
         directions: dict[Parameter, Tensor] = {}
+        damping = {p: group["damping"] for group in self.param_groups for p in group["params"]}
         for block in self._blocks:
             grads = [p.grad for p in block.parameters]
             if all(g is None for g in grads):
                 continue
-            inverse = inverse_of(self.state[block.anchor])
+            inverse = inverse_of(self.state[block.anchor], damping[block.anchor])
             if inverse is None:
                 self._warn(
                     f"uncaptured {block.layer.name}",

@@ -24,6 +24,8 @@ _OWN_DTYPE = frozenset(
         "grad_output_basis",
         "input_basis",
         "inverse_eigenvalues",
+        "second_moments",
+        "second_moment_weight",
     }
 )
 
