@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -49,6 +49,8 @@ from kfacopt.optim.preconditioner import (
     precondition,
     refresh_inverse,
 )
+from kfacopt.optim.replay import ObjectiveTerm, undisturbed
+from kfacopt.optim.self_tuning import SelfTuning
 from kfacopt.optim.serialization import (
     check_groups,
     check_shapes,
@@ -110,7 +112,11 @@ class KFACOptimizer(Optimizer):
         params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
             may set `lr`, `momentum`, `weight_decay`, `damping` and `fallback_lr`. A joint block
             [W | b] takes W's damping.
-        lr: The learning rate, in units of a natural-gradient step: 1 is a full one.
+        lr: The learning rate, in units of a natural-gradient step: 1 is a full one. `"auto"`
+            chooses step size, momentum and damping in every step, for large or full batches:
+            see `kfacopt.optim.self_tuning`. The groups' `lr` is then 1, and what schedulers make of
+            it multiplies the steps; `momentum=0` leaves momentum out, `damping` is where the
+            adaptation starts, and `kl_clip` is not used.
         momentum: μ in [0, 1), on the preconditioned step.
         weight_decay: λ ≥ 0, decoupled.
         damping: δ > 0, in units of F.
@@ -182,7 +188,7 @@ class KFACOptimizer(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 0.1,
+        lr: float | Literal["auto"] = 0.1,
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
@@ -249,8 +255,21 @@ class KFACOptimizer(Optimizer):
             check_loss(loss_func)
         likelihood = None if loss_func is None else likelihood_of(loss_func)
         form = FactorForm(kfac_approx, max_factor_dim, factor_dtype)
+        self._tuning: SelfTuning | None = None
+        if lr == "auto":
+            if loss_func is not None:
+                raise ValueError(
+                    'loss_func must be None for lr="auto", which evaluates the loss: compute it '
+                    "with one of torch's functions on the model's output, so that it is recognised."
+                )
+            self._tuning, lr = SelfTuning(momentum > 0), 1.0
         self._curvature = CurvatureOptions(
-            fisher_type, mc_samples, form, likelihood, preconditioner == "ekfac"
+            fisher_type,
+            mc_samples,
+            form,
+            likelihood,
+            corrected=preconditioner == "ekfac",
+            recording=self._tuning is not None,
         )
         self._seed = seed
         self._start_unconnected(model)
@@ -377,12 +396,15 @@ class KFACOptimizer(Optimizer):
         if active and self._schedule.inverse.corrected:
             bases = {block: bases_of(self.state[block.anchor]) for block in self._blocks}
             self._collector.bases = {b: known for b, known in bases.items() if known is not None}
-        self._collector.active = active
+        self._collector.collecting = active
+        self._collector.active = active or self._tuning is not None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles are made of, the modules included."""
         store_generator(self.state, self._layers, self._generator)
-        own = {name: getattr(self, name) for name in ("_schedule", "_curvature", "_seed")}
+        own = {
+            name: getattr(self, name) for name in ("_schedule", "_curvature", "_seed", "_tuning")
+        }
         return super().__getstate__() | own | {"_modules": self._collector.living_modules()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -426,16 +448,22 @@ class KFACOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        terms = self._collector.objective() if self._tuning is not None else []
         first: dict[Layer, Moments] = {}
-        if self._collector.active:  # at an interval's start, and when layers are new
+        if self._collector.collecting:  # at an interval's start, and when layers are new
             first = self._update_factors()
+        else:
+            self._collector.clear()
         if self._due(self._schedule.inverse_update_interval):
             self._update_inverses(self._blocks)
         else:
             fresh = [b for b in self._blocks if not has_inverse(self.state[b.anchor])]
             self._update_inverses(fresh)
         self._start_second_moments(first)
-        self._update_parameters()
+        if self._tuning is None:
+            self._update_parameters(self._directions())
+        else:
+            self._tuned_update(terms, closure)
         self._reconnect_if_frozen()
         for group in self.param_groups:
             group["num_steps"] += 1
@@ -550,8 +578,39 @@ class KFACOptimizer(Optimizer):
             directions.update({p: d for p, d in with_grad if p.grad is not None})
         return directions
 
-    def _update_parameters(self) -> None:
+    def _tuned_update(self, terms: list[ObjectiveTerm], closure: Callable[[], Any] | None) -> None:
+        """Take a step whose size, momentum and damping follow from the quadratic model."""
+        assert self._tuning is not None
         directions = self._directions()
+        taken = True
+        if directions:
+            if not terms:
+                raise RuntimeError(f"KFACOptimizer: {missing_statistics(True, set())}")
+            evaluate = None if closure is None else self._reevaluation(terms, closure)
+            groups, scale = self.param_groups, calling_loss_scale()
+            taken = self._tuning.step(self.state, groups, directions, terms, evaluate, scale)
+        if taken:
+            self._update_fallback(directions)
+
+    def _reevaluation(
+        self, terms: list[ObjectiveTerm], closure: Callable[[], Any]
+    ) -> Callable[[], float]:
+        """Make a function that evaluates a closure again, and leaves the gradients alone."""
+
+        def evaluate() -> float:
+            grads = [(p, p.grad) for p in self._parameters()]
+            for p, _ in grads:
+                p.grad = None
+            try:
+                with undisturbed(terms), torch.enable_grad():
+                    return float(closure())
+            finally:
+                for p, grad in grads:
+                    p.grad = grad
+
+        return evaluate
+
+    def _update_parameters(self, directions: dict[Parameter, Tensor]) -> None:
         lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         if directions and self._schedule.kl_clip is not None:
             grads = [p.grad for p in directions if p.grad is not None]
@@ -572,6 +631,10 @@ class KFACOptimizer(Optimizer):
                     momentum=momentum,
                     weight_decay=group["weight_decay"],
                 )
+        self._update_fallback(directions)
+
+    def _update_fallback(self, directions: dict[Parameter, Tensor]) -> None:
+        for group in self.param_groups:
             rest = [p for p in group["params"] if p.grad is not None and p not in directions]
             for p in rest:
                 if p.grad is not None and p.grad.is_sparse:

@@ -42,8 +42,10 @@ from kfacopt.optim.loss_probe import (
     differentiable_tensors,
     passes_feeding,
     probe,
+    record_call,
     unprobe,
 )
+from kfacopt.optim.replay import LossOrigin, ObjectiveTerm, Surroundings
 
 
 @dataclass
@@ -127,6 +129,8 @@ class CurvatureOptions:
         form: How factors are formed.
         likelihood: The stated loss at the model's output; `None` recognises it.
         corrected: Whether second moments are collected in the layers' eigenbases, too.
+        recording: Whether forward passes and losses are recorded, so that they can be evaluated
+            again.
     """
 
     fisher_type: FisherType
@@ -134,6 +138,7 @@ class CurvatureOptions:
     form: FactorForm
     likelihood: Likelihood | None
     corrected: bool = False
+    recording: bool = False
 
     @property
     def loss_scale_power(self) -> int:
@@ -159,6 +164,8 @@ class StatisticsCollector:
     Attributes:
         bases: The blocks' eigenbases, as far as they are known; read where second moments are
             collected.
+        collecting: Whether statistics are due; where they are not, forward passes and losses may
+            still be recorded.
     """
 
     def __init__(
@@ -170,6 +177,7 @@ class StatisticsCollector:
     ) -> None:
         self._options, self._generator = options, generator
         self.bases: Mapping[Block, Bases] = {}
+        self.collecting = True
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._task = -1  # of the user's backward pass that runs
         self._mode: LossCallMode | None = None
@@ -209,11 +217,16 @@ class StatisticsCollector:
         self.unknown_losses: set[str] = set()
         self.unknown_objectives: set[str] = set()
         self.forward_seen = False
+        self._objective: list[ObjectiveTerm] = []
+        self._confirmed = False
         self._start_task(-1)
 
     def _start_task(self, task: int) -> None:
         """Forget what belongs to one backward pass of the user's alone."""
-        self._task = task
+        if self._confirmed:
+            self._objective += self._candidate_terms
+        self._task, self._confirmed = task, False
+        self._candidate_terms: list[ObjectiveTerm] = []
         self._candidates: dict[Layer, Moments] = {}
         self._empirical: list[EmpiricalPass] = []
         self._counted: set[LayerUse] = set()
@@ -232,7 +245,10 @@ class StatisticsCollector:
         parents = passes_feeding((args, kwargs))
         for parent in parents:
             parent.consumed = True
-        forward_pass = ForwardPass(self)
+        call = None
+        if self._options.recording:
+            call = record_call(module, args, kwargs, Surroundings.now())
+        forward_pass = ForwardPass(self, call)
         self._outermost = (module, forward_pass, parents)
         if self._options.likelihood is None:
             self._mode = LossCallMode(forward_pass, parents)
@@ -249,7 +265,7 @@ class StatisticsCollector:
         if self._outermost is None:
             return None
         outermost, forward_pass, parents = self._outermost
-        if not torch._C._are_functorch_transforms_active():
+        if self.collecting and not torch._C._are_functorch_transforms_active():
             for layer in self._layers_of.get(id(module), ()):
                 use = record_use(layer, module, args, kwargs, output)
                 if use is not None:
@@ -257,7 +273,7 @@ class StatisticsCollector:
         if module is not outermost:
             return None
         self._end_pass()
-        if output is None or not (forward_pass.uses or parents):
+        if output is None or not (forward_pass.uses or parents or self._options.recording):
             return None
         self.forward_seen = True
         probed = probe(output, forward_pass, parents)
@@ -280,7 +296,11 @@ class StatisticsCollector:
         loss.register_hook(on_backward)
 
     def observe_loss(
-        self, call: LossCall | UnsupportedLossError, loss: Tensor, passes: list[ForwardPass]
+        self,
+        call: LossCall | UnsupportedLossError,
+        loss: Tensor,
+        passes: list[ForwardPass],
+        origin: LossOrigin | None,
     ) -> None:
         """Collect moments when the user's backward pass arrives at a loss."""
         if self._options.likelihood is not None or is_evaluating():
@@ -294,6 +314,9 @@ class StatisticsCollector:
             if isinstance(call, UnsupportedLossError):
                 raise call
             alive._collect(call, passes, upstream.detach())
+            if origin is not None:
+                term = ObjectiveTerm(origin, call.output.detach(), upstream.detach())
+                alive._candidate_terms.append(term)
 
         loss.register_hook(on_backward)
 
@@ -332,6 +355,10 @@ class StatisticsCollector:
             # GradScaler skipped) take their statistics along.
             kept = {la: m for la, m in self._pending.items() if la.anchor.grad is not None}
             self._pending = kept
+            if all(layer.anchor.grad is None for own in self._layers_of.values() for layer in own):
+                self._objective = []
+        if not self.collecting:
+            return
         if self._options.fisher_type == "empirical":
             self._collect_empirical(call, passes, upstream)
         else:
@@ -441,11 +468,18 @@ class StatisticsCollector:
         """Let a layer's candidates count: its parameter's gradient has been accumulated."""
         if torch._C._current_graph_task_id() != self._task:
             return
+        self._confirmed = True
         for entry in self._empirical:  # uses of the layer that no gradient reached are left out
             self._fold_empirical(entry, layer)
         candidate = self._candidates.pop(layer, None)
         if candidate is not None:
             self._pending.setdefault(layer, Moments()).add(candidate)
+
+    def objective(self) -> list[ObjectiveTerm]:
+        """Return the losses whose gradients have been accumulated since the last step."""
+        if self._confirmed or not self._objective:
+            return [*self._objective, *self._candidate_terms]
+        return list(self._objective)
 
     def finish(self) -> dict[Layer, Moments]:
         """Return what was collected since the last step, and forget it.
