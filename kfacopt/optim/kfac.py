@@ -50,7 +50,7 @@ from kfacopt.optim.preconditioner import (
     refresh_inverse,
 )
 from kfacopt.optim.replay import ObjectiveTerm, undisturbed
-from kfacopt.optim.self_tuning import SelfTuning
+from kfacopt.optim.self_tuning import ClosureLoss, SelfTuning
 from kfacopt.optim.serialization import (
     check_groups,
     check_shapes,
@@ -463,7 +463,7 @@ class KFACOptimizer(Optimizer):
         if self._tuning is None:
             self._update_parameters(self._directions())
         else:
-            self._tuned_update(terms, closure)
+            self._tuned_update(terms, closure, result)
         self._reconnect_if_frozen()
         for group in self.param_groups:
             group["num_steps"] += 1
@@ -578,7 +578,9 @@ class KFACOptimizer(Optimizer):
             directions.update({p: d for p, d in with_grad if p.grad is not None})
         return directions
 
-    def _tuned_update(self, terms: list[ObjectiveTerm], closure: Callable[[], Any] | None) -> None:
+    def _tuned_update(
+        self, terms: list[ObjectiveTerm], closure: Callable[[], Any] | None, loss: Any
+    ) -> None:
         """Take a step whose size, momentum and damping follow from the quadratic model."""
         assert self._tuning is not None
         directions = self._directions()
@@ -586,9 +588,11 @@ class KFACOptimizer(Optimizer):
         if directions:
             if not terms:
                 raise RuntimeError(f"KFACOptimizer: {missing_statistics(True, set())}")
-            evaluate = None if closure is None else self._reevaluation(terms, closure)
+            again = None
+            if closure is not None:
+                again = ClosureLoss(float(loss), self._reevaluation(terms, closure))
             groups, scale = self.param_groups, calling_loss_scale()
-            taken = self._tuning.step(self.state, groups, directions, terms, evaluate, scale)
+            taken = self._tuning.step(self.state, groups, directions, terms, again, scale)
         if taken:
             self._update_fallback(directions)
 

@@ -40,24 +40,27 @@ class QuadraticModel:
     damped: list[list[float]]
     mismatch: float
 
-    def minimiser(self) -> list[float]:
-        """Return the coefficients c that minimise M; 0 for directions that add nothing."""
-        order = range(len(self.slopes))
+    def minimiser(self, more_damping: float = 1.0) -> list[float]:
+        """Return the coefficients c that minimise M; 0 for directions that add nothing.
+
+        Args:
+            more_damping: What Λ is multiplied with.
+        """
+        size = range(len(self.slopes))
+        F, both = (torch.tensor(m, dtype=torch.float64) for m in (self.curvature, self.damped))
+        damped = F + more_damping * (both - F)
         used: list[int] = []
-        for k in order:
-            rest = self.damped[k][k]
+        for k in size:
+            rest = damped[k, k]
             if used:
-                cross = torch.tensor([self.damped[k][j] for j in used], dtype=torch.float64)
-                rest -= float(cross @ torch.linalg.solve(self._system(used), cross))
-            if rest > _COLLINEAR * self.damped[k][k]:
+                cross = damped[used, k]
+                rest = rest - cross @ torch.linalg.solve(damped[used][:, used], cross)
+            if rest > _COLLINEAR * damped[k, k]:
                 used.append(k)
         slopes = torch.tensor([self.slopes[k] for k in used], dtype=torch.float64)
-        found = torch.linalg.solve(self._system(used), -slopes).tolist() if used else []
+        found = torch.linalg.solve(damped[used][:, used], -slopes).tolist() if used else []
         coefficients = dict(zip(used, found, strict=True))
-        return [coefficients.get(k, 0.0) for k in order]
-
-    def _system(self, used: Sequence[int]) -> Tensor:
-        return torch.tensor([[self.damped[j][k] for k in used] for j in used], dtype=torch.float64)
+        return [coefficients.get(k, 0.0) for k in size]
 
     def predicted_change(self, coefficients: Sequence[float]) -> float:
         """Return gᵀd + ½ dᵀFd, without damping: exact where the objective is quadratic."""

@@ -18,8 +18,9 @@ in kfac-jax); K-FAC's factors are damped by λ itself, without a search for a se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from kfacopt.optim.replay import ObjectiveTerm
 DAMPING_INTERVAL = 5
 DAMPING_DECAY = 0.95**DAMPING_INTERVAL  # ω
 REJECTION_FACTOR = 4.0  # λ grows by it when a step is undone
+MAX_ATTEMPTS = 12
 
 _PREVIOUS = "previous_parameter"
 
@@ -82,11 +84,24 @@ def damping_floor(dtype: torch.dtype) -> float:
     return float(torch.finfo(factor_dtype(dtype)).eps)
 
 
+@dataclass(frozen=True)
+class ClosureLoss:
+    """An objective that a closure evaluates.
+
+    Attributes:
+        value: What it returned at θ.
+        evaluate: Calls it again, without a trace.
+    """
+
+    value: float
+    evaluate: Callable[[], float]
+
+
 class SelfTuning:
     """Chooses steps along preconditioned gradients, and keeps what the last one was made of.
 
     The parameters before a step stay in the optimizer's state: they give the last step d₀, and a
-    step that turns out to make the loss infinite or NaN is undone with them, to the bit.
+    step after which the loss turns out infinite or NaN is undone with them, to the bit.
 
     Args:
         use_momentum: Whether the last step d₀ is a direction, too.
@@ -102,105 +117,114 @@ class SelfTuning:
         groups: Sequence[dict[str, Any]],
         preconditioned: Mapping[Parameter, Tensor],
         terms: Sequence[ObjectiveTerm],
-        closure_loss: Callable[[], float] | None,
+        closure: ClosureLoss | None,
         loss_scale: float,
     ) -> bool:
         """Update parameters in place and adapt the groups' damping.
+
+        A step that does not decrease the objective on its own data is undone, the damping in M
+        raised by `REJECTION_FACTOR`, and α and μ solved for again, up to `MAX_ATTEMPTS` times.
 
         Args:
             states: The optimizer's state by parameter.
             groups: The parameter groups; `lr` is the factor s, relative between groups.
             preconditioned: F̂⁻¹g of each parameter.
             terms: The losses of the objective.
-            closure_loss: Evaluates the objective anew, every `DAMPING_INTERVAL` steps. `None`
-                replays the losses, after every step.
+            closure: Evaluates the objective where it is more than the losses that were recognised.
             loss_scale: What a `GradScaler` multiplied the objective with.
 
         Returns:
-            Whether the step was taken; if not, the parameters are those before the last step.
+            Whether a step was taken.
 
         Raises:
             RuntimeError: If the model, evaluated again, gives something else.
         """
         factor = {p: group["lr"] for group in groups for p in group["params"]}
         damping = {p: float(group["damping"]) for group in groups for p in group["params"]}
-        scale = max(factor[p] for p in preconditioned)
+        scale, params = max(factor[p] for p in preconditioned), list(preconditioned)
         if scale == 0:
             return True
         proposal = {p: -(factor[p] / scale) * x for p, x in preconditioned.items()}
-        directions = [proposal, *self._last_step(states, preconditioned)]
-        grads = {p: p.grad for p in preconditioned if p.grad is not None}
+        directions = [proposal, *self._last_step(states, params)]
+        grads = {p: p.grad for p in params if p.grad is not None}
         model = quadratic_model(terms, grads, directions, damping, loss_scale)
-        record = self.statistics
+        record, dtype = self.statistics, params[0].dtype
         record.loss, record.change, record.reduction_ratio = model.loss, math.nan, math.nan
         if not all(math.isfinite(x) for x in model.scalars()):
-            self._reject(states, groups, preconditioned)
+            self._undo_last_step(states, groups, params)
             return False
-        _check_replay(model, next(iter(preconditioned)).dtype)
-        coefficients = model.minimiser()
-        record.step_size, record.momentum = (*coefficients, 0.0)[:2]
-        record.predicted_change = model.predicted_change([scale * c for c in coefficients])
-        self._move(states, directions, [scale * c for c in coefficients])
-        due = (groups[0]["num_steps"] + 1) % DAMPING_INTERVAL == 0
-        if closure_loss is None:
-            new_loss = evaluate(terms, list(preconditioned), loss_scale)
-        elif due:
-            new_loss = closure_loss()
+        _check_replay(model, dtype)
+        if closure is not None and not _same(closure.value, model.loss, dtype):
+            record.loss, new_loss = closure.value, closure.evaluate
         else:
-            new_loss = math.nan
-        if not math.isfinite(new_loss) and (closure_loss is None or due):
-            self._reject(states, groups, preconditioned)
+            new_loss = partial(evaluate, terms, params, loss_scale)
+        before = [p.detach().clone() for p in params]
+        for attempt in range(MAX_ATTEMPTS):
+            coefficients = [scale * c for c in model.minimiser(REJECTION_FACTOR**attempt)]
+            for direction, c in zip(directions, coefficients, strict=True):
+                steps = [x.to(p.dtype) for p, x in direction.items()]
+                torch._foreach_add_(list(direction), steps, alpha=c)
+            record.change = new_loss() - record.loss
+            if record.change <= 0 or _same(record.change + record.loss, record.loss, dtype):
+                break
+            for p, value in zip(params, before, strict=True):
+                p.copy_(value)
+            self._damp_more(groups)
+        else:
             return False
-        record.change = new_loss - model.loss
-        if record.predicted_change < 0:
-            record.reduction_ratio = record.change / record.predicted_change
-        if due:
-            self._adapt_damping(groups)
-        record.damping = groups[0]["damping"]
+        for p, value in zip(params, before, strict=True):
+            states[p][_PREVIOUS] = value
+        self._learn(groups, model, coefficients)
         return True
 
     def _last_step(
-        self, states: MutableMapping[Tensor, Any], params: Iterable[Parameter]
+        self, states: MutableMapping[Tensor, Any], params: Sequence[Parameter]
     ) -> list[dict[Parameter, Tensor]]:
         if not self._use_momentum:
             return []
         known = [p for p in params if _PREVIOUS in states[p]]
         return [{p: p.detach() - states[p][_PREVIOUS] for p in known}] if known else []
 
-    def _move(
-        self,
-        states: MutableMapping[Tensor, Any],
-        directions: Sequence[Mapping[Parameter, Tensor]],
-        coefficients: Sequence[float],
+    def _learn(
+        self, groups: Sequence[dict[str, Any]], model: QuadraticModel, coefficients: list[float]
     ) -> None:
-        for p in directions[0]:
-            states[p][_PREVIOUS] = p.detach().clone()
-        for direction, coefficient in zip(directions, coefficients, strict=True):
-            steps = [x.to(p.dtype) for p, x in direction.items()]
-            torch._foreach_add_(list(direction), steps, alpha=coefficient)
+        """Take note of a step, and adapt the damping to how well the model predicted it."""
+        record = self.statistics
+        record.step_size, record.momentum = (*coefficients, 0.0)[:2]
+        record.predicted_change = model.predicted_change(coefficients)
+        if record.predicted_change < 0:
+            record.reduction_ratio = record.change / record.predicted_change
+        if (groups[0]["num_steps"] + 1) % DAMPING_INTERVAL == 0:
+            for group in groups:
+                if group["params"]:
+                    floor = damping_floor(group["params"][0].dtype)
+                    ratio, value = record.reduction_ratio, float(group["damping"])
+                    group["damping"] = reduction_ratio_damping(value, ratio, floor)
+        record.damping = groups[0]["damping"]
 
-    def _reject(
+    def _undo_last_step(
         self,
         states: MutableMapping[Tensor, Any],
         groups: Sequence[dict[str, Any]],
-        params: Iterable[Parameter],
+        params: Sequence[Parameter],
     ) -> None:
         """Go back to the parameters before the last step, and damp the next one more."""
         for p in params:
             previous = states[p].pop(_PREVIOUS, None)
             if previous is not None:
                 p.copy_(previous)
+        self._damp_more(groups)
+
+    def _damp_more(self, groups: Sequence[dict[str, Any]]) -> None:
         for group in groups:
             group["damping"] = float(group["damping"]) * REJECTION_FACTOR
         self.statistics.rejected_steps += 1
         self.statistics.damping = groups[0]["damping"]
 
-    def _adapt_damping(self, groups: Sequence[dict[str, Any]]) -> None:
-        ratio = self.statistics.reduction_ratio
-        for group in groups:
-            if group["params"]:
-                floor = damping_floor(group["params"][0].dtype)
-                group["damping"] = reduction_ratio_damping(float(group["damping"]), ratio, floor)
+
+def _same(one: float, other: float, dtype: torch.dtype) -> bool:
+    """Tell whether two losses are equal up to round-off."""
+    return abs(one - other) <= 10 * float(torch.finfo(dtype).eps) * abs(other)
 
 
 def _check_replay(model: QuadraticModel, dtype: torch.dtype) -> None:
