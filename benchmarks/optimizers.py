@@ -70,15 +70,27 @@ def missing_packages() -> list[str]:
     return [name for name in packages if installed(name) is None]
 
 
-def sgd(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
-    """Return SGD with Nesterov momentum."""
-    settings = {"lr": 0.1, "momentum": 0.9, **settings}
-    return torch.optim.SGD(model.parameters(), nesterov=settings["momentum"] > 0, **settings)
+def sgd(
+    model: nn.Module, *, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum.
+
+    Torch's defaults are 1e-3 and no momentum, which nobody would call tuned or untuned SGD.
+
+    Args:
+        model: The model.
+        lr: The learning rate.
+        momentum: Above 0.
+        weight_decay: Added to the gradient.
+    """
+    return torch.optim.SGD(
+        model.parameters(), lr, momentum=momentum, nesterov=True, weight_decay=weight_decay
+    )
 
 
-def adamw(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, *, beta1: float = 0.9, **settings: Any) -> torch.optim.Optimizer:
     """Return AdamW with torch's defaults."""
-    return torch.optim.AdamW(model.parameters(), **settings)
+    return torch.optim.AdamW(model.parameters(), betas=(beta1, 0.999), **settings)
 
 
 def _rest(model: nn.Module, taken: Iterable[Parameter]) -> list[Parameter]:
@@ -111,11 +123,11 @@ def muon(model: nn.Module, *, lr: float = 1e-3, weight_decay: float = 0.1) -> An
     return _with_adamw(main, rest, lr=lr, weight_decay=weight_decay)
 
 
-def soap(model: nn.Module, **settings: Any) -> Any:
+def soap(model: nn.Module, *, beta1: float = 0.95, **settings: Any) -> Any:
     """Return pytorch-optimizer's SOAP with its defaults."""
     from pytorch_optimizer import SOAP
 
-    return SOAP(model.parameters(), **settings)
+    return SOAP(model.parameters(), betas=(beta1, 0.95), **settings)
 
 
 def shampoo(
@@ -123,8 +135,8 @@ def shampoo(
     *,
     lr: float = 1e-3,
     interval: int = 10,
+    beta1: float = 0.9,
     weight_decay: float = 0.0,
-    **settings: Any,
 ) -> Any:
     """Return pytorch-optimizer's blocked Shampoo, grafted to RMSProp.
 
@@ -135,8 +147,8 @@ def shampoo(
         model: The model.
         lr: The learning rate.
         interval: Steps between updates of the roots, and before the first of them is used.
+        beta1: The decay of momentum.
         weight_decay: Decoupled.
-        settings: Further arguments.
     """
     from pytorch_optimizer import ScalableShampoo
     from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
@@ -148,8 +160,8 @@ def shampoo(
         decoupled_weight_decay=True,
         start_preconditioning_step=interval,
         preconditioning_compute_steps=interval,
+        betas=(beta1, 0.999),
         graft_type=LayerWiseGrafting.RMSPROP,
-        **settings,
     )
 
 
@@ -177,7 +189,21 @@ def kfac(model: nn.Module, **settings: Any) -> KFACOptimizer:
     return KFACOptimizer(model.parameters(), model=model, **settings)
 
 
+def lbfgs(model: nn.Module, *, lr: float = 1.0, history: int = 10) -> torch.optim.Optimizer:
+    """Return L-BFGS with a strong-Wolfe line search, ten iterations a step.
+
+    Args:
+        model: The model.
+        lr: The first length that the line search tries.
+        history: How many pairs of vectors it keeps.
+    """
+    return torch.optim.LBFGS(
+        model.parameters(), lr, max_iter=10, history_size=history, line_search_fn="strong_wolfe"
+    )
+
+
 ekfac = functools.partial(kfac, preconditioner="ekfac")
+plain_kfac = functools.partial(kfac, preconditioner="kfac") if has_ekfac() else kfac
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

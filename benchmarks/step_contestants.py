@@ -120,9 +120,8 @@ def contestants(workload: str, terms: str) -> list[StepContestant]:
         "(1, 10)": (1, 10),
         "(10, 100)": (10, 100),
     }
-    makers = {"K-FAC": optimizers.kfac}
+    makers = {"K-FAC": optimizers.plain_kfac}
     if optimizers.has_ekfac():
-        makers = {"K-FAC": partial(optimizers.kfac, preconditioner="kfac")}
         makers["EKFAC"] = optimizers.ekfac
     for name, make in makers.items():
         for approx in ("expand", "reduce") if workload == "cnn" else ("expand",):
