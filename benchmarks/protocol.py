@@ -17,23 +17,20 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
+from benchmarks.calibration import GRADIENT, calibrated
 from benchmarks.contestants import BASELINES, Contestant, all_contestants
 from benchmarks.problems import PROBLEMS
-from benchmarks.running import OVERTIME, Run, run, stepper
+from benchmarks.running import OVERTIME, Run, run
 from benchmarks.tuning import DEFAULT, Trial, trials
 
 TUNING_SEED = 1000
-PERIOD = 20  # steps: a multiple of the contestants' default intervals
-GRADIENT = "gradient"
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Options:
         trials: How many for each contestant and problem.
         seeds: How many for finals.
         scale: Factor of the problems' budgets.
-        calibration_rounds: How often the cost of a step is measured.
+        calibration_rounds: How often the cost of a step is measured; see `calibrate`.
         minimal_steps: A budget has at least that many.
     """
 
@@ -105,44 +102,12 @@ def write_json(path: Path, content: Any) -> None:
     part.replace(path)
 
 
-def calibrate(problem: str, names: tuple[str, ...], rounds: int) -> dict[str, float]:
-    """Return the seconds of a step of each contestant, and of a gradient.
-
-    Args:
-        problem: The problem's name.
-        names: The contestants.
-        rounds: How many times a period of steps is timed, interleaved; a first one warms up.
-    """
-    functions: dict[str, tuple[Callable[[], Any], int]] = {}
-    gradient_task = PROBLEMS[problem].task(0)
-    batch = next(gradient_task.batches(torch.Generator().manual_seed(0)))
-
-    def gradient() -> None:
-        gradient_task.model.zero_grad()
-        gradient_task.loss(gradient_task.model, batch).backward()
-
-    functions[GRADIENT] = (gradient, PERIOD)
-    for name in names:
-        contestant = all_contestants()[name]
-        _, step = stepper(PROBLEMS[problem].task(0), contestant, DEFAULT, 0)
-        functions[name] = (step, 2 if contestant.all_data else PERIOD)
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for count in range(rounds + 1):
-        for name, (function, repeats) in functions.items():
-            start = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            if count or not rounds:
-                times[name].append((time.perf_counter() - start) / repeats)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
 class Comparison:
     """The stages, on a map that performs jobs.
 
     Args:
         options: What is compared.
-        map_jobs: Applies a function to items in any order, as `multiprocessing.Pool.imap_unordered`.
+        map_jobs: Applies a function to items, in any order.
     """
 
     def __init__(self, options: Options, map_jobs: Callable[[Any, Iterable], Iterable]) -> None:
@@ -160,25 +125,42 @@ class Comparison:
     def costs(self, problem: str) -> dict[str, float]:
         """Return the calibrated seconds per step."""
         if problem not in self._costs:
-            path = self.options.folder / "calibration" / f"{problem}.json"
+            path = self._calibration_path(problem)
             self._costs[problem] = json.loads(path.read_text()) if path.exists() else {}
         return self._costs[problem]
 
     def calibrate(self) -> None:
         """Measure what was not measured, all contestants of a problem anew where one is missing."""
-        for problem in self._progress(self.options.problems, "calibration"):
+        rounds, missing = self.options.calibration_rounds, []
+        for problem in self.options.problems:
             names = tuple(c.name for c in self.entrants(problem))
+            if not {GRADIENT, *names} <= self.costs(problem).keys():
+                missing.append((problem, names, rounds))
+        found = self._map(calibrated, missing)
+        for problem, costs in self._progress(found, "calibration", len(missing)):
             known = self.costs(problem)
-            if {GRADIENT, *names} <= known.keys():
-                continue
-            found = next(
-                iter(self._map(_calibrate, [(problem, names, self.options.calibration_rounds)]))
-            )
             # Those measured before keep their number of steps; the gradient ties both runs.
-            drift = known[GRADIENT] / found[GRADIENT] if GRADIENT in known else 1.0
-            found = {name: drift * value for name, value in found.items()} | known
-            write_json(self.options.folder / "calibration" / f"{problem}.json", found)
-            self._costs[problem] = found
+            drift = known[GRADIENT] / costs[GRADIENT] if GRADIENT in known else 1.0
+            merged = {name: drift * value for name, value in costs.items()} | known
+            write_json(self._calibration_path(problem), merged)
+            self._costs[problem] = merged
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Forget the cost and the runs of contestants, to measure a new version of them.
+
+        Args:
+            names: The contestants; targets stay.
+        """
+        for problem in self.options.problems:
+            kept = {name: c for name, c in self.costs(problem).items() if name not in set(names)}
+            write_json(self._calibration_path(problem), kept)
+            self._costs[problem] = kept
+            for name in names:
+                for path in (self.options.folder / "runs" / problem).glob(f"{name}-*.json"):
+                    path.unlink()
+
+    def _calibration_path(self, problem: str) -> Path:
+        return self.options.folder / "calibration" / f"{problem}.json"
 
     def steps(self, problem: str, contestant: str) -> int:
         """Return how many steps a contestant gets."""
@@ -276,7 +258,3 @@ class Comparison:
             assert trial is not None
             jobs += self.final_jobs(problem, contestant.name, trial)
         self.perform(jobs, "finals")
-
-
-def _calibrate(arguments: tuple[str, tuple[str, ...], int]) -> dict[str, float]:
-    return calibrate(*arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 import warnings
@@ -47,12 +46,12 @@ class Run:
 
     @property
     def best(self) -> float:
-        """The best metric that was seen, infinite if none was finite."""
-        return min((m for _, _, m in self.curve if math.isfinite(m)), default=math.inf)
+        """The best metric that training reached, infinite if none was finite."""
+        return min((m for n, _, m in self.curve if n and math.isfinite(m)), default=math.inf)
 
     def first_reach(self, target: float) -> tuple[float, float]:
         """Return the step and the seconds at which the target was first met, else infinity."""
-        met = ((step, seconds) for step, seconds, metric in self.curve if metric <= target)
+        met = ((step, seconds) for step, seconds, metric in self.curve[1:] if metric <= target)
         return next(met, (math.inf, math.inf))
 
     def record(self) -> dict[str, Any]:
@@ -67,7 +66,8 @@ def evaluation_steps(steps: int, evaluations: int = EVALUATIONS) -> set[int]:
         steps: How many steps there are.
         evaluations: How many evaluations at most.
     """
-    return {max(1, math.ceil(steps * (i / evaluations) ** 2)) for i in range(1, evaluations + 1)}
+    shares = ((i / (evaluations - 1)) ** 2 for i in range(1, evaluations))
+    return {1, *(max(1, math.ceil(steps * share)) for share in shares)}
 
 
 def stepper(task: Task, contestant: Contestant, trial: Trial, seed: int) -> tuple[Any, Callable]:
@@ -145,7 +145,6 @@ def run(
     torch.manual_seed(seed)
     curve: list[tuple[int, float, float]] = []
     outcome = "finished"
-    gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
