@@ -13,13 +13,18 @@ from torch.nn import functional as F
 def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
     """Return linear layers of the given widths with an activation between them.
 
+    Glorot & Bengio's (2010) initialisation: torch's own lets the signal of deep tanh networks fade.
+
     Args:
         widths: The number of inputs, of each layer's units, and of outputs.
         activation: Makes an activation module.
     """
     modules: list[nn.Module] = []
     for d_in, d_out in pairwise(widths):
-        modules += [nn.Linear(d_in, d_out), activation()]
+        layer = nn.Linear(d_in, d_out)
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        modules += [layer, activation()]
     return nn.Sequential(*modules[:-1])
 
 

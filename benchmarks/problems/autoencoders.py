@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks.architectures import autoencoder
 from benchmarks.problems.problem import DATA_SEED, Batch, Problem, Task, shuffled
 
-CURVES, SIDE, THICKNESS = 4000, 20, 0.04
+CURVES, SIDE, THICKNESS = 4000, 20, 0.06
 
 
 @cache
@@ -25,11 +25,14 @@ def digits() -> Tensor:
 def curves() -> Tensor:
     """Return images `[CURVES, SIDE²]` of random cubic Bézier curves, in [0, 1].
 
-    The four control points are uniform in the unit square; a pixel at the distance r of 60 points
-    of the curve at least has the intensity exp(−r² / (2 THICKNESS²)).
+    The first coordinates of the four control points are spread evenly over [0.1, 0.9], the second are
+    uniform in [0, 1]. A pixel at the distance r from the nearest of 60 points of the curve has the
+    intensity exp(−r² / (2 THICKNESS²)).
     """
     generator = Generator().manual_seed(DATA_SEED)
-    points = torch.rand(CURVES, 4, 2, generator=generator)
+    heights = torch.rand(CURVES, 4, generator=generator)
+    places = torch.linspace(0.1, 0.9, 4).expand_as(heights)
+    points = torch.stack([places, heights], -1)
     t = torch.linspace(0, 1, 60)
     basis = torch.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
     path = torch.einsum("kt,nkc->ntc", basis, points)
@@ -80,6 +83,6 @@ PROBLEMS = (
         "pixels; BCE with logits; batch 256",
         "mean squared error on 2,000 training images",
         _curves_task,
-        budget=8,
+        budget=10,
     ),
 )

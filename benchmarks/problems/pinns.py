@@ -138,13 +138,13 @@ PROBLEMS = (
         f"−Δu = f on the unit square, u = sin(πx) sin(2πy); {_SHAPE}",
         "relative L2 error",
         _poisson,
-        budget=8,
+        budget=10,
     ),
     Problem(
         "pinn-heat",
         f"u_t = u_xx / 4, u = exp(−π²t/4) sin(πx); {_SHAPE}",
         "relative L2 error",
         _heat,
-        budget=8,
+        budget=10,
     ),
 )

@@ -52,6 +52,6 @@ PROBLEMS = (
         f"vision transformer, patches of 2 x 2, 2 layers, d = 48, 4 heads; {_DATA}",
         "validation error",
         partial(_task, partial(VisionTransformer, 8, 2, 1, 10, width=48, layers=2, heads=4)),
-        budget=8,
+        budget=12,
     ),
 )
