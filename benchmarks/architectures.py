@@ -109,7 +109,8 @@ class AttentionBlock(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.projection(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        change: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + change
 
 
 class LanguageModel(nn.Module):
@@ -135,7 +136,8 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens `[N, S]` to logits `[N, S, vocabulary]`."""
         x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
 
 
 class VisionTransformer(nn.Module):
@@ -171,4 +173,5 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map `[N, C, H, W]` to logits `[N, classes]`."""
         x = self.patches(images).flatten(2).mT + self.positions
-        return self.head(self.norm(self.blocks(x)).mean(1))
+        logits: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
+        return logits

@@ -38,6 +38,17 @@ class Contestant:
         return not self.problems or problem.startswith(self.problems)
 
 
+ADAM_SPACE: Mapping[str, Dimension] = {
+    "lr": LogUniform(3e-4, 3e-2),
+    "beta1": MOMENTUM,
+    "weight_decay": WEIGHT_DECAY,
+}
+
+LBFGS_SPACE: Mapping[str, Dimension] = {
+    "lr": LogUniform(0.1, 1.0),
+    "history": Choice((10, 30, 100)),
+}
+
 KFAC_SPACE: Mapping[str, Dimension] = {
     "lr": LogUniform(0.01, 1.0),
     "damping": LogUniform(1e-4, 0.3),
@@ -51,11 +62,7 @@ BASELINES = (
         optimizers.sgd,
         {"lr": LogUniform(3e-3, 1.0), "momentum": MOMENTUM, "weight_decay": LogUniform(1e-7, 1e-3)},
     ),
-    Contestant(
-        "AdamW",
-        optimizers.adamw,
-        {"lr": LogUniform(3e-4, 3e-2), "beta1": MOMENTUM, "weight_decay": WEIGHT_DECAY},
-    ),
+    Contestant("AdamW", optimizers.adamw, ADAM_SPACE),
 )
 
 
@@ -66,13 +73,20 @@ def _challengers() -> list[Contestant]:
         )
     ]
     if optimizers.has_shampoo_and_soap():
-        space = {"lr": LogUniform(3e-4, 3e-2), "beta1": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+        space: Mapping[str, Dimension] = {
+            "lr": LogUniform(3e-4, 3e-2),
+            "beta1": MOMENTUM,
+            "weight_decay": WEIGHT_DECAY,
+        }
         found.append(Contestant("SOAP", optimizers.soap, space))
         found.append(Contestant("Shampoo", optimizers.shampoo, space))
     found.append(Contestant("K-FAC", optimizers.plain_kfac, KFAC_SPACE))
     if optimizers.has_ekfac():
         found.append(Contestant("EKFAC", optimizers.ekfac, KFAC_SPACE))
-    lengths = {"lr": LogUniform(0.1, 1.0), "history": Choice((10, 30, 100))}
+    lengths: Mapping[str, Dimension] = {
+        "lr": LogUniform(0.1, 1.0),
+        "history": Choice((10, 30, 100)),
+    }
     lbfgs = partial(Contestant, all_data=True, problems=FULL_DATA_PROBLEMS)
     found.append(lbfgs("L-BFGS", optimizers.lbfgs, lengths))
     return found

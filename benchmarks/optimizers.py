@@ -93,7 +93,7 @@ def adamw(model: nn.Module, *, beta1: float = 0.9, **settings: Any) -> torch.opt
     return torch.optim.AdamW(model.parameters(), betas=(beta1, 0.999), **settings)
 
 
-def _rest(model: nn.Module, taken: Iterable[Parameter]) -> list[Parameter]:
+def _rest(model: nn.Module, taken: Iterable[Tensor]) -> list[Parameter]:
     seen = {id(p) for p in taken}
     return [p for p in model.parameters() if id(p) not in seen]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,7 +102,9 @@ def stepper(task: Task, contestant: Contestant, trial: Trial, seed: int) -> tupl
     return optimizer, step
 
 
-def _train(task: Task, contestant: Contestant, trial: Trial, seed: int, steps: int, limit: float):
+def _train(
+    task: Task, contestant: Contestant, trial: Trial, seed: int, steps: int, limit: float
+) -> Iterator[tuple[int, float, float]]:
     """Yield rows of the curve."""
     start = time.perf_counter()
     optimizer, step = stepper(task, contestant, trial, seed)

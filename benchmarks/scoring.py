@@ -103,7 +103,7 @@ def sensitivity(comparison: Comparison, problem: str, contestant: Contestant) ->
     found = [run for run in runs if run is not None]
     if target is None or not runs or len(found) < len(runs):
         return None
-    return statistics.mean(run.best <= target["value"] for run in found)
+    return sum(run.best <= target["value"] for run in found) / len(found)
 
 
 def relative_to_best(times: Times) -> dict[str, dict[str, float]]:

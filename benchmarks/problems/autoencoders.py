@@ -25,9 +25,9 @@ def digits() -> Tensor:
 def curves() -> Tensor:
     """Return images `[CURVES, SIDE²]` of random cubic Bézier curves, in [0, 1].
 
-    The first coordinates of the four control points are spread evenly over [0.1, 0.9], the second are
-    uniform in [0, 1]. A pixel at the distance r from the nearest of 60 points of the curve has the
-    intensity exp(−r² / (2 THICKNESS²)).
+    The first coordinates of the four control points are spread evenly over [0.1, 0.9], the second
+    are uniform in [0, 1]. A pixel at the distance r from the nearest of 60 points of the curve has
+    the intensity exp(−r² / (2 THICKNESS²)).
     """
     generator = Generator().manual_seed(DATA_SEED)
     heights = torch.rand(CURVES, 4, generator=generator)

@@ -56,7 +56,8 @@ class TaylorNetwork(nn.Module):
         z = self.layers[0](torch.cat([x, one], -1))
         for layer in list(self.layers)[1:]:
             z = layer(torch.cat([self._tanh(z), one], -1))
-        return z.squeeze(-1)
+        components_of_u: Tensor = z.squeeze(-1)
+        return components_of_u
 
     def _tanh(self, z: Tensor) -> Tensor:
         h = z[:, :1].tanh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -60,7 +61,7 @@ def _task(split: Callable[[], Split], hidden: tuple[int, ...], batch_size: int |
         return F.mse_loss(model(batch[0]), batch[1])
 
     def evaluate(model: nn.Module) -> float:
-        return float(F.mse_loss(model(X_test), y_test)) ** 0.5
+        return math.sqrt(F.mse_loss(model(X_test), y_test))
 
     data = (X, y)
     batches = repeated(data) if batch_size is None else shuffled(data, batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -24,7 +25,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return ((images - images.mean()) / images.std())[order], torch.tensor(data.target)[order]
 
 
-def _task(make_model: partial[nn.Module]) -> Task:
+def _task(make_model: Callable[[], nn.Module]) -> Task:
     X, y = digits()
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
