@@ -73,22 +73,13 @@ def _challengers() -> list[Contestant]:
         )
     ]
     if optimizers.has_shampoo_and_soap():
-        space: Mapping[str, Dimension] = {
-            "lr": LogUniform(3e-4, 3e-2),
-            "beta1": MOMENTUM,
-            "weight_decay": WEIGHT_DECAY,
-        }
-        found.append(Contestant("SOAP", optimizers.soap, space))
-        found.append(Contestant("Shampoo", optimizers.shampoo, space))
+        found.append(Contestant("SOAP", optimizers.soap, ADAM_SPACE))
+        found.append(Contestant("Shampoo", optimizers.shampoo, ADAM_SPACE))
     found.append(Contestant("K-FAC", optimizers.plain_kfac, KFAC_SPACE))
     if optimizers.has_ekfac():
         found.append(Contestant("EKFAC", optimizers.ekfac, KFAC_SPACE))
-    lengths: Mapping[str, Dimension] = {
-        "lr": LogUniform(0.1, 1.0),
-        "history": Choice((10, 30, 100)),
-    }
     lbfgs = partial(Contestant, all_data=True, problems=FULL_DATA_PROBLEMS)
-    found.append(lbfgs("L-BFGS", optimizers.lbfgs, lengths))
+    found.append(lbfgs("L-BFGS", optimizers.lbfgs, LBFGS_SPACE))
     return found
 
 
