@@ -590,7 +590,8 @@ class KFACOptimizer(Optimizer):
                 raise RuntimeError(f"KFACOptimizer: {missing_statistics(True, set())}")
             again = None
             if closure is not None:
-                again = ClosureLoss(float(loss), self._reevaluation(terms, closure))
+                value = torch.as_tensor(loss).detach().item()
+                again = ClosureLoss(value, self._reevaluation(terms, closure))
             groups, scale = self.param_groups, calling_loss_scale()
             taken = self._tuning.step(self.state, groups, directions, terms, again, scale)
         if taken:
@@ -607,7 +608,7 @@ class KFACOptimizer(Optimizer):
                 p.grad = None
             try:
                 with undisturbed(terms), torch.enable_grad():
-                    return float(closure())
+                    return torch.as_tensor(closure()).detach().item()
             finally:
                 for p, grad in grads:
                     p.grad = grad

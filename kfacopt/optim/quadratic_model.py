@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -143,7 +144,9 @@ def _along(
     terms: Sequence[ObjectiveTerm], direction: Direction
 ) -> list[tuple[ReplayedTerm, Tensor]]:
     """Return the losses, and the derivatives of their inputs z along a direction."""
-    with forward_ad.dual_level():
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        # torch's own forward-mode formulas are scripted when they are first needed.
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
         duals = {
             id(p): forward_ad.make_dual(p.detach(), tangent.to(p.dtype))
             for p, tangent in direction.items()
