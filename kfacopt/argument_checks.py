@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -43,6 +45,43 @@ def check_range(
         brackets = ("(" if lower_open else "[") + f"{lower}, {upper}"
         brackets += ")" if upper_open or upper == math.inf else "]"
         raise ValueError(f"{name} must be a number in {brackets}, got {value!r}.")
+
+
+def as_integer(name: str, value: Any, least: int, most: int | None = None, note: str = "") -> int:
+    """Return an integer of Python's or NumPy's as an `int`; raise unless it is within bounds.
+
+    Args:
+        name: What errors call it.
+        value: What was given.
+        least: The smallest value that is allowed.
+        most: The largest one, if there is one.
+        note: What errors say of the largest one.
+    """
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):
+        bound = f"of at least {least}" if most is None else f"between {least} and {most}{note}"
+        raise ValueError(f"{name} must be an integer {bound}, got {value!r}.")
+    return int(value)
+
+
+def as_real(name: str, value: Any, lower: float = -math.inf, *, lower_open: bool = False) -> float:
+    """Return a number, also an array's or tensor's only one, as a `float`; raise unless finite.
+
+    Args:
+        name: What errors call it.
+        value: What was given.
+        lower: The bound that it must not be below.
+        lower_open: Whether it must not be the bound either.
+    """
+    number = value
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        number = value.item()
+    is_real = isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number)
+    if not is_real or number < lower or (lower_open and number == lower):
+        bound = "greater than" if lower_open else "at least"
+        limit = "a finite number" if lower == -math.inf else f"finite and {bound} {lower}"
+        raise ValueError(f"{name} must be {limit}, got {value!r}.")
+    return float(number)
 
 
 def check_integer(name: str, value: Any) -> None:

@@ -96,6 +96,10 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
     ) -> None:
         check_evaluation(data, progressbar, check_deterministic)
         check_loss(loss_func)
+        if not isinstance(model_func, nn.Module):
+            raise ValueError(
+                f"model_func must be an nn.Module with named layers, got {model_func!r}."
+            )
         self._activation = _checked_activation(model_func, activation)
         batches = list(islice(data, 2))
         if len(batches) != 1:
@@ -132,6 +136,12 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
 
     def _make_term(self, X: Any, y: Any) -> Product:
         output, (value, edge) = self._evaluate(X)
+        kind = tuple(value.shape), value.dtype
+        if self.in_shapes is None or kind != (self.in_shapes[0], self.torch_dtype):
+            raise ValueError(
+                f"activation: Z had the shape {self.in_shapes} and {self.torch_dtype} when the "
+                f"operator was made, it has {kind} now; make a new operator."
+            )
         assert self._loss_func is not None
         loss = self._loss_func(output, y)
         if loss.numel() != 1:
@@ -163,6 +173,11 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
 
 
 def _checked_activation(model: nn.Module, activation: tuple[str, str, int]) -> tuple[str, str, int]:
+    if not isinstance(activation, tuple | list) or len(activation) != 3:
+        raise ValueError(
+            "activation must have three entries: a layer's name, "
+            f'"input" or "output", and an index; got {activation!r}.'
+        )
     name, io_type, index = activation
     names = [n for n, _ in model.named_modules()]
     if name not in names:
@@ -171,7 +186,7 @@ def _checked_activation(model: nn.Module, activation: tuple[str, str, int]) -> t
         raise ValueError(
             f"activation: its second entry must be one of {IO_TYPES}, got {io_type!r}."
         )
-    if not isinstance(index, int) or index < 0:
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise ValueError(f"activation: its third entry must be an index from 0, got {index!r}.")
     return name, io_type, index
 

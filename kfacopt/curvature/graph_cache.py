@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kfacopt.data import Batch
+from kfacopt.linalg.snapshots import Snapshot
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class NetworkState:
         self._settings = _settings(modules)
         self._tensors = _tensors(modules, tensors)
         self._versions = [t._version for t in self._tensors]
-        self._values = [t.detach().clone() for t in self._tensors]
+        self._values = Snapshot(self._tensors)
 
     def renew_versions(self) -> None:
         """Accept the present versions, after writes that are known to have been undone."""
@@ -49,18 +50,7 @@ class NetworkState:
             return False
         if [t._version for t in present] != self._versions:
             return False
-        return _all_equal(present, self._values)
-
-
-def _all_equal(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
-    pairs = list(zip(tensors, values, strict=True))
-    if any(t.shape != value.shape or t.device != value.device for t, value in pairs):
-        return False
-    if all(t.device.type == "cpu" for t in tensors):
-        return all(torch.equal(t, value) for t, value in pairs)
-    # one synchronisation with the device in place of one for each tensor
-    same = [torch.eq(t, value).all().to(tensors[0].device) for t, value in pairs]
-    return bool(torch.stack(same).all())
+        return self._values.holds(present)
 
 
 _TENSORS_AND_MODULES = ("_parameters", "_buffers", "_modules")
@@ -202,13 +192,13 @@ class _BatchVersion:
     def __init__(self, batch: Batch) -> None:
         self._batch = tuple(batch)
         self._versions = [x._version for x in batch]
-        self._values = [x.detach().clone() for x in batch]
+        self._values = Snapshot(batch)
 
     def holds(self, batch: Batch) -> bool:
         same = all(a is b for a, b in zip(self._batch, batch, strict=True))
         if not same or [x._version for x in batch] != self._versions:
             return False
-        return _all_equal(batch, self._values)  # a write through `.data` or NumPy has no version
+        return self._values.holds(batch)  # a write through `.data` or NumPy has no version
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from kfacopt.argument_checks import check_evaluation
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
-from kfacopt.data import Batch
+from kfacopt.data import Batch, check_batches
 from kfacopt.linalg.operator import Shapes
 
 
@@ -85,7 +85,19 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
     def _predict(self) -> list[tuple[int, ...]]:
         """Return the shapes of the predictions, by one pass over the data."""
         with self._model.evaluation(), torch.no_grad():
-            return [tuple(self._model(self._to_device(X, y)[0]).shape) for X, y in self._batches()]
+            shapes = [
+                tuple(self._model(self._to_device(X, y)[0]).shape) for X, y in self._batches()
+            ]
+        check_batches(len(shapes))
+        return shapes
+
+    def _check_rows(self, count: int) -> None:
+        """Raise if the data do not have as many predictions as when the operator was made."""
+        if count != (expected := torch.Size(self._rows).numel()):
+            raise ValueError(
+                f"data: there were {expected} predictions when the operator was made, there are "
+                f"{count} now; make a new operator."
+            )
 
     def _make_term(self, X: Any, y: Any) -> Linearization:
         return Linearization(self._model, X)
@@ -104,6 +116,7 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
             rows.append(torch.cat([empty, *(c.reshape(-1, width) for c in chunks)]).mT)
 
         self._visit_terms(add)
+        self._check_rows(sum(len(r) for r in rows))
         return torch.cat(rows)
 
     def _pull_back(self, U: Tensor) -> Tensor:
@@ -115,12 +128,15 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
         def add(term: Linearization) -> None:
             nonlocal start
             stop = start + term.output.numel()
+            if stop > len(U):
+                self._check_rows(stop)
             for chunk in self._chunks(U.shape[1]):
                 cotangents = U[start:stop, chunk].mT.contiguous().reshape(-1, *term.output.shape)
                 add_rows(total, chunk, term.vjp(cotangents))
             start = stop
 
         self._visit_terms(add)
+        self._check_rows(start)
         return total.mT
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from torch.func import grad, jvp, vmap
 
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.data import random_devices
+from kfacopt.data import random_devices, tensors_put_back
 
 # From this many columns on, the forward pass that forward mode repeats is cheap beside the rest.
 _FORWARD_MODE_COLUMNS = 8
@@ -183,7 +183,13 @@ class Linearization:
         def along(*v: Tensor) -> Any:
             return jvp(function, primals, v)[1]
 
-        with torch.no_grad(), torch.random.fork_rng(random_devices()), quiet_vmap():
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(random_devices()),
+            quiet_vmap(),
+            # Tensors that are assigned inside a transformation cannot be used outside of it.
+            tensors_put_back(self._model.function),
+        ):
             # A dropout that is active must drop what it dropped in the forward pass.
             torch.set_rng_state(self._random_state[0])
             for state, device in zip(self._random_state[1:], random_devices(), strict=True):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kfacopt.argument_checks import as_integer
 from kfacopt.curvature.graph_cache import GraphCache, measure_saved_bytes
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.data import Batch, run_determinism_check, show_progress, to_device
+from kfacopt.data import Batch, check_batches, run_determinism_check, show_progress, to_device
 from kfacopt.linalg.operator import LinearOperator, Shapes, split_rows
 
 CHUNK_SIZE = 16
@@ -42,10 +44,8 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
         chunk_size: int,
         cache_bytes: int,
     ) -> None:
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}.")
-        if not isinstance(cache_bytes, int) or cache_bytes < 0:
-            raise ValueError(f"cache_bytes must be an integer of at least 0, got {cache_bytes!r}.")
+        chunk_size = as_integer("chunk_size", chunk_size, 1)
+        cache_bytes = as_integer("cache_bytes", cache_bytes, 0)
         self._model, self._loss_func, self._data = model, loss_func, data
         self._progressbar, self._chunk_size = progressbar, chunk_size
         seen: list[Any] = [model.function] if loss_func is None else [model.function, loss_func]
@@ -73,14 +73,26 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
 
     def _visit_terms(self, action: Callable[[T], None]) -> None:
         """Call `action`, which takes products, with each term in data order."""
-        if self._cache is None:
-            with self._model.evaluation():
-                for X, y in self._batches():
-                    action(self._make_term(*self._to_device(X, y)))
-            return
-        with self._cache.use(self._modules, self._model.leaves), self._model.evaluation():
+        self._model.refresh()
+        kept = nullcontext() if self._cache is None else self._cache.use(*self._seen())
+        index = -1
+        with kept, self._model.evaluation():
             for index, (X, y) in enumerate(self._batches()):
-                self._visit_kept_term(self._cache, index, (X, y), action)
+                if self._cache is None:
+                    action(self._make_term(*self._to_device(X, y)))
+                else:
+                    self._visit_kept_term(self._cache, index, (X, y), action)
+        check_batches(index + 1)
+
+    def tensors(self) -> list[Tensor]:
+        """Return θ, and the parameters and buffers of model and loss."""
+        self._model.refresh()
+        modules, leaves = self._seen()
+        return list({id(t): t for t in [*leaves, *_tensors_in(modules)]}.values())
+
+    def _seen(self) -> tuple[list[nn.Module], list[Tensor]]:
+        """Return the modules and tensors that terms depend on."""
+        return self._modules, self._model.leaves
 
     def _visit_kept_term(
         self, cache: GraphCache[T], index: int, batch: Batch, action: Callable[[T], None]

@@ -13,6 +13,7 @@ from torch.func import vjp, vmap
 from kfacopt.curvature.linearization import Linearization, quiet_vmap
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, RiskTerm
+from kfacopt.data import is_empty, tensors_put_back
 
 # A matrix of gradients is kept in place of a graph if it is at most this many times as large.
 # Where weights are shared over positions it is of the graph's size, and its products save the
@@ -59,7 +60,8 @@ def gradients_of_data(
         pulled: tuple[Tensor, ...] = vmap(lambda v: pull(v.reshape(z.shape)))(vectors)
         return pulled
 
-    with torch.no_grad(), quiet_vmap():
+    # Tensors that are assigned inside a transformation cannot be used outside of it.
+    with torch.no_grad(), quiet_vmap(), tensors_put_back(model.function):
         try:
             pieces = vmap(of_datum)(X, u.movedim(1, 0))
         except torch.OutOfMemoryError:
@@ -71,7 +73,7 @@ def gradients_of_data(
     weights = torch.linspace(0.5, 1.5, len(G), dtype=u.dtype, device=u.device)
     vector = torch.einsum("n,mnc->nc", weights, u).reshape(1, *linearization.output.shape)
     expected = torch.cat([p.flatten() for p in linearization.vjp(vector)])
-    error = (torch.einsum("n,nmd->d", weights, G) - expected).abs().max()
+    error = (torch.einsum("n,nmd->d", weights.to(G), G) - expected).abs().max()
     # Gradients that cancel in the sum leave the round-off of the summands.
     scale = G.abs().max()
     return G.flatten(0, 1) if bool(error <= _AGREEMENT[G.dtype] * len(G) ** 0.5 * scale) else None
@@ -96,13 +98,16 @@ class OuterProductLinearOperator(EmpiricalRiskLinearOperator):
         return _through_outputs(linearization, u)
 
     def _make_kept_term(self, X: Any, y: Any, size: int) -> tuple[RiskTerm, int]:
+        if is_empty(X):
+            return self._empty_term(), 0
         linearization = Linearization(self._model, X)
         u = self._output_vectors(linearization.output.detach(), X, y)
-        gradients = u.shape[0] * u.shape[1] * self.shape[0] * u.element_size()
+        # Gradients have the dtype of the parameters, which need not be that of the predictions.
+        gradients = u.shape[0] * u.shape[1] * self.shape[0] * self.torch_dtype.itemsize
         G = None
         if (
             gradients <= _MAX_GRADIENTS_PER_GRAPH * size
-            and u.dtype in _AGREEMENT
+            and self.torch_dtype in _AGREEMENT
             and linearization.can_substitute
             and isinstance(X, Tensor)
             and len(X) == u.shape[1]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
@@ -15,7 +16,7 @@ from kfacopt.argument_checks import check_evaluation, check_loss, check_shape
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
-from kfacopt.data import Batch, batch_size
+from kfacopt.data import Batch, batch_size, is_empty
 from kfacopt.likelihoods import has_likelihood, likelihood_of
 
 Columns = list[Tensor]
@@ -151,8 +152,19 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         """
 
     def _make_term(self, X: Any, y: Any) -> RiskTerm:
+        if is_empty(X):
+            return self._empty_term()
         linearization = Linearization(self._model, X)
         return self._weigh(self._batch_product(linearization, X, y), linearization.output, X, y)
+
+    def _empty_term(self) -> RiskTerm:
+        """Return the term of a batch without data, with which models and losses may not cope."""
+
+        def product(V: Columns) -> Columns:
+            return [torch.zeros_like(v) for v in V]
+
+        state = None if self._generator is None else self._generator.get_state()
+        return RiskTerm(product, 0.0, 0.0, state)
 
     def _weigh(
         self, product: Callable[[Columns], Columns], output: Tensor, X: Any, y: Any
@@ -180,6 +192,11 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         self._visit_terms(add)
         self._check_reduction(len(terms))
         normalizer: Any = sum(t.normalizer for t in terms)
+        if self._reduction == "mean" and normalizer == 0:
+            raise ValueError(
+                "data: the loss is a mean over no terms; all batches are empty, or all targets "
+                "ignored."
+            )
         return (total * self._scale(normalizer, sum(t.num_data for t in terms))).mT
 
     def _check_reduction(self, num_batches: int) -> None:

@@ -21,7 +21,14 @@ from kfacopt.argument_checks import (
     check_range,
     check_shape,
 )
-from kfacopt.data import Batch, batch_size, evaluation, iterate, run_determinism_check
+from kfacopt.data import (
+    Batch,
+    batch_size,
+    check_batches,
+    evaluation,
+    iterate,
+    run_determinism_check,
+)
 from kfacopt.kfac.capture import (
     LayerUse,
     capture,
@@ -307,7 +314,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         normalizer: Tensor | float = 0.0
         terms: Tensor | float = 0.0
         batches = iterate(self._data, self.device, self._progressbar, "K-FAC factors")
-        for X, y in batches:
+        count = 0
+        for count, (X, y) in enumerate(batches, 1):
             with capture(self._layers) as uses:
                 output = self._model_func(X)
             _check_output(output)
@@ -326,6 +334,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
                 moment, count = input_moment(layer, own, self._form)
                 inputs[layer] += moment
                 rows[layer] += count
+        check_batches(count)
         scale = self._scale(normalizer, terms)
         return {
             layer: KroneckerProduct(grads[layer] * scale, inputs[layer] / max(rows[layer], 1))
