@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfacopt.argument_checks import check_evaluation, check_loss
-from kfacopt.curvature.linearization import batched_grad
+from kfacopt.curvature.batched_autograd import batched_grad
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator
+from kfacopt.curvature.network import (
+    CACHE_BYTES,
+    CHUNK_SIZE,
+    NetworkLinearOperator,
+    leading_columns,
+)
 from kfacopt.data import Batch
 
 IO_TYPES = ("input", "output")
@@ -160,12 +165,12 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         assert self.in_shapes is not None
-        shapes, chunks = self.in_shapes, list[Tensor]()
+        chunks: list[Tensor] = []
+        (columns,) = leading_columns(X, self.in_shapes)
 
         def add(term: Product) -> None:
             for chunk in self._chunks(X.shape[1]):
-                (V,) = self._leading_columns(X, shapes, chunk)
-                product = term(V)
+                product = term(columns[chunk])
                 chunks.append(product.reshape(product.shape[0], -1))
 
         self._visit_terms(add)

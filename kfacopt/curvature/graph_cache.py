@@ -178,11 +178,15 @@ class GraphCache(Generic[T]):
         """Return the measured size of a batch's term."""
         return self._bytes[index]
 
+    def room(self) -> int:
+        """Return how many bytes are left."""
+        return self._max_bytes - sum(t.size for t in self._terms)
+
     def offer(self, index: int, batch: Batch, term: T, size: int) -> None:
         """Keep a term of that size if all before it are kept and it fits."""
         if not all(isinstance(x, Tensor) for x in batch):
             return
-        if index == len(self._terms) and sum(t.size for t in self._terms) + size <= self._max_bytes:
+        if index == len(self._terms) and size <= self.room():
             self._terms.append(_Kept(_BatchVersion(batch), size, term))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfacopt.curvature.linearization import Linearization, batched_grad
-from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator
+from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.linearization import Linearization
+from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, summed_loss
 
 
 class HessianLinearOperator(EmpiricalRiskLinearOperator):
@@ -45,14 +46,15 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
     def _batch_product(
         self, linearization: Linearization, X: Any, y: Any
     ) -> Callable[[Columns], Columns]:
-        params = self._model.leaves
-        loss = self._summed_loss(linearization.output, X, y)
+        # What is kept must not refer to the operator, which keeps it.
+        params, loss_func = self._model.leaves, self._loss_func
+        loss = summed_loss(loss_func, linearization.output, X, y)
         if not loss.requires_grad:
             return lambda V: [torch.zeros_like(v) for v in V]
         gradient: list[tuple[int, Tensor]] = []
 
         def product(V: Columns) -> Columns:
-            result = linearization.gradient_jvp(lambda z: self._summed_loss(z, X, y), V)
+            result = linearization.gradient_jvp(lambda z: summed_loss(loss_func, z, X, y), V)
             if result is not None:
                 return result
             if not gradient:

@@ -12,7 +12,14 @@ from torch.nn import Parameter
 from kfacopt.argument_checks import check_evaluation
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
+from kfacopt.curvature.network import (
+    CACHE_BYTES,
+    CHUNK_SIZE,
+    NetworkLinearOperator,
+    add_rows,
+    largest_rows,
+    leading_columns,
+)
 from kfacopt.data import Batch, check_batches
 from kfacopt.linalg.operator import Shapes
 
@@ -102,15 +109,18 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
     def _make_term(self, X: Any, y: Any) -> Linearization:
         return Linearization(self._model, X)
 
+    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[Linearization, int]:
+        linearization = Linearization(self._model, X, watch=True)
+        rows = linearization.keep_rows(largest_rows(size, room))
+        return linearization, max(size, rows)
+
     def _push_forward(self, X: Tensor) -> Tensor:
         """Return J X `[N C, K]` for `X` `[D, K]`."""
         rows: list[Tensor] = []
+        columns = leading_columns(X, self._params)
 
         def add(term: Linearization) -> None:
-            chunks = [
-                term.jvp(self._leading_columns(X, self._params, chunk))
-                for chunk in self._chunks(X.shape[1])
-            ]
+            chunks = [term.jvp([c[chunk] for c in columns]) for chunk in self._chunks(X.shape[1])]
             width = term.output.numel()
             empty = X.new_zeros(0, width)
             rows.append(torch.cat([empty, *(c.reshape(-1, width) for c in chunks)]).mT)
@@ -122,7 +132,7 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
     def _pull_back(self, U: Tensor) -> Tensor:
         """Return Jᵀ U `[D, K]` for `U` `[N C, K]`."""
         sizes = [torch.Size(shape).numel() for shape in self._params]
-        total = U.new_zeros(U.shape[1], sum(sizes))  # [K, D]
+        total = U.new_empty(U.shape[1], sum(sizes))  # [K, D]
         start = 0
 
         def add(term: Linearization) -> None:
@@ -132,7 +142,7 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
                 self._check_rows(stop)
             for chunk in self._chunks(U.shape[1]):
                 cotangents = U[start:stop, chunk].mT.contiguous().reshape(-1, *term.output.shape)
-                add_rows(total, chunk, term.vjp(cotangents))
+                add_rows(total, chunk, term.vjp(cotangents), first=start == 0)
             start = stop
 
         self._visit_terms(add)

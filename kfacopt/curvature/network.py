@@ -19,6 +19,11 @@ from kfacopt.linalg.operator import LinearOperator, Shapes, split_rows
 CHUNK_SIZE = 16
 CACHE_BYTES = 2**30
 
+# Where weights are shared over positions, gradients of single data are of the graph's size, and
+# their products save the positions. Where there are many for each datum, or a dense block for a
+# large weight that is not shared, they are larger, and bound by the memory's bandwidth.
+_MAX_ROWS_PER_GRAPH = 32
+
 T = TypeVar("T")
 
 
@@ -102,7 +107,8 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
             self._resume(term)
             action(term)
         elif cache.is_measured(index):
-            term, size = self._make_kept_term(*self._to_device(*batch), cache.size_of(index))
+            size, room = cache.size_of(index), cache.room()
+            term, size = self._make_kept_term(*self._to_device(*batch), size, room)
             action(term)
             cache.offer(index, batch, term, size)
         else:
@@ -111,13 +117,14 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
                 action(self._make_term(*self._to_device(*batch)))
             cache.note_size(sum(sizes))
 
-    def _make_kept_term(self, X: Any, y: Any, size: int) -> tuple[T, int]:
+    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[T, int]:
         """Prepare a term that will be kept if it fits; return it and its size.
 
         Args:
             X: The inputs.
             y: The targets.
             size: How many bytes the graphs of the batch's term save.
+            room: How many bytes may still be kept.
         """
         return self._make_term(X, y), size
 
@@ -134,25 +141,37 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
         starts = range(0, num_columns, self._chunk_size)
         return [slice(start, start + self._chunk_size) for start in starts]
 
-    @staticmethod
-    def _leading_columns(X: Tensor, shapes: Shapes, chunk: slice) -> list[Tensor]:
-        """Take a chunk of the columns of `X` `[D, K]` as one `[k, *shape]` for each shape."""
-        # Contiguous once here, not for every operation that the piece takes part in.
-        return [p.movedim(-1, 0).contiguous() for p in split_rows(X[:, chunk], shapes)]
+
+def leading_columns(X: Tensor, shapes: Shapes) -> list[Tensor]:
+    """Return the columns of `X` `[D, K]` as one `[K, *shape]` for each shape."""
+    # Contiguous once here, not for every operation that a piece takes part in.
+    return [p.movedim(-1, 0).contiguous() for p in split_rows(X, shapes)]
 
 
-def add_rows(total: Tensor, chunk: slice, product: Sequence[Tensor]) -> None:
+def largest_rows(graph: int, room: int) -> int:
+    """Return how many bytes gradients of single data may take in the place of a graph.
+
+    Args:
+        graph: How many bytes the graph saves.
+        room: How many may still be kept.
+    """
+    return min(_MAX_ROWS_PER_GRAPH * graph, room)
+
+
+def add_rows(total: Tensor, chunk: slice, product: Sequence[Tensor], first: bool) -> None:
     """Add a product to the rows of a chunk of columns.
 
     Args:
         total: `[K, D]`, changed in place.
         chunk: Which of the K.
         product: One `[k, *shape]` for each parameter.
+        first: Whether it takes the place of what is there.
     """
     stop = 0
     for piece in product:
         start, stop = stop, stop + piece[0].numel()
-        total[chunk, start:stop] += piece.reshape(piece.shape[0], -1)
+        rows, target = piece.reshape(piece.shape[0], -1), total[chunk, start:stop]
+        target.copy_(rows) if first else target.add_(rows)
 
 
 def _tensors_in(modules: Sequence[nn.Module], *others: Any) -> Iterator[Tensor]:
