@@ -184,25 +184,31 @@ class GraphCache(Generic[T]):
 
     def offer(self, index: int, batch: Batch, term: T, size: int) -> None:
         """Keep a term of that size if all before it are kept and it fits."""
-        if not all(isinstance(x, Tensor) for x in batch):
+        if not all(x is None or isinstance(x, Tensor) for x in batch):
             return
         if index == len(self._terms) and size <= self.room():
             self._terms.append(_Kept(_BatchVersion(batch), size, term))
 
 
+def _tensors_of(batch: Batch) -> list[Tensor]:
+    return [x for x in batch if x is not None]
+
+
 class _BatchVersion:
-    """A batch of tensors, with their versions and values."""
+    """A batch of tensors (and `None` for no targets), with their versions and values."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = tuple(batch)
-        self._versions = [x._version for x in batch]
-        self._values = Snapshot(batch)
+        self._versions = [x._version for x in _tensors_of(batch)]
+        self._values = Snapshot(_tensors_of(batch))
 
     def holds(self, batch: Batch) -> bool:
         same = all(a is b for a, b in zip(self._batch, batch, strict=True))
-        if not same or [x._version for x in batch] != self._versions:
+        if not same or [x._version for x in _tensors_of(batch)] != self._versions:
             return False
-        return self._values.holds(batch)  # a write through `.data` or NumPy has no version
+        return self._values.holds(
+            _tensors_of(batch)
+        )  # a write through `.data` or NumPy has no version
 
 
 @dataclass(frozen=True, eq=False)

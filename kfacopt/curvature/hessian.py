@@ -10,7 +10,13 @@ from torch import Tensor
 
 from kfacopt.curvature.batched_autograd import batched_grad
 from kfacopt.curvature.linearization import Linearization
-from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, summed_loss
+from kfacopt.curvature.risk import (
+    Columns,
+    EmpiricalRiskLinearOperator,
+    RiskTerm,
+    summed_loss,
+)
+from kfacopt.data import is_empty
 
 
 class HessianLinearOperator(EmpiricalRiskLinearOperator):
@@ -42,6 +48,13 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
         Pearlmutter (1994), Fast exact multiplication by the Hessian, Neural Computation 6(1),
         section 3.
     """
+
+    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[RiskTerm, int]:
+        if is_empty(X):
+            return self._empty_term(), 0
+        linearization = Linearization(self._model, X, graph_bytes=size)
+        product = self._batch_product(linearization, X, y)
+        return self._weigh(product, linearization.output, X, y), size
 
     def _batch_product(
         self, linearization: Linearization, X: Any, y: Any
