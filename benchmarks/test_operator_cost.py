@@ -6,8 +6,8 @@ curvlinops. Run on an otherwise idle machine with
     pytest benchmarks/test_operator_cost.py --benchmark-only
 
 Every round times one gradient evaluation over the data set and then one product, so that a drift
-of the machine's speed cancels in their ratio. The first products, of 16 columns, fill caches and are
-warm-up. Beside the time stands the number of floating point operations of matrix products and
+of the machine's speed cancels in their ratio. The first products, of 16 columns, fill caches and
+are warm-up. Beside the time stands the number of floating point operations of matrix products and
 convolutions, by torch's own formulas (`torch.utils.flop_counter`), in the same unit.
 The peer's rows are skipped where it is not installed. Results go to
 `benchmarks/results/operator_cost.json`, or to where KFACOPT_BENCHMARK_RESULTS says.
@@ -123,7 +123,7 @@ def timed(function, device):
 
 
 class OperationCounter(TorchDispatchMode):
-    """Adds up operations; `FlopCounterMode` tracks modules as well, which nested transforms break."""
+    """Adds up operations; `FlopCounterMode` also tracks modules, which nested transforms break."""
 
     def __init__(self):
         super().__init__()

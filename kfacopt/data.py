@@ -152,7 +152,7 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     if not first.is_floating_point():
         return not torch.equal(first, second)
     tolerance = _RELATIVE_TOLERANCE.get(first.dtype, _DEFAULT_TOLERANCE)
-    scale = float(first.abs().max()) if first.numel() else 0.0
+    scale = float(first.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if first.numel() else 0.0
     return not torch.allclose(first, second, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 

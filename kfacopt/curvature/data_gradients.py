@@ -249,6 +249,9 @@ class GradientPlan:
                 raise
             except (RuntimeError, ValueError, NotImplementedError):
                 return None  # batch norm on single data, an operation that is not vectorised, …
+        shapes = [primals[i].shape for i in self._rest]
+        if any(p.shape != (N, R, *shape) for p, shape in zip(pieces, shapes, strict=True)):
+            return None  # torch's rule for nn.PReLU does not sum over what the weight is shared by
         return torch.cat([p.reshape(N, R, -1) for p in pieces], dim=2)
 
     def _agrees(self, gradients: DataGradients, u: Tensor) -> bool:

@@ -66,10 +66,7 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
             return lambda V: [torch.zeros_like(v) for v in V]
         gradient: list[tuple[int, Tensor]] = []
 
-        def product(V: Columns) -> Columns:
-            result = linearization.gradient_jvp(lambda z: summed_loss(loss_func, z, X, y), V)
-            if result is not None:
-                return result
+        def double_backward(V: Columns) -> Columns:
             if not gradient:
                 grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
                 # the others are zero, or do not depend on the parameters
@@ -79,5 +76,11 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
             if not gradient:  # the risk is linear in the parameters
                 return [torch.zeros_like(v) for v in V]
             return batched_grad([g for _, g in gradient], params, [V[i] for i, _ in gradient])
+
+        def product(V: Columns) -> Columns:
+            result = linearization.gradient_jvp(
+                lambda z: summed_loss(loss_func, z, X, y), V, double_backward
+            )
+            return double_backward(V) if result is None else result
 
         return product

@@ -24,6 +24,9 @@ from kfacopt.data import random_devices, tensors_put_back
 # From this many columns on, the forward pass that forward mode repeats is cheap beside the rest.
 _FORWARD_MODE_COLUMNS = 8
 
+# Forward mode is right if it agrees with backward passes to this part of the dtype's digits.
+_CONFIRMATION_DIGITS = 0.5
+
 # From this ratio of saved activations to parameters on, second derivatives take double backward.
 _ACTIVATIONS_PER_PARAMETER = 2
 
@@ -132,9 +135,50 @@ class Linearization:
         wide = self._convolves or V[0].shape[0] >= _FORWARD_MODE_COLUMNS
         if wide and self._can_forward():
             result: Tensor | None = self._forward_mode(lambda *p: self._model.at(p, self._X), V)
-            if result is not None:
+            if result is not None and self._is_confirmed(
+                "jvp", [result], V, lambda v: [self._double_backward(v)]
+            ):
                 return result
         return self._double_backward(V)
+
+    def _is_confirmed(
+        self,
+        name: str,
+        results: Sequence[Tensor],
+        V: Sequence[Tensor],
+        reference: Callable[[list[Tensor]], list[Tensor]],
+    ) -> bool:
+        """Tell whether forward mode is right: one combination of columns is computed in both ways.
+
+        In torch 2.13 it is wrong, without an error, for embeddings with `padding_idx`, whose row
+        has no gradient in a backward pass. Checked once for a model, not for every product.
+
+        Args:
+            name: Which derivative.
+            results: Those of forward mode, `[K, ...]`.
+            V: The vectors.
+            reference: Computes them by backward passes.
+        """
+        confirmed = self._model.confirmed
+        if name not in confirmed:
+            generator = torch.Generator().manual_seed(0)
+            r = torch.rand(len(V[0]), generator=generator).to(V[0]) + 0.5
+            try:
+                expected = reference([torch.tensordot(r, v, 1).unsqueeze(0) for v in V])
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # forward mode is the only way
+                expected = []
+            found = [torch.tensordot(r.to(x), x, 1) for x in results][: len(expected)]
+            errors = [
+                (a - b).abs().max() for a, b in zip(found, expected, strict=True) if a.numel()
+            ]
+            scales = [b.abs().max() for b in expected if b.numel()]
+            bound = torch.finfo(V[0].dtype).eps ** _CONFIRMATION_DIGITS
+            confirmed[name] = not errors or not bool(
+                torch.stack(errors).max() > bound * torch.stack(scales).max()
+            )
+        return confirmed[name]
 
     def _can_forward(self) -> bool:
         """Tell whether substitution sees every path from θ to z.
@@ -159,13 +203,17 @@ class Linearization:
         return batched_grad([self.output], self._model.leaves, [U])
 
     def gradient_jvp(
-        self, scalar: Callable[[Tensor], Tensor], V: Sequence[Tensor]
+        self,
+        scalar: Callable[[Tensor], Tensor],
+        V: Sequence[Tensor],
+        reference: Callable[[list[Tensor]], list[Tensor]],
     ) -> list[Tensor] | None:
         """Return the derivatives of ∇_θ s(z) along K vectors, in forward mode over reverse mode.
 
         Args:
             scalar: s, maps z to a scalar.
             V: The vectors, one `[K, *p.shape]` for each parameter.
+            reference: Computes the same by backward passes, to confirm the first result.
 
         Returns:
             One `[K, *p.shape]` for each parameter; or `None` where forward mode is not at hand, or
@@ -179,7 +227,9 @@ class Linearization:
         every = tuple(range(len(self._model.leaves)))
         gradient = grad(lambda *p: scalar(self._model.at(p, self._X)), argnums=every)
         result = self._forward_mode(gradient, V)
-        return None if result is None else list(result)
+        if result is None or not self._is_confirmed("gradient_jvp", result, V, reference):
+            return None
+        return list(result)
 
     def _forward_mode(self, function: Callable[..., Any], V: Sequence[Tensor]) -> Any:
         """Return the derivatives of a function of θ along K vectors, or `None` if torch cannot."""

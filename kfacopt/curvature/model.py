@@ -29,6 +29,7 @@ class ParametrizedModel:
     Attributes:
         leaves: θ, as leaves of autograd's graph.
         device: Where it is evaluated.
+        confirmed: Whether derivatives in forward mode, by name, were found to be right.
 
     Raises:
         ValueError: If `params` is empty, names what the module does not have, repeats a tensor,
@@ -65,13 +66,14 @@ class ParametrizedModel:
             )
         self.device = self.leaves[0].device
         self._kinds = [_kind_of(p) for p in self.leaves]
+        self.confirmed: dict[str, bool] = {}
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ParametrizedModel:
         """Return a module as a function of its inputs alone."""
         model = cls.__new__(cls)
         model.function, model.is_functional, model.leaves, model.names = module, False, [], []
-        model._sources, model._kinds = [], []
+        model._sources, model._kinds, model.confirmed = [], [], {}
         first = next(chain(module.parameters(), module.buffers()), torch.empty(0))
         model.device = first.device
         return model
