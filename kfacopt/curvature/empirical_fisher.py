@@ -22,7 +22,8 @@ class EFLinearOperator(OuterProductLinearOperator):
         EF = c Σ_n (∇_θ ℓ_n) (∇_θ ℓ_n)ᵀ = c Σ_n J_nᵀ u_n u_nᵀ J_n,    u_n = ∇_f ℓ_n.
 
     All u_n come from one gradient at the predictions, so that a product costs one J v and one
-    Jᵀ u per column, whatever N is.
+    Jᵀ u per column, whatever N is; or two products with the matrix of all J_nᵀ u_n where that is
+    kept.
 
     What counts as a datum is an entry of the first axis of X. For predictions of more than two
     dimensions, and for predictions whose positions were flattened into rows, as in

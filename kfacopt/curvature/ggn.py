@@ -29,8 +29,9 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
 
     `loss_func` may be any callable that returns a scalar; the GGN is positive semi-definite if it
     is convex in f. A product costs, per column, about one forward pass (J v), the loss's Hessian
-    at the output, and one backward pass (Jᵀ u). See `EmpiricalRiskLinearOperator` for the
-    arguments and further errors.
+    at the output, and one backward pass (Jᵀ u); half of it or less where Jacobians of single data
+    are small enough to be kept (see `kfacopt.curvature.data_gradients`). The arguments and further
+    errors are those of `EmpiricalRiskLinearOperator`.
 
     Raises:
         ValueError: For `nn.NLLLoss`: it is linear in its input, so that its GGN at

@@ -90,8 +90,9 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         shape: The shape `(D, D)`; checked against the parameters.
         chunk_size: How many columns are multiplied at once. The memory of a product grows with
             it: a batch's activations, and the parameters, exist this many times over.
-        cache_bytes: How many bytes of activations are kept from one product to the next, so that
-            only what depends on the vector is computed. For data in a list and for modules as
+        cache_bytes: How many bytes of activations, or of Jacobians of single data where these are
+            small, are kept from one product to the next, so that only what depends on the vector
+            is computed. For data in a list and for modules as
             model and loss, and as long as no parameter, buffer, setting or batch changes. The
             first product keeps nothing; the graph of a backward pass that a later product needs
             in addition is not counted. 0 switches it off.
