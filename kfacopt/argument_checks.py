@@ -113,13 +113,16 @@ def check_evaluation(data: Any, progressbar: Any, check_deterministic: Any) -> N
     check_flag("check_deterministic", check_deterministic)
 
 
-def check_params(params: Any) -> None:
-    """Raise unless parameters are an iterable of tensors, or a mapping to tensors."""
-    values = params.values() if isinstance(params, Mapping) else params
+def check_params(params: Any) -> Any:
+    """Return parameters as a list of tensors, or the mapping to tensors; raise unless they are."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise ValueError(
             f"params must be a list of parameters or a dict, got {type(params).__name__}."
         )
+    if not isinstance(params, Mapping):
+        params = list(params)  # of `model.parameters()`, which can be read once only
+    values = params.values() if isinstance(params, Mapping) else params
     for i, p in enumerate(values):
         if not isinstance(p, Tensor):
             raise ValueError(f"params[{i}] must be a tensor, got {p!r}.")
+    return params

@@ -128,7 +128,15 @@ def show_progress(data: Iterable[Batch], progressbar: bool, description: str) ->
         progressbar: Whether to show a bar.
         description: What the bar says.
     """
-    yield from tqdm(data, desc=description, disable=not progressbar)
+    for batch in tqdm(data, desc=description, disable=not progressbar):
+        # Neither a tensor, whose rows would be taken for X and y, nor one batch for a data set.
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            entries = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+            raise ValueError(
+                f"data: each batch must be a pair (X, y), got a {type(batch).__name__}{entries}. "
+                "Give one batch as [(X, y)]."
+            )
+        yield batch[0], batch[1]
 
 
 def iterate(

@@ -272,6 +272,7 @@ def test_not_finite():
         ({"tol": "a"}, "tol must be finite and at least 0, got 'a'"),
         ({"tol": None}, "tol must be finite and at least 0, got None"),
         ({"atol": True}, "atol must be finite"),
+        ({"x0": "a"}, "x0 must be an array of numbers or a tensor, got 'a'"),
         ({"callback": 3}, "callback must be a function or None, got 3"),
     ],
     ids=str,

@@ -7,6 +7,7 @@ from dense_curvature import jacobian as dense_jacobian
 from torch import nn
 
 import kfacopt
+import kfacopt.experimental
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -92,6 +93,13 @@ class TestParameters:
         A.mul_(3)
         assert torch.allclose(estimator.sample(), A.trace())
 
+    @pytest.mark.parametrize("kind", [*RISKS, kfacopt.KFACLinearOperator])
+    def test_an_iterator_of_parameters(self, kind):
+        model, data = network(), [batch()]
+        operator = kind(model, nn.MSELoss(), model.parameters(), data)
+        expected = kind(model, nn.MSELoss(), list(model.parameters()), data)
+        assert torch.equal(operator @ torch.ones(26), expected @ torch.ones(26))
+
 
 class TestData:
     def test_a_list_that_changes_its_length_under_a_jacobian(self):
@@ -123,6 +131,29 @@ class TestData:
             operator @ torch.ones(26)
         with pytest.raises(RuntimeError, match="no batches"):
             kind(model, loss_func, params, [])
+
+    @pytest.mark.parametrize(
+        ("wrap", "found"),
+        [
+            (lambda X, y: (X, y), "a Tensor"),
+            (lambda X, y: X, "a Tensor"),
+            (lambda X, y: [(X, y, y)], "a tuple of 3"),
+            (lambda X, y: [{"X": X, "y": y}], "a dict"),
+        ],
+        ids=["one batch", "a tensor", "three entries", "a dict"],
+    )
+    def test_batches_that_are_no_pairs(self, wrap, found):
+        """Tensors of two rows could be unpacked as inputs and targets."""
+        model, data = network(), wrap(*batch(2))
+        params, message = list(model.parameters()), rf"must be a pair \(X, y\), got {found}"
+        for kind in (*RISKS, kfacopt.KFACLinearOperator):
+            with pytest.raises(ValueError, match=message):
+                kind(model, nn.MSELoss(), params, data)
+        with pytest.raises(ValueError, match=message):
+            kfacopt.JacobianLinearOperator(model, params, data, check_deterministic=False)
+        args = model, nn.MSELoss(), ("0", "output", 0), data
+        with pytest.raises(ValueError, match=message):
+            kfacopt.experimental.ActivationHessianLinearOperator(*args)
 
     def test_no_data_for_jacobian_and_kfac(self):
         model = network()

@@ -20,7 +20,7 @@ from kfacopt.curvature.network import (
     NetworkLinearOperator,
     leading_columns,
 )
-from kfacopt.data import Batch
+from kfacopt.data import Batch, show_progress
 
 IO_TYPES = ("input", "output")
 
@@ -106,7 +106,7 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
                 f"model_func must be an nn.Module with named layers, got {model_func!r}."
             )
         self._activation = _checked_activation(model_func, activation)
-        batches = list(islice(data, 2))
+        batches = list(islice(show_progress(data, False, ""), 2))
         if len(batches) != 1:
             number = "none" if not batches else "more"
             raise ValueError(f"data must have exactly one batch for a Hessian by Z, got {number}.")

@@ -93,7 +93,8 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
         """Return the shapes of the predictions, by one pass over the data."""
         with self._model.evaluation(), torch.no_grad():
             shapes = [
-                tuple(self._model(self._to_device(X, y)[0]).shape) for X, y in self._batches()
+                tuple(Linearization(self._model, self._to_device(X, y)[0]).output.shape)
+                for X, y in self._batches()
             ]
         check_batches(len(shapes))
         return shapes

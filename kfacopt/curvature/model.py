@@ -43,7 +43,7 @@ class ParametrizedModel:
     ) -> None:
         if not callable(model_func):
             raise ValueError(f"model_func must be a module or a function, got {model_func!r}.")
-        check_params(params)
+        params = check_params(params)
         self.function = model_func
         self.is_functional = isinstance(params, Mapping)
         self.leaves: list[Tensor] = []

@@ -224,14 +224,13 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         check_evaluation(data, progressbar, check_deterministic)
         check_flag("separate_weight_and_bias", separate_weight_and_bias)
         check_loss(loss_func)
-        check_params(params)
+        params = check_params(params)
         self._likelihood = likelihood_of(loss_func)
         _check_options(self._likelihood, fisher_type, mc_samples, kfac_approx, loss_average, seed)
         if not isinstance(model_func, nn.Module):
             raise ValueError(
                 f"model_func must be an nn.Module for K-FAC, got {type(model_func).__name__}."
             )
-        params = list(params)
         self._layers = _layers_of(model_func, params, separate_weight_and_bias)
         super().__init__(params)
         check_shape(shape, self.shape)

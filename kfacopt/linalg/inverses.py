@@ -119,6 +119,8 @@ class CGInverseLinearOperator(LinearOperator):
             guess, trailing = stack_rows(x0, self.out_shapes, "x0")
             guess = guess if trailing else guess[:, 0]
         else:
+            if not isinstance(x0, Tensor) and np.asarray(x0).dtype.kind not in "biufc":
+                raise ValueError(f"x0 must be an array of numbers or a tensor, got {x0!r}.")
             guess = x0.detach() if isinstance(x0, Tensor) else torch.tensor(np.asarray(x0))
         if guess.ndim not in (1, 2) or guess.shape[0] != self.shape[0]:
             raise ValueError(
