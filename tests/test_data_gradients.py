@@ -158,6 +158,15 @@ def test_rows_take_the_place_of_graphs(name, kind):
     assert not outputs
 
 
+@pytest.mark.parametrize("name", KEPT)
+def test_chunks_give_the_same_rows(name):
+    model, params, data = problem(name)
+    loss_func = nn.CrossEntropyLoss(reduction="sum")
+    expected = sum(dense.ggn(model, loss_func, params, [batch]) for batch in data)
+    ggn = kfacopt.GGNLinearOperator(model, loss_func, params, data, chunk_size=2)
+    assert_matrix(ggn, expected)
+
+
 def test_mixed_rows_go_through_the_network():
     """What single data would give is another matrix, which must not be taken."""
     model, params, data = problem("mixed rows")

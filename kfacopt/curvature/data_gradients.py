@@ -199,21 +199,30 @@ class GradientPlan:
             numbers += call.inputs.shape[1] + vectors * call.output.shape[1]
         return numbers * len(self._X) * self._model.leaves[0].element_size()
 
-    def gradients(self, u: Tensor) -> DataGradients | None:
+    def gradients(self, u: Tensor, chunk_size: int) -> DataGradients | None:
         """Return all J_nᵀ u_nr, or `None` if f_n does not depend on x_n alone.
 
         Args:
             u: Vectors at the outputs, `[R, N, C]`.
+            chunk_size: How many of the R are backpropagated at once, which bounds the memory.
         """
         dtype = self._model.leaves[0].dtype
         if dtype not in _AGREEMENT:
             return None
-        dense = self._dense_blocks(u)
-        if dense is None:
-            return None
         edges, outputs = [c.edge for c in self._calls], [c.output for c in self._calls]
-        vectors = u.reshape(-1, *self._output.shape)
-        grads = batched_grad([self._output], edges, [vectors], like=outputs) if edges else []
+        blocks: list[Tensor] = []
+        pieces: list[list[Tensor]] = []
+        for chunk in u.split(chunk_size):
+            block = self._dense_blocks(chunk)
+            if block is None:
+                return None
+            blocks.append(block)
+            vectors = chunk.reshape(-1, *self._output.shape)
+            pieces.append(
+                batched_grad([self._output], edges, [vectors], like=outputs) if edges else []
+            )
+        dense = torch.cat(blocks, dim=1)
+        grads = [torch.cat(piece) for piece in zip(*pieces, strict=True)]
         layers = [
             _Factors(c.weight, c.bias, c.inputs.to(dtype), g.to(dtype).movedim(0, 1).contiguous())
             for c, g in zip(self._calls, grads, strict=True)

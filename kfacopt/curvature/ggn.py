@@ -65,7 +65,7 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
         if is_empty(X):
             return self._empty_term(), 0
         linearization = Linearization(self._model, X, watch=True)
-        rows = linearization.keep_rows(largest_rows(size, room))
+        rows = linearization.keep_rows(largest_rows(size, room), self._chunk_size)
         product = self._batch_product(linearization, X, y)
         return self._weigh(product, linearization.output.detach(), X, y), max(size, rows)
 

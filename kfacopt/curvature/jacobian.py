@@ -112,7 +112,7 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
 
     def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[Linearization, int]:
         linearization = Linearization(self._model, X, watch=True)
-        rows = linearization.keep_rows(largest_rows(size, room))
+        rows = linearization.keep_rows(largest_rows(size, room), self._chunk_size)
         return linearization, max(size, rows)
 
     def _push_forward(self, X: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Linearization:
             return None
         return GradientPlan(self._model, self._X, self.output, self._calls)
 
-    def keep_rows(self, max_bytes: int) -> int:
+    def keep_rows(self, max_bytes: int, chunk_size: int) -> int:
         """Keep J in place of graphs, once as many columns were multiplied as it has rows a datum.
 
         That many products are what it takes to compute J, so that never more than about twice the
@@ -103,6 +103,7 @@ class Linearization:
 
         Args:
             max_bytes: How large J may be.
+            chunk_size: How many of its rows for each datum are computed at once.
 
         Returns:
             How many bytes J will take; 0 if it will not be kept.
@@ -110,7 +111,7 @@ class Linearization:
         plan = self.plan()
         if plan is None or plan.num_bytes(rows := self.output[0].numel()) > max_bytes:
             return 0
-        self._plan, self._enough = plan, rows
+        self._plan, self._enough, self._chunk_size = plan, rows, chunk_size
         return plan.num_bytes(rows)
 
     def _has_rows(self, columns: int) -> bool:
@@ -119,7 +120,9 @@ class Linearization:
         if self._rows is None and self._columns > self._enough:
             N, C = len(self.output), self.output[0].numel()
             one_hot = torch.eye(C, dtype=self.output.dtype, device=self.output.device)
-            self._rows = self._plan.gradients(one_hot.unsqueeze(1).expand(C, N, C))
+            self._rows = self._plan.gradients(
+                one_hot.unsqueeze(1).expand(C, N, C), self._chunk_size
+            )
             self._enough = math.inf
             if self._rows is not None:  # free the graphs
                 self._pullback, self._calls = None, []

@@ -58,7 +58,7 @@ class OuterProductLinearOperator(EmpiricalRiskLinearOperator):
         if plan is not None and len(X) == u.shape[1]:
             needed = plan.num_bytes(len(u))
             if needed <= largest_rows(size, room):
-                size, gradients = needed, plan.gradients(u)
+                size, gradients = needed, plan.gradients(u, self._chunk_size)
         if gradients is None:
             product = _through_outputs(linearization, u)
         else:
