@@ -6,7 +6,9 @@ curvlinops. Run on an otherwise idle machine with
     pytest benchmarks/test_operator_cost.py --benchmark-only
 
 Every round times one gradient evaluation over the data set and then one product, so that a drift
-of the machine's speed cancels in their ratio. The first products, which fill caches, are warm-up.
+of the machine's speed cancels in their ratio. The first products, of 16 columns, fill caches and
+are warm-up. Beside the time stands the number of floating point operations of matrix products and
+convolutions, by torch's own formulas (`torch.utils.flop_counter`), in the same unit.
 The peer's rows are skipped where it is not installed. Results go to
 `benchmarks/results/operator_cost.json`, or to where KFACOPT_BENCHMARK_RESULTS says.
 """
@@ -26,6 +28,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import kfacopt
 
@@ -118,6 +122,29 @@ def timed(function, device):
     return time.perf_counter() - start
 
 
+class OperationCounter(TorchDispatchMode):
+    """Adds up operations; `FlopCounterMode` also tracks modules, which nested transforms break."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count one operation."""
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            count = flop_registry[func.overloadpacket]
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def operations(function):
+    """Return how many floating point operations a call takes in matrix products."""
+    with OperationCounter() as counter:
+        function()
+    return counter.total
+
+
 def gradient_evaluation(model, loss_func, data):
     """Return a function that evaluates the gradient over all data once."""
     params = list(model.parameters())
@@ -187,6 +214,8 @@ def test_cost(benchmark, results, device, model, operator, num_columns, library)
         V = V[:, 0] if num_columns == 1 else V
         gradient = gradient_evaluation(network, loss_func, data)
         gradient_times, product_times = [], []
+        for _ in range(WARMUP):
+            A @ torch.randn(A.shape[1], max(NUM_COLUMNS), device=device)
 
         def product():
             product_times.append(timed(lambda: A @ V, device))
@@ -197,6 +226,7 @@ def test_cost(benchmark, results, device, model, operator, num_columns, library)
             rounds=ROUNDS,
             warmup_rounds=WARMUP,
         )
+        gradient_operations, product_operations = operations(gradient), operations(lambda: A @ V)
     pairs = zip(product_times[WARMUP:], gradient_times[WARMUP:], strict=True)
     ratios = sorted(p / g for p, g in pairs)
     row = {
@@ -206,6 +236,7 @@ def test_cost(benchmark, results, device, model, operator, num_columns, library)
         "library": library,
         "gradients": statistics.median(ratios),
         "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "operations": product_operations / gradient_operations,
         "milliseconds": 1e3 * statistics.median(product_times[WARMUP:]),
     }
     benchmark.extra_info.update(row)

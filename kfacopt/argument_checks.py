@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -45,6 +47,43 @@ def check_range(
         raise ValueError(f"{name} must be a number in {brackets}, got {value!r}.")
 
 
+def as_integer(name: str, value: Any, least: int, most: int | None = None, note: str = "") -> int:
+    """Return an integer of Python's or NumPy's as an `int`; raise unless it is within bounds.
+
+    Args:
+        name: What errors call it.
+        value: What was given.
+        least: The smallest value that is allowed.
+        most: The largest one, if there is one.
+        note: What errors say of the largest one.
+    """
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):
+        bound = f"of at least {least}" if most is None else f"between {least} and {most}{note}"
+        raise ValueError(f"{name} must be an integer {bound}, got {value!r}.")
+    return int(value)
+
+
+def as_real(name: str, value: Any, lower: float = -math.inf, *, lower_open: bool = False) -> float:
+    """Return a number, also an array's or tensor's only one, as a `float`; raise unless finite.
+
+    Args:
+        name: What errors call it.
+        value: What was given.
+        lower: The bound that it must not be below.
+        lower_open: Whether it must not be the bound either.
+    """
+    number = value
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        number = value.item()
+    is_real = isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number)
+    if not is_real or number < lower or (lower_open and number == lower):
+        bound = "greater than" if lower_open else "at least"
+        limit = "a finite number" if lower == -math.inf else f"finite and {bound} {lower}"
+        raise ValueError(f"{name} must be {limit}, got {value!r}.")
+    return float(number)
+
+
 def check_integer(name: str, value: Any) -> None:
     """Raise unless a value is an integer of 64 bits, as a generator's seed is."""
     if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**64:
@@ -74,13 +113,16 @@ def check_evaluation(data: Any, progressbar: Any, check_deterministic: Any) -> N
     check_flag("check_deterministic", check_deterministic)
 
 
-def check_params(params: Any) -> None:
-    """Raise unless parameters are an iterable of tensors, or a mapping to tensors."""
-    values = params.values() if isinstance(params, Mapping) else params
+def check_params(params: Any) -> Any:
+    """Return parameters as a list of tensors, or the mapping to tensors; raise unless they are."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise ValueError(
             f"params must be a list of parameters or a dict, got {type(params).__name__}."
         )
+    if not isinstance(params, Mapping):
+        params = list(params)  # of `model.parameters()`, which can be read once only
+    values = params.values() if isinstance(params, Mapping) else params
     for i, p in enumerate(values):
         if not isinstance(p, Tensor):
             raise ValueError(f"params[{i}] must be a tensor, got {p!r}.")
+    return params

@@ -29,17 +29,16 @@ def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
     """Run forward passes of kfacopt's own that leave no trace.
 
     Optimizers take no statistics from them. A module's buffers (the running statistics of batch
-    norm) and torch's global generators, of which dropout and a `DataLoader` draw, are put back
-    afterwards.
+    norm), tensors among its attributes (what a layer remembers of its last call), and torch's
+    global generators, of which dropout and a `DataLoader` draw, are put back afterwards.
 
     Args:
-        model_func: What is evaluated; its buffers are kept if it is a module.
+        model_func: What is evaluated; its tensors are put back if it is a module.
     """
-    buffers = list(model_func.buffers()) if isinstance(model_func, nn.Module) else []
-    kept = [b.detach().clone() for b in buffers]
     token = _evaluating.set(True)
     try:
         with (
+            tensors_put_back(model_func),
             torch.random.fork_rng(random_devices()),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -47,11 +46,42 @@ def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
             yield
     finally:
         _evaluating.reset(token)
-        for buffer, value in zip(buffers, kept, strict=True):
-            if not torch.equal(buffer, value):
+
+
+@contextmanager
+def tensors_put_back(model_func: Callable[..., Any]) -> Iterator[None]:
+    """Put a module's buffers, and tensors among its attributes, back at the end.
+
+    Args:
+        model_func: What is evaluated in the context; nothing is done if it is not a module.
+    """
+    modules = list(model_func.modules()) if isinstance(model_func, nn.Module) else []
+    # Of a module, both: what was assigned anew, as by `self.mean = 0.9 * self.mean + ...`.
+    places: list[dict[str, Any]] = [d for m in modules for d in (m._buffers, vars(m))]
+    before = [dict(place) for place in places]
+    tensors = {id(x): x for entries in before for x in entries.values() if isinstance(x, Tensor)}
+    values = {key: x.detach().clone() for key, x in tensors.items()}
+    try:
+        yield
+    finally:
+        for place, entries in zip(places, before, strict=True):
+            _put_back(place, entries)
+        for key, tensor in tensors.items():
+            if not torch.equal(tensor, values[key]):
                 # Through .data: a graph that is kept over products saved the buffer, and would
                 # take a changed version counter for a changed value.
-                buffer.data.copy_(value)
+                tensor.data.copy_(values[key])
+
+
+def _put_back(place: dict[str, Any], entries: dict[str, Any]) -> None:
+    """Give names that hold another tensor than before what they held; drop new tensors."""
+    for name, value in list(place.items()):
+        if not isinstance(value, Tensor) or value is entries.get(name):
+            continue
+        if name in entries:
+            place[name] = entries[name]
+        else:
+            del place[name]
 
 
 def random_devices() -> list[int]:
@@ -76,6 +106,20 @@ def batch_size(X: Any) -> int:
     raise TypeError(f"data: inputs must be tensors, got {type(X).__name__}.")
 
 
+def check_batches(count: int) -> None:
+    """Raise if a pass over the data gave no batch."""
+    if not count:
+        raise ValueError(
+            "data: there are no batches. A generator can be read once only; give a list or a "
+            "DataLoader."
+        )
+
+
+def is_empty(X: Any) -> bool:
+    """Tell whether a batch of inputs has an axis of data, and none along it."""
+    return isinstance(X, Tensor) and X.ndim > 0 and len(X) == 0
+
+
 def show_progress(data: Iterable[Batch], progressbar: bool, description: str) -> Iterator[Batch]:
     """Yield the batches as they are, with a progress bar if asked for.
 
@@ -84,7 +128,15 @@ def show_progress(data: Iterable[Batch], progressbar: bool, description: str) ->
         progressbar: Whether to show a bar.
         description: What the bar says.
     """
-    yield from tqdm(data, desc=description, disable=not progressbar)
+    for batch in tqdm(data, desc=description, disable=not progressbar):
+        # Neither a tensor, whose rows would be taken for X and y, nor one batch for a data set.
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            entries = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+            raise ValueError(
+                f"data: each batch must be a pair (X, y), got a {type(batch).__name__}{entries}. "
+                "Give one batch as [(X, y)]."
+            )
+        yield batch[0], batch[1]
 
 
 def iterate(
@@ -108,7 +160,7 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     if not first.is_floating_point():
         return not torch.equal(first, second)
     tolerance = _RELATIVE_TOLERANCE.get(first.dtype, _DEFAULT_TOLERANCE)
-    scale = float(first.abs().max()) if first.numel() else 0.0
+    scale = float(first.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if first.numel() else 0.0
     return not torch.allclose(first, second, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 

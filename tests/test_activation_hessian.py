@@ -82,6 +82,10 @@ class TestActivationHessian:
             (("first", "weight", 0), 1, "second entry"),
             (("first", "output", -1), 1, "third entry"),
             (("first", "output", 1), 1, "must be a floating tensor"),
+            (("first", "output", True), 1, "third entry"),
+            (("first", "output"), 1, "activation must have three entries"),
+            ("0", 1, "activation must have three entries"),
+            (None, 1, "activation must have three entries"),
         ],
     )
     def test_refused(self, activation, batches, message):
@@ -89,6 +93,19 @@ class TestActivationHessian:
         data = [(torch.randn(4, 4), torch.randn(4, 2))] * batches
         with pytest.raises(ValueError, match=message):
             ActivationHessianLinearOperator(model, nn.MSELoss(), activation, data)
+
+    def test_a_function_has_no_layers(self):
+        data = [(torch.randn(4, 4), torch.randn(4, 2))]
+        with pytest.raises(ValueError, match=r"model_func must be an nn\.Module"):
+            ActivationHessianLinearOperator(torch.tanh, nn.MSELoss(), ("", "output", 0), data)
+
+    def test_another_feature_than_at_first_is_refused(self):
+        model, X, y = Residual(), torch.randn(4, 4), torch.randn(4, 2)
+        data = [(X, y)]
+        H = ActivationHessianLinearOperator(model, nn.MSELoss(), ("first", "output", 0), data)
+        data[0] = (X[:2], y[:2])
+        with pytest.raises(ValueError, match="make a new operator"):
+            H @ torch.ones(H.shape[1])
 
     def test_a_layer_that_runs_twice_names_no_feature(self):
         class Twice(nn.Module):

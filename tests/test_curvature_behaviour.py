@@ -299,7 +299,7 @@ class TestNoTrace:
 
     def test_graphs_are_kept_from_the_second_product_on(self, problem):
         model, loss_func, data = problem
-        operator = kfacopt.GGNLinearOperator(model, loss_func, params_of(model), data)
+        operator = kfacopt.HessianLinearOperator(model, loss_func, params_of(model), data)
         V = columns_for(operator)
         alive = []
         model.register_forward_hook(lambda m, args, out: alive.append(weakref.ref(out)))

@@ -268,6 +268,12 @@ def test_not_finite():
         ({"atol": -1.0}, "atol must be finite"),
         ({"maxiter": 0}, "maxiter must be an integer of at least 1"),
         ({"maxiter": 2.5}, "maxiter must be an integer"),
+        ({"maxiter": True}, "maxiter must be an integer .* got True"),
+        ({"tol": "a"}, "tol must be finite and at least 0, got 'a'"),
+        ({"tol": None}, "tol must be finite and at least 0, got None"),
+        ({"atol": True}, "atol must be finite"),
+        ({"x0": "a"}, "x0 must be an array of numbers or a tensor, got 'a'"),
+        ({"callback": 3}, "callback must be a function or None, got 3"),
     ],
     ids=str,
 )
@@ -418,6 +424,8 @@ def test_neumann_does_not_call_a_null_space_divergence():
         ({"scale": 0.0}, "scale must be a finite number other than 0"),
         ({"scale": float("inf")}, "scale must be a finite number"),
         ({"scale": "1"}, "scale must be a finite number"),
+        ({"num_terms": True}, "num_terms must be an integer"),
+        ({"check_nan": "no"}, "check_nan must be True or False, got 'no'"),
     ],
     ids=str,
 )

@@ -186,6 +186,52 @@ def test_a_single_datum_without_an_axis():
     assert error.norm() < 0.1 * (ggn @ torch.eye(12)).norm()
 
 
+class TestLayers:
+    """Layers of which torch has a wrong rule for one of the ways to a derivative."""
+
+    @pytest.mark.parametrize("cache_bytes", [0, 2**30])
+    def test_embeddings_with_a_padding_index(self, cache_bytes):
+        """The row has no gradient, in forward mode as in a backward pass."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Linear(6, 2))
+        data = [(torch.tensor([[0, 1], [2, 0], [4, 3]]), torch.tensor([0, 1, 1]))]
+        params, loss_func = list(model.parameters()), nn.CrossEntropyLoss()
+        expected = dense_jacobian(model, params, data)
+        assert not expected[:, :3].any()
+        options = {"cache_bytes": cache_bytes}
+        assert_matrix(kfacopt.JacobianLinearOperator(model, params, data, **options), expected)
+        for kind, oracle in (
+            (kfacopt.HessianLinearOperator, dense_hessian),
+            (kfacopt.GGNLinearOperator, dense_ggn),
+        ):
+            operator = kind(model, loss_func, params, data, **options)
+            assert_matrix(operator, oracle(model, loss_func, params, data))
+        summed = nn.CrossEntropyLoss(reduction="sum")
+        ef = kfacopt.EFLinearOperator(model, summed, params, data, **options)
+        z = model(data[0][0]).detach().requires_grad_()
+        (u,) = torch.autograd.grad(summed(z, data[0][1]), z)
+        G = (u.reshape(-1, 1) * expected).reshape(3, 2, -1).sum(1)
+        assert_matrix(ef, G.T @ G)
+
+    def test_prelu(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2))
+        params, data = list(model.parameters()), [batch()]
+        expected = dense_jacobian(model, params, data)
+        assert_matrix(kfacopt.JacobianLinearOperator(model, params, data), expected)
+        ggn = kfacopt.GGNLinearOperator(model, nn.MSELoss(), params, data)
+        assert_matrix(ggn, dense_ggn(model, nn.MSELoss(), params, data))
+
+
+def test_predictions_that_are_not_finite_pass_the_check_and_show():
+    model = nn.Sequential(nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    loss_func, data = nn.CrossEntropyLoss(), [batch("labels")]
+    hessian = kfacopt.HessianLinearOperator(model, loss_func, list(model.parameters()), data)
+    assert bool((hessian @ torch.ones(8)).isnan().any())
+
+
 class Temperature(nn.Module):
     def __init__(self):
         super().__init__()

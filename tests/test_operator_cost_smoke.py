@@ -28,6 +28,11 @@ def test_every_operator_of_a_model(benchmark_module, name):
         assert bool((A @ torch.ones(A.shape[1])).isfinite().all())
 
 
+def test_operations_are_counted(benchmark_module):
+    X, W = torch.rand(3, 4), torch.rand(4, 5)
+    assert benchmark_module.operations(lambda: X @ W) == 2 * 3 * 4 * 5
+
+
 def test_environment_is_recorded(benchmark_module):
     found = json.loads(json.dumps(benchmark_module.environment("cpu")))
     assert {"version", "commit", "device", "dtype", "threads"} <= found.keys()

@@ -305,7 +305,15 @@ BAD_ARGUMENTS = {
     "boundaries_tol": ({"boundaries_tol": -1.0}, "boundaries_tol must be finite and at least 0"),
     "swapped boundaries": ({"boundaries": (2.0, 1.0)}, "boundaries must be a pair"),
     "one boundary": ({"boundaries": (2.0,)}, "boundaries must be a pair"),
-    "infinite boundary": ({"boundaries": (0.0, np.inf)}, "boundaries must be finite or None"),
+    "infinite boundary": (
+        {"boundaries": (0.0, np.inf)},
+        r"boundaries\[1\] must be a finite number",
+    ),
+    "boundaries no pair": ({"boundaries": 5}, "boundaries must be a pair .* got 5"),
+    "boundaries text": ({"boundaries": ("a", None)}, r"boundaries\[0\] must be a finite number"),
+    "margin text": ({"margin": "a"}, "margin must be finite and at least 0, got 'a'"),
+    "kappa None": ({"kappa": None}, "kappa must be finite and greater than 1, got None"),
+    "boundaries_tol text": ({"boundaries_tol": "a"}, "boundaries_tol must be finite"),
 }
 
 
@@ -314,6 +322,12 @@ def test_bad_arguments(options, message):
     for function in (lanczos_approximate_spectrum, lanczos_approximate_log_spectrum):
         with pytest.raises(ValueError, match=message):
             function(np.eye(SMALL), **{"ncv": 5, **options})
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor])
+def test_forms_of_boundaries(form):
+    grid, _ = lanczos_approximate_spectrum(np.eye(SMALL), 5, boundaries=form([0.0, 2.0]), margin=0)
+    assert (grid[0], grid[-1]) == (0.0, 2.0)
 
 
 def test_bad_matrices_and_shifts():

@@ -68,6 +68,8 @@ BAD_INDICES = {
     "float": ([0, 1.0], r"must be integers .* is 1\.0"),
     "string": (["a"], "must be integers"),
     "None": ([None], "must be integers"),
+    "nothing": (None, "must be a sequence of integers, got None"),
+    "number": (3, "must be a sequence of integers, got 3"),
     "mask": ([True, False], r"must be integers \(of a mask, take its nonzero\(\)\)"),
     "array of floats": (np.array([0.0]), "must be integers"),
     "too large": ([0, 99], r"must be within 0 and \d \(negative .* is 99"),

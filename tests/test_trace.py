@@ -198,7 +198,7 @@ def test_bad_arguments(matrix, estimator_class):
 
 @pytest.mark.parametrize("basis_dim", [0, -1, SIZE + 1, 2.0, True], ids=repr)
 def test_bad_basis_dim(matrix, basis_dim):
-    with pytest.raises(ValueError, match=f"basis_dim must be an integer between 1 and .* {SIZE}"):
+    with pytest.raises(ValueError, match=f"basis_dim must be an integer between 1 and {SIZE}"):
         HutchPPTraceEstimator(matrix, basis_dim=basis_dim)
 
 

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfacopt.argument_checks import check_evaluation, check_loss
-from kfacopt.curvature.linearization import batched_grad
+from kfacopt.curvature.batched_autograd import batched_grad
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator
-from kfacopt.data import Batch
+from kfacopt.curvature.network import (
+    CACHE_BYTES,
+    CHUNK_SIZE,
+    NetworkLinearOperator,
+    leading_columns,
+)
+from kfacopt.data import Batch, show_progress
 
 IO_TYPES = ("input", "output")
 
@@ -96,8 +101,12 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
     ) -> None:
         check_evaluation(data, progressbar, check_deterministic)
         check_loss(loss_func)
+        if not isinstance(model_func, nn.Module):
+            raise ValueError(
+                f"model_func must be an nn.Module with named layers, got {model_func!r}."
+            )
         self._activation = _checked_activation(model_func, activation)
-        batches = list(islice(data, 2))
+        batches = list(islice(show_progress(data, False, ""), 2))
         if len(batches) != 1:
             number = "none" if not batches else "more"
             raise ValueError(f"data must have exactly one batch for a Hessian by Z, got {number}.")
@@ -132,6 +141,12 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
 
     def _make_term(self, X: Any, y: Any) -> Product:
         output, (value, edge) = self._evaluate(X)
+        kind = tuple(value.shape), value.dtype
+        if self.in_shapes is None or kind != (self.in_shapes[0], self.torch_dtype):
+            raise ValueError(
+                f"activation: Z had the shape {self.in_shapes} and {self.torch_dtype} when the "
+                f"operator was made, it has {kind} now; make a new operator."
+            )
         assert self._loss_func is not None
         loss = self._loss_func(output, y)
         if loss.numel() != 1:
@@ -150,12 +165,12 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         assert self.in_shapes is not None
-        shapes, chunks = self.in_shapes, list[Tensor]()
+        chunks: list[Tensor] = []
+        (columns,) = leading_columns(X, self.in_shapes)
 
         def add(term: Product) -> None:
             for chunk in self._chunks(X.shape[1]):
-                (V,) = self._leading_columns(X, shapes, chunk)
-                product = term(V)
+                product = term(columns[chunk])
                 chunks.append(product.reshape(product.shape[0], -1))
 
         self._visit_terms(add)
@@ -163,6 +178,11 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
 
 
 def _checked_activation(model: nn.Module, activation: tuple[str, str, int]) -> tuple[str, str, int]:
+    if not isinstance(activation, tuple | list) or len(activation) != 3:
+        raise ValueError(
+            "activation must have three entries: a layer's name, "
+            f'"input" or "output", and an index; got {activation!r}.'
+        )
     name, io_type, index = activation
     names = [n for n, _ in model.named_modules()]
     if name not in names:
@@ -171,7 +191,7 @@ def _checked_activation(model: nn.Module, activation: tuple[str, str, int]) -> t
         raise ValueError(
             f"activation: its second entry must be one of {IO_TYPES}, got {io_type!r}."
         )
-    if not isinstance(index, int) or index < 0:
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise ValueError(f"activation: its third entry must be an index from 0, got {index!r}.")
     return name, io_type, index
 

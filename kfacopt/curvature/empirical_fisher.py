@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.curvature.outer_products import OuterProductLinearOperator
+from kfacopt.curvature.risk import summed_loss
 from kfacopt.data import batch_size
 from kfacopt.likelihoods import has_likelihood, likelihood_of
 
@@ -21,7 +22,8 @@ class EFLinearOperator(OuterProductLinearOperator):
         EF = c Σ_n (∇_θ ℓ_n) (∇_θ ℓ_n)ᵀ = c Σ_n J_nᵀ u_n u_nᵀ J_n,    u_n = ∇_f ℓ_n.
 
     All u_n come from one gradient at the predictions, so that a product costs one J v and one
-    Jᵀ u per column, whatever N is.
+    Jᵀ u per column, whatever N is; or two products with the matrix of all J_nᵀ u_n where that is
+    kept.
 
     What counts as a datum is an entry of the first axis of X. For predictions of more than two
     dimensions, and for predictions whose positions were flattened into rows, as in
@@ -65,7 +67,7 @@ class EFLinearOperator(OuterProductLinearOperator):
 
     def _output_vectors(self, output: Tensor, X: Any, y: Any) -> Tensor:
         z = output.requires_grad_()
-        (gradient,) = torch.autograd.grad(self._summed_loss(z, X, y), z)
+        (gradient,) = torch.autograd.grad(summed_loss(self._loss_func, z, X, y), z)
         data, rows = self._data_and_rows(output, X)
         if not data or rows % data:
             raise ValueError(

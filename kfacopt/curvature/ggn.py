@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfacopt.curvature.linearization import Linearization, batched_grad
-from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator
+from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.linearization import Linearization
+from kfacopt.curvature.network import largest_rows
+from kfacopt.curvature.risk import (
+    Columns,
+    EmpiricalRiskLinearOperator,
+    RiskTerm,
+    summed_loss,
+)
+from kfacopt.data import is_empty
 
 
 class GGNLinearOperator(EmpiricalRiskLinearOperator):
@@ -21,8 +29,9 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
 
     `loss_func` may be any callable that returns a scalar; the GGN is positive semi-definite if it
     is convex in f. A product costs, per column, about one forward pass (J v), the loss's Hessian
-    at the output, and one backward pass (Jᵀ u). See `EmpiricalRiskLinearOperator` for the
-    arguments and further errors.
+    at the output, and one backward pass (Jᵀ u); half of it or less where Jacobians of single data
+    are small enough to be kept (see `kfacopt.curvature.data_gradients`). The arguments and further
+    errors are those of `EmpiricalRiskLinearOperator`.
 
     Raises:
         ValueError: For `nn.NLLLoss`: it is linear in its input, so that its GGN at
@@ -52,11 +61,21 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
                 "Return logits from model_func and use nn.CrossEntropyLoss."
             )
 
+    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[RiskTerm, int]:
+        if is_empty(X):
+            return self._empty_term(), 0
+        linearization = Linearization(self._model, X, watch=True)
+        rows = linearization.keep_rows(largest_rows(size, room), self._chunk_size)
+        product = self._batch_product(linearization, X, y)
+        return self._weigh(product, linearization.output.detach(), X, y), max(size, rows)
+
     def _batch_product(
         self, linearization: Linearization, X: Any, y: Any
     ) -> Callable[[Columns], Columns]:
         z = linearization.output.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self._summed_loss(z, X, y), z, create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            summed_loss(self._loss_func, z, X, y), z, create_graph=True
+        )
 
         def product(V: Columns) -> Columns:
             if not gradient.requires_grad:  # the loss is linear in z

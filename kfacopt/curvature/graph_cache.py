@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kfacopt.data import Batch
+from kfacopt.linalg.snapshots import Snapshot
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class NetworkState:
         self._settings = _settings(modules)
         self._tensors = _tensors(modules, tensors)
         self._versions = [t._version for t in self._tensors]
-        self._values = [t.detach().clone() for t in self._tensors]
+        self._values = Snapshot(self._tensors)
 
     def renew_versions(self) -> None:
         """Accept the present versions, after writes that are known to have been undone."""
@@ -49,18 +50,7 @@ class NetworkState:
             return False
         if [t._version for t in present] != self._versions:
             return False
-        return _all_equal(present, self._values)
-
-
-def _all_equal(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
-    pairs = list(zip(tensors, values, strict=True))
-    if any(t.shape != value.shape or t.device != value.device for t, value in pairs):
-        return False
-    if all(t.device.type == "cpu" for t in tensors):
-        return all(torch.equal(t, value) for t, value in pairs)
-    # one synchronisation with the device in place of one for each tensor
-    same = [torch.eq(t, value).all().to(tensors[0].device) for t, value in pairs]
-    return bool(torch.stack(same).all())
+        return self._values.holds(present)
 
 
 _TENSORS_AND_MODULES = ("_parameters", "_buffers", "_modules")
@@ -188,27 +178,37 @@ class GraphCache(Generic[T]):
         """Return the measured size of a batch's term."""
         return self._bytes[index]
 
+    def room(self) -> int:
+        """Return how many bytes are left."""
+        return self._max_bytes - sum(t.size for t in self._terms)
+
     def offer(self, index: int, batch: Batch, term: T, size: int) -> None:
         """Keep a term of that size if all before it are kept and it fits."""
-        if not all(isinstance(x, Tensor) for x in batch):
+        if not all(x is None or isinstance(x, Tensor) for x in batch):
             return
-        if index == len(self._terms) and sum(t.size for t in self._terms) + size <= self._max_bytes:
+        if index == len(self._terms) and size <= self.room():
             self._terms.append(_Kept(_BatchVersion(batch), size, term))
 
 
+def _tensors_of(batch: Batch) -> list[Tensor]:
+    return [x for x in batch if x is not None]
+
+
 class _BatchVersion:
-    """A batch of tensors, with their versions and values."""
+    """A batch of tensors (and `None` for no targets), with their versions and values."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = tuple(batch)
-        self._versions = [x._version for x in batch]
-        self._values = [x.detach().clone() for x in batch]
+        self._versions = [x._version for x in _tensors_of(batch)]
+        self._values = Snapshot(_tensors_of(batch))
 
     def holds(self, batch: Batch) -> bool:
         same = all(a is b for a, b in zip(self._batch, batch, strict=True))
-        if not same or [x._version for x in batch] != self._versions:
+        if not same or [x._version for x in _tensors_of(batch)] != self._versions:
             return False
-        return _all_equal(batch, self._values)  # a write through `.data` or NumPy has no version
+        return self._values.holds(
+            _tensors_of(batch)
+        )  # a write through `.data` or NumPy has no version
 
 
 @dataclass(frozen=True, eq=False)

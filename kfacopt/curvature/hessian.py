@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfacopt.curvature.linearization import Linearization, batched_grad
-from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator
+from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.linearization import Linearization
+from kfacopt.curvature.risk import (
+    Columns,
+    EmpiricalRiskLinearOperator,
+    RiskTerm,
+    summed_loss,
+)
+from kfacopt.data import is_empty
 
 
 class HessianLinearOperator(EmpiricalRiskLinearOperator):
@@ -42,19 +49,24 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
         section 3.
     """
 
+    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[RiskTerm, int]:
+        if is_empty(X):
+            return self._empty_term(), 0
+        linearization = Linearization(self._model, X, graph_bytes=size)
+        product = self._batch_product(linearization, X, y)
+        return self._weigh(product, linearization.output, X, y), size
+
     def _batch_product(
         self, linearization: Linearization, X: Any, y: Any
     ) -> Callable[[Columns], Columns]:
-        params = self._model.leaves
-        loss = self._summed_loss(linearization.output, X, y)
+        # What is kept must not refer to the operator, which keeps it.
+        params, loss_func = self._model.leaves, self._loss_func
+        loss = summed_loss(loss_func, linearization.output, X, y)
         if not loss.requires_grad:
             return lambda V: [torch.zeros_like(v) for v in V]
         gradient: list[tuple[int, Tensor]] = []
 
-        def product(V: Columns) -> Columns:
-            result = linearization.gradient_jvp(lambda z: self._summed_loss(z, X, y), V)
-            if result is not None:
-                return result
+        def double_backward(V: Columns) -> Columns:
             if not gradient:
                 grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
                 # the others are zero, or do not depend on the parameters
@@ -64,5 +76,11 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
             if not gradient:  # the risk is linear in the parameters
                 return [torch.zeros_like(v) for v in V]
             return batched_grad([g for _, g in gradient], params, [V[i] for i, _ in gradient])
+
+        def product(V: Columns) -> Columns:
+            result = linearization.gradient_jvp(
+                lambda z: summed_loss(loss_func, z, X, y), V, double_backward
+            )
+            return double_backward(V) if result is None else result
 
         return product

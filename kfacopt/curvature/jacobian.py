@@ -12,8 +12,15 @@ from torch.nn import Parameter
 from kfacopt.argument_checks import check_evaluation
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
-from kfacopt.data import Batch
+from kfacopt.curvature.network import (
+    CACHE_BYTES,
+    CHUNK_SIZE,
+    NetworkLinearOperator,
+    add_rows,
+    largest_rows,
+    leading_columns,
+)
+from kfacopt.data import Batch, check_batches
 from kfacopt.linalg.operator import Shapes
 
 
@@ -85,42 +92,62 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
     def _predict(self) -> list[tuple[int, ...]]:
         """Return the shapes of the predictions, by one pass over the data."""
         with self._model.evaluation(), torch.no_grad():
-            return [tuple(self._model(self._to_device(X, y)[0]).shape) for X, y in self._batches()]
+            shapes = [
+                tuple(Linearization(self._model, self._to_device(X, y)[0]).output.shape)
+                for X, y in self._batches()
+            ]
+        check_batches(len(shapes))
+        return shapes
+
+    def _check_rows(self, count: int) -> None:
+        """Raise if the data do not have as many predictions as when the operator was made."""
+        if count != (expected := torch.Size(self._rows).numel()):
+            raise ValueError(
+                f"data: there were {expected} predictions when the operator was made, there are "
+                f"{count} now; make a new operator."
+            )
 
     def _make_term(self, X: Any, y: Any) -> Linearization:
         return Linearization(self._model, X)
 
+    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[Linearization, int]:
+        linearization = Linearization(self._model, X, watch=True)
+        rows = linearization.keep_rows(largest_rows(size, room), self._chunk_size)
+        return linearization, max(size, rows)
+
     def _push_forward(self, X: Tensor) -> Tensor:
         """Return J X `[N C, K]` for `X` `[D, K]`."""
         rows: list[Tensor] = []
+        columns = leading_columns(X, self._params)
 
         def add(term: Linearization) -> None:
-            chunks = [
-                term.jvp(self._leading_columns(X, self._params, chunk))
-                for chunk in self._chunks(X.shape[1])
-            ]
+            chunks = [term.jvp([c[chunk] for c in columns]) for chunk in self._chunks(X.shape[1])]
             width = term.output.numel()
             empty = X.new_zeros(0, width)
             rows.append(torch.cat([empty, *(c.reshape(-1, width) for c in chunks)]).mT)
 
         self._visit_terms(add)
+        self._check_rows(sum(len(r) for r in rows))
         return torch.cat(rows)
 
     def _pull_back(self, U: Tensor) -> Tensor:
         """Return Jᵀ U `[D, K]` for `U` `[N C, K]`."""
         sizes = [torch.Size(shape).numel() for shape in self._params]
-        total = U.new_zeros(U.shape[1], sum(sizes))  # [K, D]
+        total = U.new_empty(U.shape[1], sum(sizes))  # [K, D]
         start = 0
 
         def add(term: Linearization) -> None:
             nonlocal start
             stop = start + term.output.numel()
+            if stop > len(U):
+                self._check_rows(stop)
             for chunk in self._chunks(U.shape[1]):
                 cotangents = U[start:stop, chunk].mT.contiguous().reshape(-1, *term.output.shape)
-                add_rows(total, chunk, term.vjp(cotangents))
+                add_rows(total, chunk, term.vjp(cotangents), first=start == 0)
             start = stop
 
         self._visit_terms(add)
+        self._check_rows(start)
         return total.mT
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:

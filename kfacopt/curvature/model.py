@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.argument_checks import check_params
+from kfacopt.curvature.weight_norm import DifferentiableWeightNorm
 from kfacopt.data import evaluation
 
 
@@ -28,6 +29,7 @@ class ParametrizedModel:
     Attributes:
         leaves: θ, as leaves of autograd's graph.
         device: Where it is evaluated.
+        confirmed: Whether derivatives in forward mode, by name, were found to be right.
 
     Raises:
         ValueError: If `params` is empty, names what the module does not have, repeats a tensor,
@@ -41,15 +43,16 @@ class ParametrizedModel:
     ) -> None:
         if not callable(model_func):
             raise ValueError(f"model_func must be a module or a function, got {model_func!r}.")
-        check_params(params)
+        params = check_params(params)
         self.function = model_func
         self.is_functional = isinstance(params, Mapping)
         self.leaves: list[Tensor] = []
         self.names: list[str] | None = None
+        self._sources: list[Tensor] = []
         if isinstance(params, Mapping):
             self.names = list(params)
-            # detach() shares memory and version counter with the tensor of the user
-            self.leaves = [t.detach().requires_grad_() for t in params.values()]
+            self._sources = list(params.values())
+            self.leaves = [_leaf_of(t) for t in self._sources]
             _check_names(model_func, params)
         else:
             self.leaves = list(params)
@@ -61,17 +64,47 @@ class ParametrizedModel:
                 "own, a dict from its names to tensors that take their place, or a function "
                 "as model_func that closes over the tensors."
             )
-
         self.device = self.leaves[0].device
+        self._kinds = [_kind_of(p) for p in self.leaves]
+        self.confirmed: dict[str, bool] = {}
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ParametrizedModel:
         """Return a module as a function of its inputs alone."""
         model = cls.__new__(cls)
         model.function, model.is_functional, model.leaves, model.names = module, False, [], []
+        model._sources, model._kinds, model.confirmed = [], [], {}
         first = next(chain(module.parameters(), module.buffers()), torch.empty(0))
         model.device = first.device
         return model
+
+    def refresh(self) -> None:
+        """Follow a dict's tensors whose `.data` was replaced.
+
+        Raises:
+            ValueError: If one of θ is frozen, or has another shape, dtype or device than at first.
+        """
+        for i, (leaf, source) in enumerate(zip(self.leaves, self._sources, strict=False)):
+            if _kind_of(source) == self._kinds[i] and source.data_ptr() == leaf.data_ptr():
+                continue
+            self.leaves[i] = _leaf_of(source)
+        for i, (p, kind) in enumerate(zip(self.leaves, self._kinds, strict=True)):
+            if _kind_of(p) != kind:
+                before, now = (
+                    f"{shape}, {dtype}, {device}" for shape, dtype, device in (kind, _kind_of(p))
+                )
+                raise ValueError(
+                    f"{self._label(i)} was ({before}) when the operator was made and is ({now}) "
+                    "now; make a new operator."
+                )
+            if not p.requires_grad:
+                raise ValueError(
+                    f"{self._label(i)} does not require gradients any more; call "
+                    "requires_grad_(), or make a new operator without it."
+                )
+
+    def _label(self, index: int) -> str:
+        return _label(index, self.names)
 
     def __call__(self, X: Any) -> Any:
         """Return f(X; θ), with a graph that reaches θ."""
@@ -112,14 +145,16 @@ class ParametrizedModel:
     def evaluation(self) -> Iterator[None]:
         """Run passes that leave no trace, on kernels that can be differentiated twice.
 
-        Fused attention and the fast path of `nn.TransformerEncoderLayer` have neither forward-mode
-        nor double derivatives, cuDNN's recurrent layers have no double derivatives. A plain
-        function's layers are not seen; where it uses recurrent layers on CUDA, run products under
+        Fused weight normalisation has a wrong double derivative. Fused attention and the fast path
+        of `nn.TransformerEncoderLayer` have neither forward-mode nor double derivatives, cuDNN's
+        recurrent layers have no double derivatives. A plain function's layers are not seen; where
+        it uses recurrent layers on CUDA, run products under
         `torch.backends.cudnn.flags(enabled=False)`.
         """
         with ExitStack() as stack:
             stack.enter_context(evaluation(self.function))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(DifferentiableWeightNorm())
             stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
             mha.set_fastpath_enabled(False)
             modules = self.module.modules() if self.module is not None else ()
@@ -157,6 +192,19 @@ def _check_names(model_func: Callable[..., Any], params: Mapping[str, Tensor]) -
             )
 
 
+def _leaf_of(tensor: Tensor) -> Tensor:
+    """Return a leaf that shares memory and version counter with a tensor of the user."""
+    return tensor.detach().requires_grad_()
+
+
+def _kind_of(p: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+    return tuple(p.shape), p.dtype, p.device
+
+
+def _label(index: int, names: Sequence[str] | None) -> str:
+    return f"params[{index}]" if names is None else f"params[{index}] ({names[index]})"
+
+
 def _check_leaves(leaves: Sequence[Tensor], names: Sequence[str] | None) -> None:
     if not leaves:
         raise ValueError("params: at least one parameter is needed.")
@@ -164,7 +212,7 @@ def _check_leaves(leaves: Sequence[Tensor], names: Sequence[str] | None) -> None
         raise ValueError("params: a parameter stands there twice.")
     first = leaves[0]
     for i, p in enumerate(leaves):
-        label = f"params[{i}]" if names is None else f"params[{i}] ({names[i]})"
+        label = _label(i, names)
         if not p.requires_grad:
             raise ValueError(f"{label} does not require gradients; call requires_grad_().")
         if (p.dtype, p.device) != (first.dtype, first.device):

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kfacopt.argument_checks import as_integer
 from kfacopt.curvature.graph_cache import GraphCache, measure_saved_bytes
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.data import Batch, run_determinism_check, show_progress, to_device
+from kfacopt.data import Batch, check_batches, run_determinism_check, show_progress, to_device
 from kfacopt.linalg.operator import LinearOperator, Shapes, split_rows
 
 CHUNK_SIZE = 16
 CACHE_BYTES = 2**30
+
+# Where weights are shared over positions, gradients of single data are of the graph's size, and
+# their products save the positions. Where there are many for each datum, or a dense block for a
+# large weight that is not shared, they are larger, and bound by the memory's bandwidth.
+_MAX_ROWS_PER_GRAPH = 32
 
 T = TypeVar("T")
 
@@ -42,10 +49,8 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
         chunk_size: int,
         cache_bytes: int,
     ) -> None:
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}.")
-        if not isinstance(cache_bytes, int) or cache_bytes < 0:
-            raise ValueError(f"cache_bytes must be an integer of at least 0, got {cache_bytes!r}.")
+        chunk_size = as_integer("chunk_size", chunk_size, 1)
+        cache_bytes = as_integer("cache_bytes", cache_bytes, 0)
         self._model, self._loss_func, self._data = model, loss_func, data
         self._progressbar, self._chunk_size = progressbar, chunk_size
         seen: list[Any] = [model.function] if loss_func is None else [model.function, loss_func]
@@ -73,14 +78,26 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
 
     def _visit_terms(self, action: Callable[[T], None]) -> None:
         """Call `action`, which takes products, with each term in data order."""
-        if self._cache is None:
-            with self._model.evaluation():
-                for X, y in self._batches():
-                    action(self._make_term(*self._to_device(X, y)))
-            return
-        with self._cache.use(self._modules, self._model.leaves), self._model.evaluation():
+        self._model.refresh()
+        kept = nullcontext() if self._cache is None else self._cache.use(*self._seen())
+        index = -1
+        with kept, self._model.evaluation():
             for index, (X, y) in enumerate(self._batches()):
-                self._visit_kept_term(self._cache, index, (X, y), action)
+                if self._cache is None:
+                    action(self._make_term(*self._to_device(X, y)))
+                else:
+                    self._visit_kept_term(self._cache, index, (X, y), action)
+        check_batches(index + 1)
+
+    def tensors(self) -> list[Tensor]:
+        """Return θ, and the parameters and buffers of model and loss."""
+        self._model.refresh()
+        modules, leaves = self._seen()
+        return list({id(t): t for t in [*leaves, *_tensors_in(modules)]}.values())
+
+    def _seen(self) -> tuple[list[nn.Module], list[Tensor]]:
+        """Return the modules and tensors that terms depend on."""
+        return self._modules, self._model.leaves
 
     def _visit_kept_term(
         self, cache: GraphCache[T], index: int, batch: Batch, action: Callable[[T], None]
@@ -90,7 +107,8 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
             self._resume(term)
             action(term)
         elif cache.is_measured(index):
-            term, size = self._make_kept_term(*self._to_device(*batch), cache.size_of(index))
+            size, room = cache.size_of(index), cache.room()
+            term, size = self._make_kept_term(*self._to_device(*batch), size, room)
             action(term)
             cache.offer(index, batch, term, size)
         else:
@@ -99,13 +117,14 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
                 action(self._make_term(*self._to_device(*batch)))
             cache.note_size(sum(sizes))
 
-    def _make_kept_term(self, X: Any, y: Any, size: int) -> tuple[T, int]:
+    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[T, int]:
         """Prepare a term that will be kept if it fits; return it and its size.
 
         Args:
             X: The inputs.
             y: The targets.
             size: How many bytes the graphs of the batch's term save.
+            room: How many bytes may still be kept.
         """
         return self._make_term(X, y), size
 
@@ -122,25 +141,37 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
         starts = range(0, num_columns, self._chunk_size)
         return [slice(start, start + self._chunk_size) for start in starts]
 
-    @staticmethod
-    def _leading_columns(X: Tensor, shapes: Shapes, chunk: slice) -> list[Tensor]:
-        """Take a chunk of the columns of `X` `[D, K]` as one `[k, *shape]` for each shape."""
-        # Contiguous once here, not for every operation that the piece takes part in.
-        return [p.movedim(-1, 0).contiguous() for p in split_rows(X[:, chunk], shapes)]
+
+def leading_columns(X: Tensor, shapes: Shapes) -> list[Tensor]:
+    """Return the columns of `X` `[D, K]` as one `[K, *shape]` for each shape."""
+    # Contiguous once here, not for every operation that a piece takes part in.
+    return [p.movedim(-1, 0).contiguous() for p in split_rows(X, shapes)]
 
 
-def add_rows(total: Tensor, chunk: slice, product: Sequence[Tensor]) -> None:
+def largest_rows(graph: int, room: int) -> int:
+    """Return how many bytes gradients of single data may take in the place of a graph.
+
+    Args:
+        graph: How many bytes the graph saves.
+        room: How many may still be kept.
+    """
+    return min(_MAX_ROWS_PER_GRAPH * graph, room)
+
+
+def add_rows(total: Tensor, chunk: slice, product: Sequence[Tensor], first: bool) -> None:
     """Add a product to the rows of a chunk of columns.
 
     Args:
         total: `[K, D]`, changed in place.
         chunk: Which of the K.
         product: One `[k, *shape]` for each parameter.
+        first: Whether it takes the place of what is there.
     """
     stop = 0
     for piece in product:
         start, stop = stop, stop + piece[0].numel()
-        total[chunk, start:stop] += piece.reshape(piece.shape[0], -1)
+        rows, target = piece.reshape(piece.shape[0], -1), total[chunk, start:stop]
+        target.copy_(rows) if first else target.add_(rows)
 
 
 def _tensors_in(modules: Sequence[nn.Module], *others: Any) -> Iterator[Tensor]:

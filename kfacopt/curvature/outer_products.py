@@ -8,20 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
 
-from kfacopt.curvature.linearization import Linearization, quiet_vmap
-from kfacopt.curvature.model import ParametrizedModel
+from kfacopt.curvature.data_gradients import DataGradients
+from kfacopt.curvature.linearization import Linearization
+from kfacopt.curvature.network import largest_rows
 from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, RiskTerm
-
-# A matrix of gradients is kept in place of a graph if it is at most this many times as large.
-# Where weights are shared over positions it is of the graph's size, and its products save the
-# positions. Where they are not, it is larger by the width, and bound by the memory's bandwidth.
-_MAX_GRADIENTS_PER_GRAPH = 16
-
-# Gradients by single data against those by the batch: relative to the largest entry and to √N,
-# as round-off adds up. What fails takes the way through the outputs.
-_AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
+from kfacopt.data import is_empty
 
 
 def multiply_outer_products(u: Tensor, T: Tensor) -> Tensor:
@@ -38,51 +30,13 @@ def multiply_outer_products(u: Tensor, T: Tensor) -> Tensor:
     return torch.einsum("kmn,mnc->knc", coefficients, u)
 
 
-def gradients_of_data(
-    model: ParametrizedModel, X: Tensor, u: Tensor, linearization: Linearization
-) -> Tensor | None:
-    """Return all J_nᵀ u_mn as rows, or `None` if f_n does not depend on x_n alone.
-
-    Args:
-        model: f and θ.
-        X: Inputs, `[N, ...]`.
-        u: Vectors at the outputs, `[M, N, C]`.
-        linearization: The derivative for the whole batch, against which the result is checked.
-
-    Returns:
-        `[N M, D]`.
-    """
-    primals = tuple(p.detach() for p in model.leaves)
-
-    def of_datum(x: Tensor, vectors: Tensor) -> tuple[Tensor, ...]:
-        z, pull = vjp(lambda *p: model.at(p, x.unsqueeze(0)), *primals)[:2]
-        pulled: tuple[Tensor, ...] = vmap(lambda v: pull(v.reshape(z.shape)))(vectors)
-        return pulled
-
-    with torch.no_grad(), quiet_vmap():
-        try:
-            pieces = vmap(of_datum)(X, u.movedim(1, 0))
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, NotImplementedError):
-            return None  # batch norm on single data, an operation that cannot be vectorised, …
-    G = torch.cat([p.flatten(2) for p in pieces], dim=2)  # [N, M, D]
-    # Any weights but equal ones would do: a sum over n of right gradients, term by term.
-    weights = torch.linspace(0.5, 1.5, len(G), dtype=u.dtype, device=u.device)
-    vector = torch.einsum("n,mnc->nc", weights, u).reshape(1, *linearization.output.shape)
-    expected = torch.cat([p.flatten() for p in linearization.vjp(vector)])
-    error = (torch.einsum("n,nmd->d", weights, G) - expected).abs().max()
-    # Gradients that cancel in the sum leave the round-off of the summands.
-    scale = G.abs().max()
-    return G.flatten(0, 1) if bool(error <= _AGREEMENT[G.dtype] * len(G) ** 0.5 * scale) else None
-
-
 class OuterProductLinearOperator(EmpiricalRiskLinearOperator):
     """c Σ_n Σ_m (J_nᵀ u_mn) (J_nᵀ u_mn)ᵀ for vectors u_mn at the outputs f_n.
 
     A product is J, a sum of outer products at the outputs, and Jᵀ: one forward-mode and one
     reverse-mode product per column, whatever the number of data and vectors. For data in memory
-    the matrix of all J_nᵀ u_mn is kept in place of graphs where it is about as small as they are.
+    the matrix of all J_nᵀ u_mn is kept in place of graphs where it is about as small as they are;
+    a column then costs two products with it.
     """
 
     @abstractmethod
@@ -95,22 +49,21 @@ class OuterProductLinearOperator(EmpiricalRiskLinearOperator):
         u = self._output_vectors(linearization.output.detach(), X, y)
         return _through_outputs(linearization, u)
 
-    def _make_kept_term(self, X: Any, y: Any, size: int) -> tuple[RiskTerm, int]:
-        linearization = Linearization(self._model, X)
+    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[RiskTerm, int]:
+        if is_empty(X):
+            return self._empty_term(), 0
+        linearization = Linearization(self._model, X, watch=True)
         u = self._output_vectors(linearization.output.detach(), X, y)
-        gradients = u.shape[0] * u.shape[1] * self.shape[0] * u.element_size()
-        G = None
-        if (
-            gradients <= _MAX_GRADIENTS_PER_GRAPH * size
-            and u.dtype in _AGREEMENT
-            and linearization.can_substitute
-            and isinstance(X, Tensor)
-            and len(X) == u.shape[1]
-        ):
-            G = gradients_of_data(self._model, X, u, linearization)
-        product = _through_outputs(linearization, u) if G is None else _through_gradients(G)
-        term = self._weigh(product, linearization.output, X, y)
-        return term, size if G is None else gradients
+        plan, gradients = linearization.plan(), None
+        if plan is not None and len(X) == u.shape[1]:
+            needed = plan.num_bytes(len(u))
+            if needed <= largest_rows(size, room):
+                size, gradients = needed, plan.gradients(u, self._chunk_size)
+        if gradients is None:
+            product = _through_outputs(linearization, u)
+        else:
+            product = _through_gradients(gradients)
+        return self._weigh(product, linearization.output, X, y), size
 
 
 def _through_outputs(linearization: Linearization, u: Tensor) -> Callable[[Columns], Columns]:
@@ -122,10 +75,8 @@ def _through_outputs(linearization: Linearization, u: Tensor) -> Callable[[Colum
     return product
 
 
-def _through_gradients(G: Tensor) -> Callable[[Columns], Columns]:
+def _through_gradients(gradients: DataGradients) -> Callable[[Columns], Columns]:
     def product(V: Columns) -> Columns:
-        columns = torch.cat([v.reshape(v.shape[0], -1) for v in V], dim=1)  # [K, D]
-        pieces = ((columns @ G.mT) @ G).split([v[0].numel() for v in V], dim=1)
-        return [p.reshape(v.shape) for p, v in zip(pieces, V, strict=True)]
+        return gradients.combine(gradients.project(V), [v[0] for v in V])
 
     return product

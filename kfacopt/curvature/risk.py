@@ -8,14 +8,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
 from kfacopt.argument_checks import check_evaluation, check_loss, check_shape
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE, NetworkLinearOperator, add_rows
-from kfacopt.data import Batch, batch_size
+from kfacopt.curvature.network import (
+    CACHE_BYTES,
+    CHUNK_SIZE,
+    NetworkLinearOperator,
+    add_rows,
+    leading_columns,
+)
+from kfacopt.data import Batch, batch_size, is_empty
 from kfacopt.likelihoods import has_likelihood, likelihood_of
 
 Columns = list[Tensor]
@@ -38,6 +45,32 @@ class RiskTerm:
     random_state: Tensor | None
 
 
+def summed_loss(loss_func: Any, output: Tensor, X: Any, y: Any) -> Tensor:
+    """Return Z times a batch's mean loss, or its summed loss; a scalar.
+
+    Args:
+        loss_func: ℓ with its reduction.
+        output: The predictions.
+        X: The inputs, of which a mean counts the data.
+        y: The targets.
+
+    Raises:
+        ValueError: If the loss is no scalar.
+    """
+    by_mean = getattr(loss_func, "reduction", None) == "mean"
+    if by_mean and has_likelihood(loss_func):
+        # Not the mean times Z: that is 0/0 for a batch whose targets are all ignored.
+        loss_func, by_mean = copy.copy(loss_func), False
+        loss_func.reduction = "sum"
+    loss: Tensor = loss_func(output, y)
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss_func must return a scalar, got the shape {tuple(loss.shape)}; set its "
+            'reduction to "mean" or "sum".'
+        )
+    return loss.sum() * batch_size(X) if by_mean else loss.sum()
+
+
 class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
     """A curvature matrix of L(θ) = c Σ_n ℓ(f_θ(x_n), y_n), by its products.
 
@@ -57,8 +90,9 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         shape: The shape `(D, D)`; checked against the parameters.
         chunk_size: How many columns are multiplied at once. The memory of a product grows with
             it: a batch's activations, and the parameters, exist this many times over.
-        cache_bytes: How many bytes of activations are kept from one product to the next, so that
-            only what depends on the vector is computed. For data in a list and for modules as
+        cache_bytes: How many bytes of activations, or of Jacobians of single data where these are
+            small, are kept from one product to the next, so that only what depends on the vector
+            is computed. For data in a list and for modules as
             model and loss, and as long as no parameter, buffer, setting or batch changes. The
             first product keeps nothing; the graph of a backward pass that a later product needs
             in addition is not counted. 0 switches it off.
@@ -105,22 +139,6 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
             raise ValueError(f"loss_func: {type(self).__name__} needs a loss function, got None.")
         check_loss(self._loss_func)
 
-    def _summed_loss(self, output: Tensor, X: Any, y: Any) -> Tensor:
-        """Return Z times a batch's mean loss, or its summed loss; a scalar."""
-        loss_func: Any = self._loss_func
-        if self._reduction == "mean" and has_likelihood(loss_func):
-            # Not the mean times Z: that is 0/0 for a batch whose targets are all ignored.
-            loss_func = copy.copy(loss_func)
-            loss_func.reduction = "sum"
-        loss: Tensor = loss_func(output, y)
-        if loss.numel() != 1:
-            raise ValueError(
-                f"loss_func must return a scalar, got the shape {tuple(loss.shape)}; set its "
-                'reduction to "mean" or "sum".'
-            )
-        by_mean = self._reduction == "mean" and loss_func is self._loss_func
-        return loss.sum() * batch_size(X) if by_mean else loss.sum()
-
     def _normalizer(self, output: Tensor, X: Any, y: Any) -> Tensor | float:
         """Return what a batch adds to Z, where L is the summed loss over Z."""
         if self._reduction != "mean":
@@ -151,8 +169,19 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         """
 
     def _make_term(self, X: Any, y: Any) -> RiskTerm:
+        if is_empty(X):
+            return self._empty_term()
         linearization = Linearization(self._model, X)
         return self._weigh(self._batch_product(linearization, X, y), linearization.output, X, y)
+
+    def _empty_term(self) -> RiskTerm:
+        """Return the term of a batch without data, with which models and losses may not cope."""
+
+        def product(V: Columns) -> Columns:
+            return [torch.zeros_like(v) for v in V]
+
+        state = None if self._generator is None else self._generator.get_state()
+        return RiskTerm(product, 0.0, 0.0, state)
 
     def _weigh(
         self, product: Callable[[Columns], Columns], output: Tensor, X: Any, y: Any
@@ -167,20 +196,25 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         assert self.in_shapes is not None
-        shapes, terms = self.in_shapes, list[RiskTerm]()
-        total = X.new_zeros(X.shape[1], X.shape[0])  # [K, D]
+        columns, terms = leading_columns(X, self.in_shapes), list[RiskTerm]()
+        total = X.new_empty(X.shape[1], X.shape[0])  # [K, D]
 
         def add(term: RiskTerm) -> None:
             for chunk in self._chunks(X.shape[1]):
-                product = term.product(self._leading_columns(X, shapes, chunk))
-                add_rows(total, chunk, product)
+                product = term.product([c[chunk] for c in columns])
+                add_rows(total, chunk, product, first=not terms)
             # without the product, which would keep the graph of every batch alive
             terms.append(RiskTerm(_forget, term.normalizer, term.num_data, None))
 
         self._visit_terms(add)
         self._check_reduction(len(terms))
         normalizer: Any = sum(t.normalizer for t in terms)
-        return (total * self._scale(normalizer, sum(t.num_data for t in terms))).mT
+        if self._reduction == "mean" and normalizer == 0:
+            raise ValueError(
+                "data: the loss is a mean over no terms; all batches are empty, or all targets "
+                "ignored."
+            )
+        return total.mul_(self._scale(normalizer, sum(t.num_data for t in terms))).mT
 
     def _check_reduction(self, num_batches: int) -> None:
         if self._reduction not in ("mean", "sum") and num_batches > 1:

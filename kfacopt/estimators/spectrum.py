@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from kfacopt.argument_checks import as_integer, as_real
 from kfacopt.estimators.lanczos import (
     Quadrature,
     lanczos_quadrature,
@@ -148,12 +150,9 @@ class _LanczosRuns:
 
     def __init__(self, A: Any, ncv: int, boundaries: Boundaries, boundaries_tol: float) -> None:
         self._A = square_operator(A)
-        _check_integer("ncv", ncv, 1, self._A.shape[0], " (A's dimension)")
-        if not 0 <= boundaries_tol < math.inf:
-            raise ValueError(f"boundaries_tol must be finite and at least 0, got {boundaries_tol}.")
-        self._ncv = int(ncv)
+        self._ncv = as_integer("ncv", ncv, 1, self._A.shape[0], " (A's dimension)")
         self._given = _checked_boundaries(boundaries)
-        self._tol = float(boundaries_tol)
+        self._tol = as_real("boundaries_tol", boundaries_tol, 0)
         self._round_off = 10 * torch.finfo(self._A.torch_dtype).eps
         self._kept: list[Quadrature] = []
 
@@ -295,35 +294,25 @@ def _bumps(t: np.ndarray, nodes: np.ndarray, ncv: int, kappa: float) -> np.ndarr
     return bumps
 
 
-def _check_integer(
-    name: str, value: int, least: int, most: int | None = None, note: str = ""
-) -> None:
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_integer or value < least or (most is not None and value > most):
-        bound = f"of at least {least}" if most is None else f"between {least} and {most}{note}"
-        raise ValueError(f"{name} must be an integer {bound}, got {value!r}.")
-
-
 def _check_density_arguments(
     num_repeats: int, num_points: int, kappa: float, margin: float, epsilon: float = 0.0
 ) -> None:
-    _check_integer("num_repeats", num_repeats, 1)
-    _check_integer("num_points", num_points, 1)
-    if not 1 < kappa < math.inf:
-        raise ValueError(f"kappa must be finite and greater than 1, got {kappa}.")
-    for name, value in (("margin", margin), ("epsilon", epsilon)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+    as_integer("num_repeats", num_repeats, 1)
+    as_integer("num_points", num_points, 1)
+    as_real("kappa", kappa, 1, lower_open=True)
+    as_real("margin", margin, 0)
+    as_real("epsilon", epsilon, 0)
 
 
 def _checked_boundaries(boundaries: Boundaries) -> tuple[float | None, float | None]:
-    pair = (None, None) if boundaries is None else tuple(boundaries)
-    if len(pair) != 2:
-        raise ValueError(f"boundaries must be a pair (lower, upper), got {boundaries}.")
-    for value in pair:
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"boundaries must be finite or None, got {boundaries}.")
-    lower, upper = (None if value is None else float(value) for value in pair)
+    if boundaries is None:
+        return None, None
+    if not isinstance(boundaries, tuple | list | np.ndarray | Tensor) or len(boundaries) != 2:
+        raise ValueError(f"boundaries must be a pair (lower, upper), got {boundaries!r}.")
+    lower, upper = (
+        None if value is None else as_real(f"boundaries[{i}]", value)
+        for i, value in enumerate(boundaries)
+    )
     if lower is not None and upper is not None and lower > upper:
-        raise ValueError(f"boundaries must be a pair (lower, upper), got {boundaries}.")
+        raise ValueError(f"boundaries must be a pair (lower, upper), got {boundaries!r}.")
     return lower, upper

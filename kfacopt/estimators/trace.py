@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from kfacopt.argument_checks import as_integer
 from kfacopt.estimators.random_vectors import (
     check_distribution,
     is_torch_matrix,
     random_vectors,
     square_operator,
 )
+from kfacopt.linalg.snapshots import Snapshot
 
 
 class HutchinsonTraceEstimator:
@@ -83,8 +84,11 @@ class HutchPPTraceEstimator:
     Unbiased for any Q, as tr(P A P) = tr(A) − tr(Qᵀ A Q); exact if `basis_dim` is D, and for a
     symmetric A of rank at most `basis_dim` whose range A S spans. Q is drawn once, with the first
     sample, which costs 2 basis_dim + 1 products (in two passes and one); each further one costs one
-    product. Its memory is basis_dim vectors. At equal cost, `basis_dim` is to be a third of the
-    number of vectors that Hutchinson's estimator would take.
+    product. It is drawn anew where A's values have changed: those of a tensor, or of the parameters
+    and buffers behind an operator of ours. Of data, arrays and SciPy operators that is not seen;
+    make a new estimator where they change. Its memory is basis_dim vectors and a copy of what it
+    watches. At equal cost, `basis_dim` is to be a third of the number of vectors that Hutchinson's
+    estimator would take.
 
     Args:
         A: A square matrix `[D, D]`: one of our operators, a SciPy operator, an array or a tensor.
@@ -120,15 +124,10 @@ class HutchPPTraceEstimator:
         dim = self._A.shape[0]
         if basis_dim is None:
             basis_dim = min(10, max(1, dim // 100))
-        is_integer = isinstance(basis_dim, int | np.integer) and not isinstance(basis_dim, bool)
-        if not is_integer or not 1 <= basis_dim <= dim:
-            raise ValueError(
-                f"basis_dim must be an integer between 1 and A's dimension {dim}, got "
-                f"{basis_dim!r}."
-            )
-        self._basis_dim = int(basis_dim)
+        self._basis_dim = as_integer("basis_dim", basis_dim, 1, dim, " (A's dimension)")
         self._basis_distribution = check_distribution(basis_distribution, "basis_distribution")
         self._subspace: tuple[Tensor, Tensor] | None = None
+        self._drawn_at = Snapshot([])
 
     def sample(
         self, distribution: str = "rademacher", *, generator: Generator | None = None
@@ -149,7 +148,8 @@ class HutchPPTraceEstimator:
             ValueError: If the distribution is neither of the two.
         """
         checked = check_distribution(distribution)
-        if self._subspace is None:
+        if self._subspace is None or not self._drawn_at.holds(self._A.tensors()):
+            self._drawn_at = Snapshot(self._A.tensors())
             self._subspace = self._draw_subspace(generator)
         basis, subspace_trace = self._subspace
         v = random_vectors(self._A, 1, checked, generator)

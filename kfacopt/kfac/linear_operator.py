@@ -21,7 +21,14 @@ from kfacopt.argument_checks import (
     check_range,
     check_shape,
 )
-from kfacopt.data import Batch, batch_size, evaluation, iterate, run_determinism_check
+from kfacopt.data import (
+    Batch,
+    batch_size,
+    check_batches,
+    evaluation,
+    iterate,
+    run_determinism_check,
+)
 from kfacopt.kfac.capture import (
     LayerUse,
     capture,
@@ -217,14 +224,13 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         check_evaluation(data, progressbar, check_deterministic)
         check_flag("separate_weight_and_bias", separate_weight_and_bias)
         check_loss(loss_func)
-        check_params(params)
+        params = check_params(params)
         self._likelihood = likelihood_of(loss_func)
         _check_options(self._likelihood, fisher_type, mc_samples, kfac_approx, loss_average, seed)
         if not isinstance(model_func, nn.Module):
             raise ValueError(
                 f"model_func must be an nn.Module for K-FAC, got {type(model_func).__name__}."
             )
-        params = list(params)
         self._layers = _layers_of(model_func, params, separate_weight_and_bias)
         super().__init__(params)
         check_shape(shape, self.shape)
@@ -333,11 +339,14 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         Every call draws the same labels.
         """
         generator = Generator(self.device).manual_seed(self._seed)
-        for X, y in iterate(self._data, self.device, self._progressbar, description):
+        count = 0
+        batches = iterate(self._data, self.device, self._progressbar, description)
+        for count, (X, y) in enumerate(batches, 1):
             with capture(self._layers) as uses:
                 output = self._model_func(X)
             _check_output(output)
             yield X, y, output, uses, self._gradients(output, y, uses, generator)
+        check_batches(count)
 
     def _gradients(
         self, output: Tensor, y: Tensor, uses: Sequence[LayerUse], generator: Generator

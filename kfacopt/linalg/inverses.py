@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kfacopt.argument_checks import as_integer, as_real, check_flag
 from kfacopt.linalg.conjugate_gradients import CGReport, conjugate_gradients
 from kfacopt.linalg.operator import LinearOperator, is_tensor_list, stack_rows
 from kfacopt.linalg.structured import check_square, operator_from
@@ -57,6 +56,7 @@ class CGInverseLinearOperator(LinearOperator):
     def __init__(self, A: Any) -> None:
         self._A = operator_from(A)
         check_square(self._A)
+        self._operands = (self._A,)
         # Conjugate gradients in half precision would be noise; products with A stay in A's dtype.
         dtype = torch.promote_types(self._A.torch_dtype, torch.float32)
         shapes = (self._A.out_shapes, self._A.in_shapes)
@@ -95,11 +95,10 @@ class CGInverseLinearOperator(LinearOperator):
             ValueError: If a tolerance is negative or not finite, `maxiter` is below 1, or `x0` or
                 `M` has the wrong shape.
         """
-        for name, value in (("tol", tol), ("atol", atol)):
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, got {value}.")
-        if maxiter is not None and (not isinstance(maxiter, int | np.integer) or maxiter < 1):
-            raise ValueError(f"maxiter must be an integer of at least 1 or None, got {maxiter!r}.")
+        tol, atol = as_real("tol", tol, 0), 0.0 if atol is None else as_real("atol", atol, 0)
+        maxiter = 10 * self.shape[0] if maxiter is None else as_integer("maxiter", maxiter, 1)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback must be a function or None, got {callback!r}.")
         preconditioner = None
         if M is not None:
             preconditioner = operator_from(M, "M", self.torch_dtype, self.device)
@@ -110,8 +109,7 @@ class CGInverseLinearOperator(LinearOperator):
             if preconditioner.device != self.device:
                 raise ValueError(f"M is on {preconditioner.device}, A is on {self.device}.")
         self._x0 = None if x0 is None else self._initial_guess(x0)
-        self._tol, self._atol = float(tol), 0.0 if atol is None else float(atol)
-        self._maxiter = 10 * self.shape[0] if maxiter is None else int(maxiter)
+        self._tol, self._atol, self._maxiter = tol, atol, maxiter
         self._M, self._callback = preconditioner, callback
 
     def _initial_guess(self, x0: Any) -> Tensor:
@@ -121,6 +119,8 @@ class CGInverseLinearOperator(LinearOperator):
             guess, trailing = stack_rows(x0, self.out_shapes, "x0")
             guess = guess if trailing else guess[:, 0]
         else:
+            if not isinstance(x0, Tensor) and np.asarray(x0).dtype.kind not in "biufc":
+                raise ValueError(f"x0 must be an array of numbers or a tensor, got {x0!r}.")
             guess = x0.detach() if isinstance(x0, Tensor) else torch.tensor(np.asarray(x0))
         if guess.ndim not in (1, 2) or guess.shape[0] != self.shape[0]:
             raise ValueError(
@@ -297,6 +297,7 @@ class NeumannInverseLinearOperator(LinearOperator):
     ) -> None:
         self._A = operator_from(A)
         check_square(self._A)
+        self._operands = (self._A,)
         shapes = (self._A.out_shapes, self._A.in_shapes)
         super().__init__(self._A.shape, self._A.torch_dtype, self._A.device, *shapes)
         self.self_adjoint = self._A.self_adjoint
@@ -315,11 +316,11 @@ class NeumannInverseLinearOperator(LinearOperator):
         Raises:
             ValueError: If an argument has no valid value.
         """
-        if not isinstance(num_terms, int | np.integer) or num_terms < 0:
-            raise ValueError(f"num_terms must be an integer of at least 0, got {num_terms!r}.")
-        if not isinstance(scale, Real) or not math.isfinite(scale) or scale == 0:
+        num_terms = as_integer("num_terms", num_terms, 0)
+        check_flag("check_nan", check_nan)
+        if as_real("scale", scale) == 0:
             raise ValueError(f"scale must be a finite number other than 0, got {scale!r}.")
-        self._options: tuple[int, float, bool] = (int(num_terms), float(scale), bool(check_nan))
+        self._options: tuple[int, float, bool] = (num_terms, float(scale), check_nan)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return neumann_series(self._A._matmat_tensor, X, *self._options)

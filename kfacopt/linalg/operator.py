@@ -12,6 +12,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
 from torch import Tensor
 
+from kfacopt.argument_checks import as_real
+
 Shapes = Sequence[tuple[int, ...]]
 
 
@@ -71,6 +73,7 @@ class LinearOperator(SciPyLinearOperator):
     """
 
     self_adjoint = False
+    _operands: tuple[LinearOperator, ...] = ()
 
     def __init__(
         self,
@@ -97,6 +100,14 @@ class LinearOperator(SciPyLinearOperator):
         if self.self_adjoint:
             return self._matmat_tensor(X)
         raise NotImplementedError(f"{type(self).__name__} has no products with its transpose.")
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the matrix is computed from, as far as the operator knows.
+
+        A change of their values changes the matrix. What a SciPy operator or a plain function
+        depends on is not known.
+        """
+        return [t for A in self._operands for t in A.tensors()]
 
     # NumPy ---------------------------------------------------------------------------------
 
@@ -326,7 +337,7 @@ class AdjointLinearOperator(LinearOperator):
         """Represent the transpose of `A`."""
         rows, columns = A.shape
         super().__init__((columns, rows), A.torch_dtype, A.device, A.out_shapes, A.in_shapes)
-        self._A = A
+        self._A, self._operands = A, (A,)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._A._rmatmat_tensor(X)
@@ -349,7 +360,7 @@ class ScaledLinearOperator(LinearOperator):
             raise ValueError(f"alpha: operators are scaled by real numbers, got {alpha}.")
         super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes)
         self.self_adjoint = A.self_adjoint
-        self._A, self._alpha = A, float(alpha)
+        self._A, self._alpha, self._operands = A, as_real("alpha", alpha), (A,)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._A._matmat_tensor(X) * self._alpha
@@ -375,14 +386,14 @@ class SumLinearOperator(LinearOperator):
         out_shapes = A.out_shapes if A.out_shapes is not None else B.out_shapes
         super().__init__(A.shape, _common_dtype(A, B), A.device, in_shapes, out_shapes)
         self.self_adjoint = A.self_adjoint and B.self_adjoint
-        self._terms = (A, B)
+        self._operands = (A, B)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
-        first, second = (A._matmat_tensor(X.to(A.torch_dtype)) for A in self._terms)
+        first, second = (A._matmat_tensor(X.to(A.torch_dtype)) for A in self._operands)
         return first + second
 
     def _rmatmat_tensor(self, X: Tensor) -> Tensor:
-        first, second = (A._rmatmat_tensor(X.to(A.torch_dtype)) for A in self._terms)
+        first, second = (A._rmatmat_tensor(X.to(A.torch_dtype)) for A in self._operands)
         return first + second
 
 
@@ -405,14 +416,14 @@ class ProductLinearOperator(LinearOperator):
             in_shapes = A.in_shapes
         shape = (A.shape[0], B.shape[1])
         super().__init__(shape, _common_dtype(A, B), A.device, in_shapes, out_shapes)
-        self._factors = (A, B)
+        self._operands = (A, B)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
-        A, B = self._factors
+        A, B = self._operands
         return A._matmat_tensor(B._matmat_tensor(X.to(B.torch_dtype)).to(A.torch_dtype))
 
     def _rmatmat_tensor(self, X: Tensor) -> Tensor:
-        A, B = self._factors
+        A, B = self._operands
         return B._rmatmat_tensor(A._rmatmat_tensor(X.to(A.torch_dtype)).to(B.torch_dtype))
 
 
@@ -427,7 +438,7 @@ class PowerLinearOperator(LinearOperator):
             raise ValueError(f"exponent must be an integer of at least 0, got {exponent!r}.")
         super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes)
         self.self_adjoint = A.self_adjoint
-        self._A, self._exponent = A, int(exponent)
+        self._A, self._exponent, self._operands = A, int(exponent), (A,)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._repeat(self._A._matmat_tensor, X)

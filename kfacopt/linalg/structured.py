@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,10 @@ class DenseLinearOperator(LinearOperator):
         rows, columns = matrix.shape
         super().__init__((rows, columns), matrix.dtype, matrix.device)
         self._matrix = matrix
+
+    def tensors(self) -> list[Tensor]:
+        """Return the matrix."""
+        return [self._matrix]
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._matrix @ X
@@ -99,6 +104,7 @@ class SubmatrixLinearOperator(LinearOperator):
 
     def __init__(self, A: Any, row_idxs: Sequence[int], col_idxs: Sequence[int]) -> None:
         self._A = operator_from(A)
+        self._operands = (self._A,)
         super().__init__(self._A.shape, self._A.torch_dtype, self._A.device)
         self.set_submatrix(row_idxs, col_idxs)
 
@@ -129,7 +135,10 @@ class SubmatrixLinearOperator(LinearOperator):
 
 
 def _checked_indices(indices: Sequence[int], size: int, name: str) -> list[int]:
-    values = indices.tolist() if isinstance(indices, np.ndarray | Tensor) else list(indices)
+    values: Any = indices.tolist() if isinstance(indices, np.ndarray | Tensor) else indices
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a sequence of integers, got {indices!r}.")
+    values = list(values)
     for i, value in enumerate(values):
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
             raise ValueError(
@@ -142,7 +151,7 @@ def _checked_indices(indices: Sequence[int], size: int, name: str) -> list[int]:
                 f"end), but {name}[{i}] is {value}."
             )
     if len(set(values)) != len(values):
-        twice = next(value for value in values if values.count(value) > 1)
+        twice = next(value for value, count in Counter(values).items() if count > 1)
         raise ValueError(f"{name} must not repeat an index, but {twice} stands there twice.")
     return [int(value) for value in values]
 
