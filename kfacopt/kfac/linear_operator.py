@@ -340,8 +340,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         """
         generator = Generator(self.device).manual_seed(self._seed)
         count = 0
-        batches = iterate(self._data, self.device, self._progressbar, description)
-        for count, (X, y) in enumerate(batches, 1):
+        for X, y in iterate(self._data, self.device, self._progressbar, description):
+            count += 1
             with capture(self._layers) as uses:
                 output = self._model_func(X)
             _check_output(output)
