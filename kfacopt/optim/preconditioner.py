@@ -23,6 +23,12 @@ State = dict[str, Any]
 
 MAX_FAILURES = 3
 
+NO_INVERSE = -1  # an "inverse_step" that tells that the inverse is only there to be loaded into
+
+# What a layer's state knows of its factors: their total weight, how many updates were tried, how many
+# of them were skipped as not finite, and the step of the last that was not.
+FACTOR_RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
+
 # The state's keys for the sides of an inverse, by what they initialise.
 _INVERSES = {
     KroneckerProduct: ("grad_output_inverse", "input_inverse"),
@@ -51,7 +57,7 @@ def discard_unfitting(states: MutableMapping[Tensor, Any], layer: Layer, form: F
     if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):
         return
     for p in (layer.weight, layer.bias):
-        for key in (*shapes, "factor_weight", *chain.from_iterable(_INVERSES.values())):
+        for key in (*shapes, *FACTOR_RECORDS, "inverse_step", *chain.from_iterable(_INVERSES.values())):
             if p is not None:
                 states.get(p, {}).pop(key, None)
 
@@ -73,10 +79,13 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
     for name, shape in shapes.items():
         state[name] = torch.zeros(shape, dtype=dtype, device=device)
     state["factor_weight"] = torch.zeros((), dtype=dtype, device=device)
+    state["factor_updates"] = 0
+    state["skipped_updates"] = torch.zeros((), dtype=torch.int64, device=device)
+    state["factor_step"] = torch.zeros((), dtype=torch.int64, device=device)
 
 
 def fold_factors(
-    state: State, layer: Layer, moments: Moments, form: FactorForm, ema_decay: float
+    state: State, layer: Layer, moments: Moments, form: FactorForm, ema_decay: float, step: int
 ) -> None:
     """Move a layer's running factors to include new statistics, unless these are not finite.
 
@@ -88,6 +97,7 @@ def fold_factors(
         moments: The statistics of this step.
         form: How factors are formed.
         ema_decay: The decay of earlier statistics; a step's weight is its number of terms.
+        step: The number of the step, to be remembered.
     """
     initialise_factors(state, layer, form)
     A, G, terms = moments.factors()
@@ -99,11 +109,14 @@ def fold_factors(
     safe_total = torch.where(total > 0, total, 1.0)
     for name, value in (("input_factor", A), ("grad_output_factor", G)):
         fold(state[name], torch.where(finite, value, state[name]), weight, safe_total)
+    state["factor_updates"] += 1
+    state["skipped_updates"] += ~finite
+    state["factor_step"].copy_(torch.where(finite, step, state["factor_step"]))
 
 
 def refresh_inverse(
     state: State, layer_state: State, block: Block, damping: float, method: DampingMethod
-) -> None:
+) -> bool:
     """Recompute a block's damped inverse from its layer's running factors.
 
     Args:
@@ -113,12 +126,15 @@ def refresh_inverse(
         damping: δ.
         method: `"factored"` or `"exact"`.
 
+    Returns:
+        Whether there is a new inverse.
+
     Raises:
         DecompositionError: If there is no earlier inverse to go on with, or after more than
             `MAX_FAILURES` failures in a row; names the layer.
     """
     if "factor_weight" not in layer_state or not bool(layer_state["factor_weight"] > 0):
-        return
+        return False
     A = block.input_factor(layer_state["input_factor"])
     product = KroneckerProduct(layer_state["grad_output_factor"], A)
     try:
@@ -130,7 +146,7 @@ def refresh_inverse(
                 f"layer {block.layer.name!r}: {error} ({state['inverse_failures']} failures in a "
                 f"row, damping {damping}). Raise damping, or use float64 parameters."
             ) from error
-        return
+        return False
     state["inverse_failures"] = 0
     for keys in _INVERSES.values():
         for key in keys:
@@ -138,10 +154,13 @@ def refresh_inverse(
     for key, value in zip(_INVERSES[type(inverse)], vars(inverse).values(), strict=True):
         if value is not None:
             state[key] = value
+    return True
 
 
 def inverse_of(state: State) -> KroneckerProduct | KroneckerEigendecomposition | None:
     """Return a block's damped inverse from its state, or `None` if there is none yet."""
+    if state.get("inverse_step", 0) == NO_INVERSE:
+        return None
     if "input_inverse" in state:
         return KroneckerProduct(state["grad_output_inverse"], state["input_inverse"])
     if "inverse_eigenvalues" in state:

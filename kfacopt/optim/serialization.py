@@ -19,6 +19,8 @@ _OWN_DTYPE = frozenset(
         "input_factor",
         "grad_output_factor",
         "factor_weight",
+        "skipped_updates",
+        "factor_step",
         "grad_output_inverse",
         "input_inverse",
         "grad_output_basis",

@@ -32,6 +32,11 @@ from kfacopt.kfac.capture import (
 from kfacopt.kfac.factors import FactorForm, grad_output_moment, input_moment
 from kfacopt.kfac.layers import Layer
 from kfacopt.likelihoods import FisherType, Likelihood, UnsupportedLossError, widened
+from kfacopt.optim.compilation import (
+    is_called_from_compiled_code,
+    leave_hooks_uncompiled,
+    run_uncompiled,
+)
 from kfacopt.optim.empirical import EmpiricalPass
 from kfacopt.optim.hooks import gradient_hooks, module_hooks, remove_hooks
 from kfacopt.optim.loss_calls import LossCall
@@ -123,6 +128,8 @@ class StatisticsCollector:
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._task = -1  # of the user's backward pass that runs
         self._mode: LossCallMode | None = None
+        leave_hooks_uncompiled()
+        self.uncompiled: type[nn.Module] | None = None  # called from compiled code, with hooks
         self._layers_of: dict[int, list[Layer]] = {}
         for layer, own in layers:
             for module in own:
@@ -171,12 +178,15 @@ class StatisticsCollector:
     # Hooks -----------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and self._outermost is None:
+            self._sleep_during(module)
             return None
-        if self._outermost is not None:
-            if module is not self._outermost[0]:
-                return None
+        if self._outermost is not None and module is self._outermost[0]:
             self._end_pass()  # it was left by an exception that runs no hooks, as Ctrl-C does
+        if run_uncompiled() and self._outermost is None:
+            self.uncompiled = type(module)
+        if self._outermost is not None or not torch.is_grad_enabled():
+            return None
         if _is_foreign_call(module):
             return None
         parents = passes_feeding((args, kwargs))
@@ -194,6 +204,20 @@ class StatisticsCollector:
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
             self._mode = None
+
+    def _sleep_during(self, module: nn.Module) -> None:
+        """Take the hooks off for a compiled forward pass without gradients."""
+        if not is_called_from_compiled_code():
+            return
+        self.active = False
+        self._alarm = module_hooks([module], self._ignore, self._wake)
+
+    def _ignore(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Let a forward pass begin."""
+
+    def _wake(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        remove_hooks(self._alarm)
+        self.active = True
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self._outermost is None:
