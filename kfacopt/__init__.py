@@ -14,6 +14,7 @@ from kfacopt.estimators.spectrum import (
     lanczos_approximate_spectrum,
 )
 from kfacopt.estimators.trace import HutchinsonTraceEstimator, HutchPPTraceEstimator
+from kfacopt.kfac.ekfac_operator import EKFACLinearOperator
 from kfacopt.kfac.linear_operator import KFACLinearOperator
 from kfacopt.linalg.conjugate_gradients import NotPositiveDefiniteError
 from kfacopt.linalg.inverses import (
@@ -30,6 +31,7 @@ __all__ = [
     "CGConvergenceWarning",
     "CGInverseLinearOperator",
     "EFLinearOperator",
+    "EKFACLinearOperator",
     "FisherMCLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",

@@ -25,12 +25,18 @@ def network():
 
 def batch():
     generator = torch.Generator().manual_seed(1)
-    X = torch.randn(8, 4, generator=generator, dtype=torch.float64)
-    return X, torch.randint(3, (8,), generator=generator)
+    X = torch.randn(32, 4, generator=generator, dtype=torch.float64)
+    return X, torch.randint(3, (32,), generator=generator)
 
 
-def train(model, params, X, y, fisher_type, wrap_late=None):
-    optimizer = KFACOptimizer(params, fisher_type=fisher_type, factor_update_interval=2)
+def train(model, params, X, y, fisher_type, preconditioner, wrap_late=None):
+    optimizer = KFACOptimizer(
+        params,
+        fisher_type=fisher_type,
+        preconditioner=preconditioner,
+        factor_update_interval=1,
+        inverse_update_interval=2,
+    )
     if wrap_late is not None:
         model = wrap_late(model)
     for i in range(STEPS):
@@ -40,7 +46,7 @@ def train(model, params, X, y, fisher_type, wrap_late=None):
     return optimizer.factors("0.weight" if wrap_late is not None else next(iter(params)))
 
 
-def run_rank(rank, folder, fisher_type, late):
+def run_rank(rank, folder, fisher_type, preconditioner, late):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIME_LIMIT
@@ -50,9 +56,11 @@ def run_rank(rank, folder, fisher_type, late):
         model = network()
         params = list(model.parameters())
         if late:
-            factors = train(model, params, X, y, fisher_type, DistributedDataParallel)
+            wrap = DistributedDataParallel
+            factors = train(model, params, X, y, fisher_type, preconditioner, wrap)
         else:
-            factors = train(DistributedDataParallel(model), params, X, y, fisher_type)
+            wrapped = DistributedDataParallel(model)
+            factors = train(wrapped, params, X, y, fisher_type, preconditioner)
         result = {"params": [p.detach() for p in params], "factors": list(factors)}
         torch.save(result, f"{folder}/rank{rank}.pt")
     finally:
@@ -61,16 +69,21 @@ def run_rank(rank, folder, fisher_type, late):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fisher_type", "late"),
-    [("type-2", False), ("empirical", False), ("type-2", True)],
-    ids=["type-2", "empirical", "wrapped-after-the-optimizer"],
+    ("fisher_type", "preconditioner", "late"),
+    [
+        ("type-2", "kfac", False),
+        ("empirical", "kfac", False),
+        ("type-2", "kfac", True),
+        ("type-2", "ekfac", False),
+    ],
+    ids=["type-2", "empirical", "wrapped-after-the-optimizer", "ekfac"],
 )
-def test_two_ranks_are_one_process(fisher_type, late):
+def test_two_ranks_are_one_process(fisher_type, preconditioner, late):
     model = network()
     params = list(model.parameters())
-    expected = train(model, params, *batch(), fisher_type)
+    expected = train(model, params, *batch(), fisher_type, preconditioner)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (folder, fisher_type, late), nprocs=WORLD)
+        mp.spawn(run_rank, (folder, fisher_type, preconditioner, late), nprocs=WORLD)
         results = [torch.load(Path(folder) / f"rank{r}.pt") for r in range(WORLD)]
     for result in results:
         for got, want in zip(result["factors"], expected, strict=True):

@@ -27,6 +27,7 @@ from torch import nn
 from kfacopt import (
     CGInverseLinearOperator,
     EFLinearOperator,
+    EKFACLinearOperator,
     FisherMCLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
@@ -177,6 +178,26 @@ def kfac_inverse(dtype: torch.dtype) -> Pair:
     return op.inverse(DAMPING, method="exact"), matrix
 
 
+def ekfac(dtype: torch.dtype) -> Pair:
+    """By the eigenvectors of K-FAC's blocks and the diagonal of the exact ones in them."""
+    model, data = mlp(dtype)
+    params = list(model.parameters())
+    op = EKFACLinearOperator(model, nn.CrossEntropyLoss(), params, data, fisher_type="type-2")
+    exact = torch.from_numpy(ggn(dtype)[1])
+    model64, _ = mlp(torch.float64)
+    data64 = [(X.double(), y) for X, y in data]
+    op64 = KFACLinearOperator(
+        model64, nn.CrossEntropyLoss(), list(model64.parameters()), data64, fisher_type="type-2"
+    )
+    blocks, start = [], 0
+    for name in op64.layer_names:
+        bases = [torch.linalg.eigh(factor)[1] for factor in op64.factors(name)]
+        for Q in (torch.kron(bases[1], bases[0]), bases[1]):
+            own = slice(start, start := start + len(Q))
+            blocks.append(Q @ torch.diag((Q.T @ exact[own, own] @ Q).diagonal()) @ Q.T)
+    return op, torch.block_diag(*blocks).numpy()
+
+
 def damped_ggn(dtype: torch.dtype) -> Pair:
     op, matrix = ggn(dtype)
     return op + DAMPING * IdentityLinearOperator(op), matrix + DAMPING * np.eye(len(matrix))
@@ -301,6 +322,7 @@ CASES = {
     "activation Hessian": Case(activation_hessian, symmetric=True, lists=True),
     "damped GGN": Case(damped_ggn, symmetric=True, definite=True, lists=True),
     "KFAC": Case(kfac, symmetric=True, lists=True),
+    "EKFAC": Case(ekfac, symmetric=True, lists=True),
     "KFAC inverse": Case(kfac_inverse, symmetric=True, definite=True, lists=True),
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kfacopt import KFACLinearOperator, KFACOptimizer
+from kfacopt import EKFACLinearOperator, KFACLinearOperator, KFACOptimizer
 from kfacopt.linalg.kronecker import DecompositionError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -55,7 +55,7 @@ COMBINATIONS = list(
         ["mc", "type-2", "empirical"],
         ["expand", "reduce"],
         [True, False],
-        ["factored", "exact"],
+        ["factored", "exact", "ekfac"],
         ["mean", "sum"],
     )
 )
@@ -74,15 +74,16 @@ def test_a_step_is_minus_inverse_times_gradient(fisher_type, approx, separate, m
         "kfac_approx": approx,
         "separate_weight_and_bias": separate,
     }
-    optimizer = KFACOptimizer(
-        params, **PLAIN, **shared, damping=damping, damping_method=method, model=model
-    )
+    corrected = method == "ekfac"
+    kind = {"preconditioner": "ekfac"} if corrected else {"damping_method": method}
+    optimizer = KFACOptimizer(params, **PLAIN, **shared, **kind, damping=damping, model=model)
     average = "batch" if reduction == "mean" else None
     loss = nn.CrossEntropyLoss(reduction=reduction)
-    kfac = KFACLinearOperator(model, loss, params, [(X, LABELS)], **shared, loss_average=average)
+    operator = EKFACLinearOperator if corrected else KFACLinearOperator
+    fisher = operator(model, loss, params, [(X, LABELS)], **shared, loss_average=average)
     before = [p.detach().clone() for p in params]
     grads = gradients(model, F.cross_entropy(model(X), LABELS, reduction=reduction))
-    expected = kfac.inverse(damping, method=method) @ grads
+    expected = fisher.inverse(damping, method="exact" if corrected else method) @ grads
     optimizer.step()
     assert_same([b - p for b, p in zip(before, params, strict=True)], expected)
 
@@ -307,7 +308,8 @@ def test_statistics_that_are_not_finite_never_enter_an_average(fisher_type, bad)
     broken = X.clone()
     broken[0, 0] = bad
     F.cross_entropy(model(broken), LABELS).backward()
-    optimizer.step()
+    with pytest.warns(KFACWarning, match="the step is skipped"):
+        optimizer.step()
     for name, factors in kept.items():
         for value, before in zip(optimizer.factors(name), factors, strict=True):
             assert torch.equal(value, before)
@@ -390,6 +392,7 @@ BAD = {
     "momentum": 1.0,
     "weight_decay": -1,
     "damping": 0.0,
+    "preconditioner": "shampoo",
     "damping_method": "cholesky",
     "fisher_type": "type2",
     "mc_samples": 0,
@@ -400,6 +403,8 @@ BAD = {
     "kl_clip": 0.0,
     "separate_weight_and_bias": 1,
     "max_factor_dim": -1,
+    "factor_dtype": torch.float16,
+    "inverse_dtype": 16,
     "fallback_lr": math.nan,
     "loss_func": nn.L1Loss(),
     "model": lambda x: x,
@@ -419,6 +424,8 @@ def test_bad_arguments_are_named_with_their_value(name):
 
 def test_bad_group_settings_and_samples():
     model = network()
+    with pytest.raises(ValueError, match=r'damping_method must be "exact" or None .*"factored"'):
+        KFACOptimizer(model.parameters(), preconditioner="ekfac", damping_method="factored")
     with pytest.raises(ValueError, match=r"damping must be a number in \(0, inf\), got -1"):
         KFACOptimizer([{"params": list(model.parameters()), "damping": -1}])
     with pytest.raises(ValueError, match='mc_samples must be 1 unless fisher_type="mc", got 2'):

@@ -49,10 +49,12 @@ class FactorForm:
     Attributes:
         kfac_approx: `"expand"` or `"reduce"`.
         max_factor_dim: A wider side is kept as its diagonal.
+        stored_dtype: The dtype that running averages are kept in; `None` is the computation's.
     """
 
     kfac_approx: KFACApprox
     max_factor_dim: int | None = None
+    stored_dtype: torch.dtype | None = None
 
     @property
     def reduce(self) -> bool:
@@ -65,7 +67,7 @@ class FactorForm:
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a parameter's factors: its own, but at least float32."""
+    """Return the dtype that a parameter's factors are computed in: its own, at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -73,6 +75,26 @@ def second_moment(x: Tensor, diagonal: bool) -> Tensor:
     """Return Σ_{n,s} x xᵀ `[B, d, d]`, or its diagonal `[B, d]`, of x `[B, N, S, d]`."""
     rows = x.flatten(1, 2)
     return rows.square().sum(1) if diagonal else rows.mT @ rows
+
+
+def input_rows(layer: Layer, use: LayerUse, reduce: bool) -> tuple[Tensor, int]:
+    """Return a layer's input in one use, `[B, N, S, d_in]`, with the constant of a joint bias.
+
+    Args:
+        layer: The layer.
+        use: The use.
+        reduce: Whether to average over the positions, which leaves S = 1.
+
+    Returns:
+        a, and the number S of positions before averaging.
+    """
+    x = use.checked_input().to(factor_dtype(layer.anchor.dtype))
+    a, positions = layer_inputs(use.module, x, reduce)
+    if layer.joint:
+        # A module that shares W but not b adds nothing to b's side.
+        constant = float(use.module._parameters.get("bias") is layer.bias)
+        a = torch.cat([a, a.new_full((*a.shape[:-1], 1), constant)], dim=-1)
+    return a, positions
 
 
 def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tuple[Tensor, int]:
@@ -89,19 +111,10 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
     dtype = factor_dtype(layer.anchor.dtype)
     if layer.weight is None:
         return torch.ones(layer.groups, 1, 1, dtype=dtype, device=layer.anchor.device), 1
-    rows: list[Tensor] = []
-    positions: list[int] = []
-    for use in uses:
-        a, count = layer_inputs(use.module, use.checked_input().to(dtype), form.reduce)
-        if layer.joint:
-            # A module that shares W but not b adds nothing to b's side.
-            constant = float(use.module._parameters.get("bias") is layer.bias)
-            a = torch.cat([a, a.new_full((*a.shape[:-1], 1), constant)], dim=-1)
-        rows.append(a)
-        positions.append(count)
+    rows, positions = zip(*(input_rows(layer, use, form.reduce) for use in uses), strict=True)
     if form.reduce and len({a.shape[1] for a in rows}) == 1:
         weights = [count / sum(positions) for count in positions]
-        rows = [torch.stack([w * a for w, a in zip(weights, rows, strict=True)]).sum(0)]
+        rows = (torch.stack([w * a for w, a in zip(weights, rows, strict=True)]).sum(0),)
     diagonal = form.diagonal(layer.d_in)
     moment = torch.stack([second_moment(a, diagonal) for a in rows]).sum(0)
     return moment, sum(a.shape[1] * a.shape[2] for a in rows)
@@ -132,7 +145,8 @@ def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -
     """Move a running average, in place, to include a value.
 
     With W ← decay · W + w, the average Σ_t decay^(T−t) w_t x_t / W is x ← x + (w / W) (x_T − x),
-    which is free of bias from the first value on: it knows its own total weight.
+    which is free of bias from the first value on: it knows its own total weight. An average of a
+    lower precision is rounded once, after the sum.
 
     Args:
         average: The average, of any shape.
@@ -140,4 +154,8 @@ def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -
         weight: w, a scalar.
         total_weight: W, a scalar that already includes w.
     """
-    average.add_((weight / total_weight).to(average.dtype) * (value - average))
+    share = (weight / total_weight).to(value.dtype)
+    if average.dtype == value.dtype:
+        average.lerp_(value, share)
+    else:
+        average.copy_(torch.lerp(average.to(value.dtype), value, share))

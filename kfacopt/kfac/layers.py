@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -63,9 +64,9 @@ class Layer:
         assert parameter is not None
         return parameter
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """The diagonal blocks of F: [W | b], or W and b on their own."""
+        """The diagonal blocks of F: [W | b], or W and b on their own; the same objects always."""
         if self.joint:
             return (Block(self, self.weight, self.bias),)
         weight = () if self.weight is None else (Block(self, self.weight, None),)
@@ -114,6 +115,11 @@ class Block:
     def anchor(self) -> nn.Parameter:
         """The first of the block's parameters."""
         return self.parameters[0]
+
+    @property
+    def d_in(self) -> int:
+        """The side of the block's A: the layer's, or 1 for a bias."""
+        return self.layer.d_in if self.weight is not None else 1
 
     def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Bring tensors `[*lead, *p.shape]`, one per parameter, to `[*lead, B, d_out, d_in]`."""

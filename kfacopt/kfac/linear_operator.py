@@ -300,24 +300,17 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         return self._factors
 
     def _compute_factors(self) -> dict[Layer, KroneckerProduct]:
-        generator = Generator(self.device).manual_seed(self._seed)
         inputs = {layer: _zeros(layer, layer.d_in) for layer, _ in self._layers}
         grads = {layer: _zeros(layer, layer.d_out) for layer, _ in self._layers}
         rows = dict.fromkeys(inputs, 0)
         normalizer: Tensor | float = 0.0
         terms: Tensor | float = 0.0
-        batches = iterate(self._data, self.device, self._progressbar, "K-FAC factors")
-        for X, y in batches:
-            with capture(self._layers) as uses:
-                output = self._model_func(X)
-            _check_output(output)
+        for X, y, output, uses, gradients in self._passes("K-FAC factors"):
             z = widened(output)
             normalizer = normalizer + self._likelihood.normalizer(z, y)
             terms = terms + self._empirical_terms(z, y, batch_size(X))
             reached: set[LayerUse] = set()
-            for vector in self._vectors(output, y, generator):
-                vector_grads = would_be_gradients(output, uses, vector.to(output.dtype))
-                by_use = {u: g for u, g in zip(uses, vector_grads, strict=True) if g is not None}
+            for by_use in gradients:
                 reached.update(by_use)
                 for layer, own in group_by_layer(by_use).items():
                     own_grads = [by_use[use] for use in own]
@@ -326,14 +319,35 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
                 moment, count = input_moment(layer, own, self._form)
                 inputs[layer] += moment
                 rows[layer] += count
-        scale = self._scale(normalizer, terms)
+        self._scale = self._scale_of(normalizer, terms)
         return {
-            layer: KroneckerProduct(grads[layer] * scale, inputs[layer] / max(rows[layer], 1))
+            layer: KroneckerProduct(grads[layer] * self._scale, inputs[layer] / max(rows[layer], 1))
             for layer in inputs
         }
 
+    def _passes(
+        self, description: str
+    ) -> Iterator[tuple[Any, Any, Tensor, list[LayerUse], Iterator[dict[LayerUse, Tensor]]]]:
+        """Yield X, y, the output, the uses of layers, and vector by vector the gradients by them.
+
+        Every call draws the same labels.
+        """
+        generator = Generator(self.device).manual_seed(self._seed)
+        for X, y in iterate(self._data, self.device, self._progressbar, description):
+            with capture(self._layers) as uses:
+                output = self._model_func(X)
+            _check_output(output)
+            yield X, y, output, uses, self._gradients(output, y, uses, generator)
+
+    def _gradients(
+        self, output: Tensor, y: Tensor, uses: Sequence[LayerUse], generator: Generator
+    ) -> Iterator[dict[LayerUse, Tensor]]:
+        for vector in self._vectors(output, y, generator):
+            grads = would_be_gradients(output, uses, vector.to(output.dtype))
+            yield {u: g for u, g in zip(uses, grads, strict=True) if g is not None}
+
     def _vectors(self, output: Tensor, y: Tensor, generator: Generator) -> Iterator[Tensor]:
-        """Yield the vectors of the *summed* loss; `_scale` makes them those of the mean."""
+        """Yield the vectors of the *summed* loss; `_scale_of` makes them those of the mean."""
         if self._fisher_type != "empirical":
             z = widened(output)
             weights = self._likelihood.term_weights(z, y)
@@ -352,7 +366,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         batch = self._loss_average != "batch+sequence"
         return terms / rows * (data if batch else self._likelihood.num_positions(output))
 
-    def _scale(self, normalizer: Tensor | float, terms: Tensor | float) -> Tensor | float:
+    def _scale_of(self, normalizer: Tensor | float, terms: Tensor | float) -> Tensor | float:
         if self._likelihood.reduction == "sum":
             return 1.0
         if self._fisher_type == "empirical":

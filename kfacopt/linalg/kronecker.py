@@ -162,6 +162,16 @@ class KroneckerProduct:
     grad_output_factor: Tensor
     input_factor: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.input_factor.dtype
+
+    def widened(self) -> KroneckerProduct:
+        """Return the same product in at least float32."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return KroneckerProduct(self.grad_output_factor.to(dtype), self.input_factor.to(dtype))
+
     def apply(self, X: Tensor) -> Tensor:
         """Return G X A for X `[..., B, d_out, d_in]`."""
         return multiply_right(multiply_left(self.grad_output_factor, X), self.input_factor)
@@ -202,12 +212,7 @@ class KroneckerProduct:
             DecompositionError: If a factor cannot be inverted or decomposed.
         """
         if method == "exact":
-            eigen = self.eigendecomposition()
-            shifted = eigen.eigenvalues + damping
-            if not bool((shifted > 0).all()):
-                raise DecompositionError("the matrix is singular and the damping is 0")
-            eigen.eigenvalues = shifted.reciprocal()
-            return eigen
+            return self.eigendecomposition().inverse(damping)
         sides = (self.grad_output_factor, self.input_factor)
         dampings = factored_damping(*sides, damping)
         inverses = [damped_inverse(side, d) for side, d in zip(sides, dampings, strict=True)]
@@ -228,6 +233,21 @@ class KroneckerEigendecomposition:
     input_basis: Tensor | None
     eigenvalues: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the eigenvalues; bases may be kept in less."""
+        return self.eigenvalues.dtype
+
+    def widened(self) -> KroneckerEigendecomposition:
+        """Return the same matrix with bases and eigenvalues in one dtype, at least float32."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        basis_g, basis_a = self.grad_output_basis, self.input_basis
+        return KroneckerEigendecomposition(
+            None if basis_g is None else basis_g.to(dtype),
+            None if basis_a is None else basis_a.to(dtype),
+            self.eigenvalues.to(dtype),
+        )
+
     def apply(self, X: Tensor) -> Tensor:
         """Return Q_G (λ ⊙ (Q_Gᵀ X Q_A)) Q_Aᵀ for X `[..., B, d_out, d_in]`."""
         basis_g, basis_a = self.grad_output_basis, self.input_basis
@@ -235,6 +255,21 @@ class KroneckerEigendecomposition:
         transposed_a = None if basis_a is None else basis_a.mT
         rotated = multiply_right(multiply_left(transposed_g, X), basis_a)
         return multiply_right(multiply_left(basis_g, rotated * self.eigenvalues), transposed_a)
+
+    def inverse(self, damping: float) -> KroneckerEigendecomposition:
+        """Return the damped inverse, with the eigenvalues 1 / (λ + δ).
+
+        Args:
+            damping: δ, in units of λ.
+
+        Raises:
+            DecompositionError: If an eigenvalue and the damping are 0.
+        """
+        shifted = self.eigenvalues + damping
+        if not bool((shifted > 0).all()):
+            raise DecompositionError("the matrix is singular and the damping is 0")
+        bases = (self.grad_output_basis, self.input_basis)
+        return KroneckerEigendecomposition(*bases, shifted.reciprocal())
 
     def trace(self) -> Tensor:
         """Return Σ λ."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from kfacopt.kfac.factors import FactorForm, factor_dtype
-from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers import Block, Layer
 from kfacopt.optim.statistics import Moments
 
 
@@ -36,7 +36,7 @@ def average_moments(
     form: FactorForm,
     group: dist.ProcessGroup,
 ) -> dict[Layer, Moments]:
-    """Combine the statistics of all ranks.
+    """Combine the statistics of all ranks, second moments excepted.
 
     DDP's gradient is that of the mean of the ranks' objectives, whose G is the mean of theirs; A
     is the mean over all ranks' inputs. Every rank sends the same tensors, whatever it has reached,
@@ -71,6 +71,27 @@ def average_moments(
         for layer, pieces in entries:
             A, G, rows, terms = (next(split).reshape(piece.shape) for piece in pieces)
             if int(rows) > 0:
-                mean = G / dist.get_world_size(group)
-                result[layer] = Moments(A, int(rows), mean, terms)
+                mean, own = G / dist.get_world_size(group), pending.get(layer, Moments())
+                corrections = (own.second_moments, own.unprojected)
+                result[layer] = Moments(A, int(rows), mean, terms, *corrections)
+    return result
+
+
+def average_second_moments(
+    values: Mapping[Block, Tensor], blocks: Sequence[Block], group: dist.ProcessGroup
+) -> dict[Block, Tensor]:
+    """Return the mean over all ranks of second moments, in eigenbases that they have in common.
+
+    Args:
+        values: This rank's Λ `[B, d_out, d_in]` of the blocks that it has reached.
+        blocks: The blocks, in the same order on every rank.
+        group: The process group.
+    """
+    result: dict[Block, Tensor] = {}
+    for block in blocks:
+        shape = (block.layer.groups, block.layer.d_out, block.d_in)
+        dtype, device = factor_dtype(block.anchor.dtype), block.anchor.device
+        value = torch.zeros(shape, dtype=dtype, device=device) + values.get(block, 0.0)
+        dist.all_reduce(value, group=group)
+        result[block] = value / dist.get_world_size(group)
     return result

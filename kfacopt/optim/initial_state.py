@@ -15,9 +15,14 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.linalg.kronecker import DampingMethod
 from kfacopt.optim.fallback import initialise_moments
-from kfacopt.optim.preconditioner import NO_INVERSE, initialise_factors, refresh_inverse
+from kfacopt.optim.preconditioner import (
+    NO_INVERSE,
+    InverseForm,
+    factor_shapes,
+    initialise_factors,
+    refresh_inverse,
+)
 
 
 def is_initialisation(groups: Sequence[dict[str, Any]]) -> bool:
@@ -37,7 +42,7 @@ def complete_state(
     layers: Sequence[Layer],
     groups: Sequence[dict[str, Any]],
     form: FactorForm,
-    method: DampingMethod,
+    inverse_form: InverseForm,
 ) -> None:
     """Give every trained parameter the entries that it lacks; they change no later step.
 
@@ -46,13 +51,13 @@ def complete_state(
         layers: Its layers.
         groups: Its parameter groups.
         form: How factors are formed.
-        method: The damping method.
+        inverse_form: How damped inverses are formed.
     """
     group_of = {p: group for group in groups for p in group["params"]}
     for layer in layers:
         initialise_factors(states[layer.anchor], layer, form)
         for block in layer.blocks:
-            _complete_inverse(states, block, method)
+            _complete_inverse(states, block, inverse_form)
             for p in block.parameters:
                 if group_of[p]["momentum"] and "momentum_buffer" not in states[p]:
                     states[p]["momentum_buffer"] = torch.zeros_like(
@@ -64,9 +69,7 @@ def complete_state(
             initialise_moments(states[p], p)
 
 
-def _complete_inverse(
-    states: MutableMapping[Tensor, Any], block: Block, method: DampingMethod
-) -> None:
+def _complete_inverse(states: MutableMapping[Tensor, Any], block: Block, form: InverseForm) -> None:
     state, layer_state = states[block.anchor], states[block.layer.anchor]
     if "inverse_step" in state:
         return
@@ -76,10 +79,38 @@ def _complete_inverse(
         for name, value in layer_state.items()
         if isinstance(value, Tensor)
     }
-    refresh_inverse(state, dict(empty), block, 1.0, method)
+    refresh_inverse(state, dict(empty), block, 1.0, form)
     state["inverse_step"] = NO_INVERSE
 
 
-def trained_signature(params: Sequence[Parameter]) -> list[tuple[bool, torch.dtype, torch.device]]:
-    """Return what of the parameters the layers, factors and hooks depend on."""
-    return [(p.requires_grad, p.dtype, p.device) for p in params]
+def state_shapes(
+    params: Sequence[Parameter], layers: Sequence[Layer], form: FactorForm
+) -> dict[Parameter, dict[str, tuple[int, ...]]]:
+    """Return, for each parameter, the shapes that entries of its state have where they exist.
+
+    Args:
+        params: All parameters.
+        layers: The layers.
+        form: How factors are formed.
+    """
+    own = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    shapes: dict[Parameter, dict[str, tuple[int, ...]]] = {
+        p: dict.fromkeys(own, tuple(p.shape)) for p in params
+    }
+    for layer in layers:
+        factors = factor_shapes(layer, form)
+        shapes[layer.anchor] |= factors | {"factor_weight": ()}
+        for block in layer.blocks:
+            d_in = sum(p[0].numel() for p in block.parameters)
+            constant = (layer.groups, 1, 1)  # a bias's input
+            sides = {
+                "grad_output": factors["grad_output_factor"],
+                "input": constant if block.weight is None else factors["input_factor"],
+            }
+            entries: dict[str, tuple[int, ...]] = {"second_moment_weight": ()}
+            for name in ("inverse_eigenvalues", "second_moments"):
+                entries[name] = (layer.groups, layer.d_out, d_in)
+            for side, shape in sides.items():
+                entries |= {f"{side}_inverse": shape, f"{side}_basis": shape}
+            shapes[block.anchor] |= entries
+    return shapes

@@ -26,28 +26,39 @@ from kfacopt.kfac.factors import FactorForm, Factors
 from kfacopt.kfac.layers import KFAC_APPROXES, Block, KFACApprox, Layer, find_layers
 from kfacopt.likelihoods import FISHER_TYPES, FisherType, likelihood_of
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
-from kfacopt.optim.distributed import average_moments, data_parallel_group
+from kfacopt.optim.distributed import (
+    average_moments,
+    average_second_moments,
+    data_parallel_group,
+)
 from kfacopt.optim.fallback import adamw_step
+from kfacopt.optim.initial_state import complete_state, is_initialisation, state_shapes
 from kfacopt.optim.loss_scale import calling_loss_scale
-from kfacopt.optim.messages import log_layers, missing_statistics
+from kfacopt.optim.messages import log_layers, missing_statistics, uncompiled_cause
 from kfacopt.optim.model_search import find_modules, parameter_names
+from kfacopt.optim.monitoring import Scalars, block_statistics
 from kfacopt.optim.preconditioner import (
+    PRECONDITIONERS,
+    InverseForm,
+    PreconditionerKind,
+    bases_of,
     discard_unfitting,
-    factor_shapes,
     fold_factors,
+    fold_second_moments,
+    has_inverse,
     inverse_of,
     precondition,
     refresh_inverse,
 )
 from kfacopt.optim.serialization import (
-    check_groups,
-    check_shapes,
+    check_state_dict,
+    follow_parameters,
     restore_dtypes,
     restore_generator,
     store_generator,
 )
-from kfacopt.optim.statistics import CurvatureOptions, StatisticsCollector
-from kfacopt.optim.step_rules import apply_step, kl_clip_scale
+from kfacopt.optim.statistics import CurvatureOptions, Moments, StatisticsCollector
+from kfacopt.optim.step_rules import apply_step, are_finite, kl_clip_scale
 
 
 class KFACWarning(UserWarning):
@@ -58,12 +69,31 @@ class KFACWarning(UserWarning):
 class _Schedule:
     """Settings that are the same for all parameter groups; see `KFACOptimizer`."""
 
-    damping_method: DampingMethod
+    inverse: InverseForm
     ema_decay: float
     factor_update_interval: int
     inverse_update_interval: int
     kl_clip: float | None
     separate_weight_and_bias: bool
+
+
+def _check_kept_dtype(name: str, dtype: torch.dtype | None) -> None:
+    allowed = (None, torch.bfloat16, torch.float32, torch.float64)
+    if dtype not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {dtype!r}.")
+
+
+def _refuse_flags(**flags: bool) -> None:
+    reasons = {
+        "capturable": "inverses are checked on the host; capture forward and backward pass in a "
+        "CUDA graph, and call step outside of it",
+        "differentiable": "a step is not differentiable; step with kfacopt.KFACLinearOperator's "
+        "inverse on the gradient instead",
+    }
+    for name, value in flags.items():
+        check_flag(name, value)
+        if value:
+            raise ValueError(f"{name} must be False, got True: {reasons[name]}.")
 
 
 class KFACOptimizer(Optimizer):
@@ -98,7 +128,12 @@ class KFACOptimizer(Optimizer):
         momentum: μ in [0, 1), on the preconditioned step.
         weight_decay: λ ≥ 0, decoupled.
         damping: δ > 0, in units of F.
-        damping_method: `"factored"` (above; Cholesky) or `"exact"`: (Ḡ ⊗ Ā + δI)⁻¹ (eigenbases).
+        preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
+            and Ā's eigenbases Q and the running averages Λ of the second moments of single data's
+            gradients in them (see `kfacopt.EKFACLinearOperator`). Λ is updated with the factors,
+            the bases, by warm-started orthogonal iteration, with the inverses.
+        damping_method: For K-FAC, `"factored"` (above; Cholesky; the default) or `"exact"`:
+            (Ḡ ⊗ Ā + δI)⁻¹ (eigenbases). EKFAC's is always `"exact"`.
         fisher_type: `"mc"`: labels drawn from the model, one extra backward pass through the
             layers' outputs (no weight gradients) per sample; `"type-2"`: the loss's exact Hessian,
             one such pass for every entry of a datum's output (exact where rows of the output are
@@ -113,6 +148,10 @@ class KFACOptimizer(Optimizer):
         kl_clip: κ > 0; `None` switches it off.
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
+        factor_dtype: The dtype that Ā, Ḡ and Λ are kept in; `None` is the parameters', at least
+            float32. Sums and decompositions are computed in at least float32.
+        inverse_dtype: The dtype that inverses and bases are kept in; `None` is the factors', at
+            least float32. They are multiplied in that, but at least float32.
         fallback_lr: AdamW's learning rate for all other parameters; it follows the ratio of the
             group's current to its initial `lr`.
         loss_func: The loss at the model's output (an `nn` loss), where it is computed in a way
@@ -122,6 +161,13 @@ class KFACOptimizer(Optimizer):
         model: The module (or a module that contains all) whose parameters are trained. `None`
             searches the process, once, for the modules that own `params`.
         seed: Seeds the generator that draws labels.
+        maximize: Maximise the objective instead; groups may set it.
+        foreach: `False` updates parameters one after the other; groups may set it.
+        capturable: Only `False`: inverses are checked on the host.
+        differentiable: Only `False`.
+
+    A step whose gradients have NaN or infinite entries is skipped as a whole, as a `GradScaler`
+    would: it changes neither parameters nor state, is warned of once, and counted by `statistics`.
 
     Raises:
         ValueError: If an argument is out of its range, or no module owns the parameters.
@@ -162,7 +208,8 @@ class KFACOptimizer(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         damping: float = 0.03,
-        damping_method: DampingMethod = "factored",
+        preconditioner: PreconditionerKind = "kfac",
+        damping_method: DampingMethod | None = None,
         fisher_type: FisherType = "mc",
         mc_samples: int = 1,
         kfac_approx: KFACApprox = "expand",
@@ -172,17 +219,33 @@ class KFACOptimizer(Optimizer):
         kl_clip: float | None = 3e-4,
         separate_weight_and_bias: bool = False,
         max_factor_dim: int | None = 8192,
+        factor_dtype: torch.dtype | None = None,
+        inverse_dtype: torch.dtype | None = None,
         fallback_lr: float = 1e-3,
         loss_func: nn.Module | None = None,
         model: nn.Module | None = None,
         seed: int = 2147483647,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
         if isinstance(params, nn.Module | Tensor) or not isinstance(params, Iterable):
             raise ValueError(
                 "params must be an iterable of parameters or groups, as model.parameters(), got "
                 f"{type(params).__name__}."
             )
+        check_choice("preconditioner", preconditioner, PRECONDITIONERS)
+        if damping_method is None:
+            damping_method = "factored" if preconditioner == "kfac" else "exact"
         check_choice("damping_method", damping_method, DAMPING_METHODS)
+        if preconditioner == "ekfac" and damping_method != "exact":
+            raise ValueError(
+                'damping_method must be "exact" or None for preconditioner="ekfac", got '
+                f'"{damping_method}": there are no factors between which damping could be split.'
+            )
+        for name, dtype in (("factor_dtype", factor_dtype), ("inverse_dtype", inverse_dtype)):
+            _check_kept_dtype(name, dtype)
         check_choice("fisher_type", fisher_type, FISHER_TYPES)
         check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
         check_count("mc_samples", mc_samples)
@@ -199,8 +262,9 @@ class KFACOptimizer(Optimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise ValueError(f"model must be an nn.Module or None, got {type(model).__name__}.")
         check_integer("seed", seed)
+        _refuse_flags(capturable=capturable, differentiable=differentiable)
         self._schedule = _Schedule(
-            damping_method,
+            InverseForm(preconditioner, damping_method, inverse_dtype),
             float(ema_decay),
             factor_update_interval,
             inverse_update_interval,
@@ -210,8 +274,10 @@ class KFACOptimizer(Optimizer):
         if loss_func is not None:
             check_loss(loss_func)
         likelihood = None if loss_func is None else likelihood_of(loss_func)
-        form = FactorForm(kfac_approx, max_factor_dim)
-        self._curvature = CurvatureOptions(fisher_type, mc_samples, form, likelihood)
+        form = FactorForm(kfac_approx, max_factor_dim, factor_dtype)
+        self._curvature = CurvatureOptions(
+            fisher_type, mc_samples, form, likelihood, preconditioner == "ekfac"
+        )
         self._seed = seed
         self._start_unconnected(model)
         defaults = {
@@ -220,6 +286,8 @@ class KFACOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "damping": damping,
             "fallback_lr": fallback_lr,
+            "maximize": maximize,
+            "foreach": foreach,
         }
         super().__init__(params, defaults)
         self._generator = Generator(self._parameters()[0].device).manual_seed(seed)
@@ -230,7 +298,12 @@ class KFACOptimizer(Optimizer):
         self._layers: list[Layer] = []
         self._blocks: list[Block] = []
         self._names: dict[int, str] = {}
+        self._collector: StatisticsCollector
+        self._placement: list[tuple[torch.dtype, torch.device]] = []
         self._warned: set[str] = set()
+        self._skipped_steps = self._num_fallback = 0
+        self._kl_clip_scale: Tensor | None = None
+        self._labels_before: Tensor | None = None
         self._ddp_known = False
         self._ddp_group: Any = None
 
@@ -250,6 +323,9 @@ class KFACOptimizer(Optimizer):
         check_range("weight_decay", group["weight_decay"], 0)
         check_range("damping", group["damping"], 0, lower_open=True)
         check_range("fallback_lr", group["fallback_lr"], 0)
+        check_flag("maximize", group["maximize"])
+        if group["foreach"] is not None:
+            check_flag("foreach", group["foreach"])
         group.setdefault("base_lr", group["lr"])
         group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
         if self._names:
@@ -263,6 +339,17 @@ class KFACOptimizer(Optimizer):
             self._collector.active = False
             self._connect(modules)
 
+    def _follow_moved_parameters(self) -> None:
+        """Convert the state where the model was moved to another dtype or device since."""
+        params = self._parameters()
+        if [(p.dtype, p.device) for p in params] == self._placement:
+            return
+        self._placement = [(p.dtype, p.device) for p in params]
+        follow_parameters(self.state, self._curvature.form, self._schedule.inverse)
+        if self._generator.device != params[0].device:
+            self._generator = Generator(params[0].device).manual_seed(self._seed)
+            self._collector.generator = self._generator
+
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
@@ -274,11 +361,13 @@ class KFACOptimizer(Optimizer):
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
         self._names = parameter_names(modules, params)
         self._trained = [p.requires_grad for p in params]
+        self._placement = [(p.dtype, p.device) for p in params]
         self._layers = [layer for layer, _ in layers]
         self._blocks = [block for layer in self._layers for block in layer.blocks]
         for layer in self._layers:
             discard_unfitting(self.state, layer, self._curvature.form)
         self._collector = StatisticsCollector(layers, modules, self._curvature, self._generator)
+        self._watch(True)
         covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
         rest = [self._names[id(p)] for p in params if id(p) not in covered]
         log_layers(self._layers, rest, self._curvature.form)
@@ -306,7 +395,7 @@ class KFACOptimizer(Optimizer):
 
         A run that is resumed from it between two steps goes on bit by bit as it would have.
         """
-        store_generator(self.state, self._layers, self._generator)
+        self._complete_state()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -318,18 +407,35 @@ class KFACOptimizer(Optimizer):
         Raises:
             ValueError: If it is not a KFACOptimizer's or does not fit the layers.
         """
-        check_groups(state_dict)
+        params = self._parameters()
+        shapes = state_shapes(params, self._layers, self._curvature.form)
+        check_state_dict(state_dict, [(self._names[id(p)], p) for p in params], shapes)
         super().load_state_dict(state_dict)
         restore_dtypes(self.state, self.param_groups, state_dict)
-        form = self._curvature.form
-        check_shapes(self.state, [(la, factor_shapes(la, form)) for la in self._layers])
         self._resume()
+
+    def _complete_state(self) -> None:
+        groups, form = self.param_groups, self._curvature.form
+        complete_state(self.state, self._layers, groups, form, self._schedule.inverse)
+        store_generator(self.state, self._layers, self._generator)
 
     def _resume(self) -> None:
         restore_generator(self.state, self._generator)
         self._collector.clear()
-        new = any("factor_weight" not in self.state[layer.anchor] for layer in self._layers)
-        self._collector.active = new or self._due(self._schedule.factor_update_interval)
+        new = not all(self._has_statistics(layer) for layer in self._layers)
+        self._watch(new or self._due(self._schedule.factor_update_interval))
+
+    def _watch(self, active: bool) -> None:
+        """Put hooks on the modules or take them off, and tell the collector of the bases."""
+        if active and self._schedule.inverse.corrected:
+            bases = {b: bases_of(self.state.get(b.anchor, {})) for b in self._blocks}
+            self._collector.bases = {b: known for b, known in bases.items() if known is not None}
+        self._collector.active = active
+        due = self._due(self._schedule.factor_update_interval)
+        self._labels_before = self._generator.get_state() if active and not due else None
+
+    def _has_statistics(self, layer: Layer) -> bool:
+        return bool(self.state.get(layer.anchor, {}).get("factor_updates", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles are made of, the modules included."""
@@ -353,8 +459,11 @@ class KFACOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and with them the statistics that wait for the next step."""
-        self._reconnect_if_frozen()
+        seen = self._collector.forward_seen  # forward, zero_grad, backward is a usual order, too
+        if not seen:
+            self._reconnect_if_frozen()
         self._collector.clear()
+        self._collector.forward_seen = seen
         super().zero_grad(set_to_none)
 
     def _due(self, interval: int) -> bool:
@@ -378,18 +487,79 @@ class KFACOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        self._follow_moved_parameters()
+        if self._only_initialises() or not self._has_finite_gradients():
+            return result
+        first: dict[Layer, Moments] = {}
         if self._collector.active:  # at an interval's start, and when layers are new
-            self._update_factors()
+            first = self._update_factors()
         if self._due(self._schedule.inverse_update_interval):
             self._update_inverses(self._blocks)
         else:
-            fresh = [b for b in self._blocks if inverse_of(self.state[b.anchor]) is None]
-            self._update_inverses(fresh)
+            fresh = [b for b in self._blocks if not has_inverse(self.state[b.anchor])]
+            self._update_inverses(b for b in fresh if self._has_statistics(b.layer))
+        self._start_second_moments(first)
         self._update_parameters()
         self._reconnect_if_frozen()
+        if self._labels_before is not None:  # layers that are new leave the others' labels alone
+            self._generator.set_state(self._labels_before)
         for group in self.param_groups:
             group["num_steps"] += 1
-        self._collector.active = self._due(self._schedule.factor_update_interval)
+        self._watch(self._due(self._schedule.factor_update_interval))
+        return result
+
+    def _only_initialises(self) -> bool:
+        """Make the state, and nothing else, in a step that checkpoint tools take for that."""
+        if self.state or self._collector.forward_seen or not is_initialisation(self.param_groups):
+            return False
+        self._complete_state()
+        return True
+
+    def _has_finite_gradients(self) -> bool:
+        """Tell whether the step can be made; else nothing of it may leave a trace."""
+        grads = {p: p.grad for p in self._parameters() if p.grad is not None}
+        for p, grad in grads.items():
+            if grad.is_sparse:
+                raise RuntimeError(f"{self._names[id(p)]}: sparse gradients are unsupported.")
+        if are_finite(list(grads.values())):
+            return True
+        names = [self._names[id(p)] for p, grad in grads.items() if not bool(grad.isfinite().all())]
+        self._skipped_steps += 1
+        self._collector.clear()
+        self._warn(
+            "skipped",
+            f"the step is skipped: gradients have NaN or infinite entries ({', '.join(names)}). "
+            "statistics()['skipped_steps'] counts such steps.",
+        )
+        return False
+
+    def statistics(self) -> Scalars:
+        """Return numbers for logging: plain floats, one for each name.
+
+        `skipped_steps` (as gradients were not finite), `kl_clip_scale` (ν of the last step; 1
+        without a clip), `fallback_parameters` (tensors that the last step gave to AdamW), and for
+        every layer `<layer>/damping`, `condition`, `factor_age`, `inverse_age`,
+        `skipped_factor_updates` and `inverse_failures`; see `block_statistics`. Where weight and
+        bias have blocks of their own, `<parameter>/...` instead. It costs an eigendecomposition
+        per inverse; a step costs nothing more for it.
+
+        Example:
+            for name, value in optimizer.statistics().items():
+                writer.add_scalar(name, value, step)  # TensorBoard; or wandb.log(the whole)
+        """
+        scale = self._kl_clip_scale
+        result: Scalars = {
+            "skipped_steps": float(self._skipped_steps),
+            "kl_clip_scale": 1.0 if scale is None else float(scale),
+            "fallback_parameters": float(self._num_fallback),
+        }
+        damping = {p: group["damping"] for group in self.param_groups for p in group["params"]}
+        for block in self._blocks:
+            alone = len(block.layer.blocks) == 1
+            name = block.layer.name if alone else self._names[id(block.anchor)]
+            steps = self.param_groups[0]["num_steps"]
+            values = block_statistics(self.state, block, damping[block.anchor], steps)
+            result |= {f"{name}/{key}": value for key, value in values.items()}
         return result
 
     def factors(self, key: str | Parameter) -> Factors:
@@ -406,13 +576,14 @@ class KFACOptimizer(Optimizer):
             raise KeyError(
                 f"{key!r} names {len(owners)} layers of different models; give a parameter."
             )
-        if owners and "factor_weight" in self.state[owners[0].anchor]:
+        if owners and self._has_statistics(owners[0]):
             state = self.state[owners[0].anchor]
             return Factors.of(owners[0], state["input_factor"], state["grad_output_factor"])
         known = [layer.name for layer in self._layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 
-    def _update_factors(self) -> None:
+    def _update_factors(self) -> dict[Layer, Moments]:
+        """Fold the statistics since the last step; return what has no eigenbases yet."""
         if not self._ddp_known:
             self._ddp_group, self._ddp_known = data_parallel_group(self._parameters()), True
         unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
@@ -429,18 +600,53 @@ class KFACOptimizer(Optimizer):
             )
         if not pending:
             self._report_missing_loss(forward_seen, unknown_losses)
+        if not self._due(self._schedule.factor_update_interval):  # here for new layers alone
+            pending = {la: m for la, m in pending.items() if not self._has_statistics(la)}
+        self._report_uncompiled()
         loss_scale = calling_loss_scale() ** self._curvature.loss_scale_power
         for layer, moments in pending.items():
             state = self.state[layer.anchor]
-            moments.grad_output_sum /= loss_scale
-            fold_factors(state, layer, moments, form, self._schedule.ema_decay)
+            moments.scale_curvature(1 / loss_scale)
+            step = self.param_groups[0]["num_steps"]
+            fold_factors(state, layer, moments, form, self._schedule.ema_decay, step)
+        if not self._schedule.inverse.corrected:
+            return {}
+        bases = self._collector.bases
+        new = dict.fromkeys(b.layer for b in self._blocks if b not in bases)
+        known = [block for block in self._blocks if block.layer not in new]
+        self._update_second_moments(pending, known)
+        return {layer: pending.get(layer, Moments()) for layer in new}
+
+    def _start_second_moments(self, first: dict[Layer, Moments]) -> None:
+        """Fold the second moments of layers whose bases were not known when they were collected."""
+        blocks = [b for la in first for b in la.blocks if has_inverse(self.state[b.anchor])]
+        for layer, moments in first.items():
+            own = {b: bases_of(self.state[b.anchor]) for b in blocks if b.layer is layer}
+            moments.project({b: known for b, known in own.items() if known is not None})
+        self._update_second_moments(first, blocks)
+
+    def _update_second_moments(self, pending: dict[Layer, Moments], blocks: list[Block]) -> None:
+        values = {b: v for moments in pending.values() for b, v in moments.second_moments.items()}
+        if self._ddp_group is not None:
+            values = average_second_moments(values, blocks, self._ddp_group)
+        for block in blocks:
+            moments = pending.get(block.layer)
+            if moments is not None and block in values:
+                state, decay = self.state[block.anchor], self._schedule.ema_decay
+                fold_second_moments(state, values[block], moments.terms, decay)
+
+    def _report_uncompiled(self) -> None:
+        kind, interval = self._collector.uncompiled, self._schedule.factor_update_interval
+        cause = None if kind is None else uncompiled_cause(kind, interval)
+        if cause is not None:
+            self._warn("uncompiled", cause)
 
     def _report_missing_loss(self, forward_seen: bool, unknown_losses: set[str]) -> None:
         owned = [p for layer in self._layers for p in (layer.weight, layer.bias)]
         if not any(p is not None and p.grad is not None for p in owned):
             return
         cause = missing_statistics(forward_seen, unknown_losses)
-        if any("factor_weight" in self.state[layer.anchor] for layer in self._layers):
+        if any(self._has_statistics(layer) for layer in self._layers):
             self._warn("missing-loss", f"{cause} The step uses the curvature of earlier steps.")
         else:
             raise RuntimeError(f"KFACOptimizer: {cause}")
@@ -449,17 +655,19 @@ class KFACOptimizer(Optimizer):
         damping = {id(p): g["damping"] for g in self.param_groups for p in g["params"]}
         for block in blocks:
             layer_state, state = self.state[block.layer.anchor], self.state[block.anchor]
-            method = self._schedule.damping_method
-            refresh_inverse(state, layer_state, block, damping[id(block.anchor)], method)
+            form = self._schedule.inverse
+            if refresh_inverse(state, layer_state, block, damping[id(block.anchor)], form):
+                state["inverse_step"] = self.param_groups[0]["num_steps"]
 
-    def _directions(self) -> dict[Parameter, Tensor]:
+    def _directions(self, gradients: dict[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """Return the preconditioned gradients of the parameters in layers."""
         directions: dict[Parameter, Tensor] = {}
+        damping = {p: group["damping"] for group in self.param_groups for p in group["params"]}
         for block in self._blocks:
-            grads = [p.grad for p in block.parameters]
+            grads = [gradients.get(p) for p in block.parameters]
             if all(g is None for g in grads):
                 continue
-            inverse = inverse_of(self.state[block.anchor])
+            inverse = inverse_of(self.state[block.anchor], damping[block.anchor])
             if inverse is None:
                 self._warn(
                     f"uncaptured {block.layer.name}",
@@ -470,18 +678,26 @@ class KFACOptimizer(Optimizer):
                 continue
             products = precondition(inverse, block, grads)
             with_grad = zip(block.parameters, products, strict=True)
-            directions.update({p: d for p, d in with_grad if p.grad is not None})
+            directions.update({p: d for p, d in with_grad if p in gradients})
         return directions
 
     def _update_parameters(self) -> None:
-        directions = self._directions()
+        gradients = {
+            p: -p.grad if group["maximize"] else p.grad
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
+        directions = self._directions(gradients)
         lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         if directions and self._schedule.kl_clip is not None:
-            grads = [p.grad for p in directions if p.grad is not None]
+            grads = [gradients[p] for p in directions]
             lrs = [lr[p] for p in directions]
             values = list(directions.values())
             scale = kl_clip_scale(grads, values, lrs, self._schedule.kl_clip)
+            self._kl_clip_scale = scale
             directions = {p: d * scale.to(d.device, d.dtype) for p, d in directions.items()}
+        self._num_fallback = len(gradients) - len(directions)
         for group in self.param_groups:
             own = [p for p in group["params"] if p in directions]
             if own:
@@ -494,11 +710,9 @@ class KFACOptimizer(Optimizer):
                     lr=group["lr"],
                     momentum=momentum,
                     weight_decay=group["weight_decay"],
+                    foreach=group["foreach"] is not False,
                 )
-            rest = [p for p in group["params"] if p.grad is not None and p not in directions]
-            for p in rest:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(f"{self._names[id(p)]}: sparse gradients are unsupported.")
+            rest = [p for p in group["params"] if p in gradients and p not in directions]
             adamw_step(rest, self.state, group)
 
     def _momentum_buffer(self, p: Parameter) -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.factors import FactorForm, factor_dtype, fold
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.linalg.eigenbasis import rayleigh_quotients, refreshed_basis, rotated_eigenvalues
 from kfacopt.linalg.kronecker import (
     DampingMethod,
     DecompositionError,
@@ -21,19 +24,47 @@ from kfacopt.optim.statistics import Moments
 
 State = dict[str, Any]
 
+PreconditionerKind = Literal["kfac", "ekfac"]
+PRECONDITIONERS: tuple[PreconditionerKind, ...] = ("kfac", "ekfac")
+
 MAX_FAILURES = 3
 
-NO_INVERSE = -1  # an "inverse_step" that tells that the inverse is only there to be loaded into
+NO_INVERSE = -1  # an "inverse_step" that says that the inverse is only there to be loaded into
 
-# What a layer's state knows of its factors: their total weight, how many updates were tried, how many
-# of them were skipped as not finite, and the step of the last that was not.
-FACTOR_RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
+# An eigenbasis is left alone while the off-diagonal part of QᵀAQ is below that share of its norm.
+BASIS_TOLERANCE = 0.01
 
 # The state's keys for the sides of an inverse, by what they initialise.
 _INVERSES = {
     KroneckerProduct: ("grad_output_inverse", "input_inverse"),
     KroneckerEigendecomposition: ("grad_output_basis", "input_basis", "inverse_eigenvalues"),
 }
+_BASES = ("grad_output_basis", "input_basis")
+_CORRECTION = ("second_moments", "second_moment_weight")
+
+# What is known of a layer's factors: their total weight, how many updates were tried, how many of
+# these were skipped as not finite, and the step of the last that was not.
+_RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
+
+
+@dataclass(frozen=True)
+class InverseForm:
+    """How damped inverses are formed.
+
+    Attributes:
+        preconditioner: `"kfac"`, or `"ekfac"`: eigenbases and second moments in them.
+        method: K-FAC's damping, `"factored"` or `"exact"`; EKFAC's is always exact.
+        stored_dtype: The dtype that inverses and bases are kept in; `None` is the factors'.
+    """
+
+    preconditioner: PreconditionerKind
+    method: DampingMethod
+    stored_dtype: torch.dtype | None = None
+
+    @property
+    def corrected(self) -> bool:
+        """Whether eigenvalues are second moments of gradients."""
+        return self.preconditioner == "ekfac"
 
 
 def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
@@ -56,10 +87,16 @@ def discard_unfitting(states: MutableMapping[Tensor, Any], layer: Layer, form: F
     shapes = factor_shapes(layer, form)
     if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):
         return
+    inverses = chain.from_iterable(_INVERSES.values())
+    unfitting = (*shapes, *_RECORDS, "inverse_step", *inverses, *_CORRECTION)
     for p in (layer.weight, layer.bias):
-        for key in (*shapes, *FACTOR_RECORDS, "inverse_step", *chain.from_iterable(_INVERSES.values())):
-            if p is not None:
-                states.get(p, {}).pop(key, None)
+        if p is not None:
+            _forget(states.get(p, {}), unfitting)
+
+
+def _forget(state: State, keys: Iterable[str]) -> None:
+    for key in keys:
+        state.pop(key, None)
 
 
 def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
@@ -77,19 +114,44 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
     if "factor_weight" in state:
         return
     for name, shape in shapes.items():
-        state[name] = torch.zeros(shape, dtype=dtype, device=device)
+        state[name] = torch.zeros(shape, dtype=form.stored_dtype or dtype, device=device)
     state["factor_weight"] = torch.zeros((), dtype=dtype, device=device)
     state["factor_updates"] = 0
     state["skipped_updates"] = torch.zeros((), dtype=torch.int64, device=device)
     state["factor_step"] = torch.zeros((), dtype=torch.int64, device=device)
 
 
+def _fold_finite(
+    state: State,
+    weight_key: str,
+    values: dict[str, Tensor],
+    terms: Tensor | float,
+    ema_decay: float,
+) -> Tensor:
+    """Move running averages of one weight to include new values, unless any is not finite.
+
+    Nothing is synchronised with the device: values that are not finite get the weight 0.
+
+    Returns:
+        Whether they were included, on the device.
+    """
+    total = state[weight_key]
+    weight = torch.as_tensor(terms).to(total)
+    finite = weight.isfinite() & (weight > 0)
+    for value in values.values():
+        finite = finite & value.isfinite().all()
+    weight = torch.where(finite, weight, 0.0)
+    total.copy_(torch.where(finite, ema_decay * total + weight, total))
+    safe_total = torch.where(total > 0, total, 1.0)
+    for name, value in values.items():
+        fold(state[name], torch.where(finite, value, state[name]), weight, safe_total)
+    return finite
+
+
 def fold_factors(
     state: State, layer: Layer, moments: Moments, form: FactorForm, ema_decay: float, step: int
 ) -> None:
     """Move a layer's running factors to include new statistics, unless these are not finite.
-
-    Nothing is synchronised with the device: a non-finite statistic gets the weight 0.
 
     Args:
         state: The optimizer's state of the layer's anchor parameter.
@@ -100,34 +162,49 @@ def fold_factors(
         step: The number of the step, to be remembered.
     """
     initialise_factors(state, layer, form)
-    A, G, terms = moments.factors()
-    total = state["factor_weight"]
-    terms = terms.to(total)
-    finite = A.isfinite().all() & G.isfinite().all() & terms.isfinite() & (terms > 0)
-    weight = torch.where(finite, terms, 0.0)
-    total.copy_(torch.where(finite, ema_decay * total + weight, total))
-    safe_total = torch.where(total > 0, total, 1.0)
-    for name, value in (("input_factor", A), ("grad_output_factor", G)):
-        fold(state[name], torch.where(finite, value, state[name]), weight, safe_total)
+    A, G = moments.factors()
+    values = {"input_factor": A, "grad_output_factor": G}
+    folded = _fold_finite(state, "factor_weight", values, moments.terms, ema_decay)
     state["factor_updates"] += 1
-    state["skipped_updates"] += ~finite
-    state["factor_step"].copy_(torch.where(finite, step, state["factor_step"]))
+    state["skipped_updates"] += ~folded
+    state["factor_step"].copy_(torch.where(folded, step, state["factor_step"]))
+
+
+def fold_second_moments(
+    state: State, value: Tensor, terms: Tensor | float, ema_decay: float
+) -> None:
+    """Move a block's second moments in its eigenbasis to include new ones, if these are finite.
+
+    Args:
+        state: The optimizer's state of the block's anchor parameter.
+        value: Λ `[B, d_out, d_in]`, in the basis that the state has.
+        terms: The number of terms of the loss that it stems from.
+        ema_decay: The decay of earlier ones.
+    """
+    _fold_finite(state, "second_moment_weight", {"second_moments": value}, terms, ema_decay)
+
+
+def bases_of(state: State) -> Bases | None:
+    """Return a block's eigenbases Q_G and Q_A if its second moments are kept, else `None`."""
+    if "second_moments" not in state or not has_inverse(state):
+        return None
+    return state.get("grad_output_basis"), state.get("input_basis")
 
 
 def refresh_inverse(
-    state: State, layer_state: State, block: Block, damping: float, method: DampingMethod
+    state: State, layer_state: State, block: Block, damping: float, form: InverseForm
 ) -> bool:
-    """Recompute a block's damped inverse from its layer's running factors.
+    """Recompute a block's damped inverse, or its eigenbases, from its layer's running factors.
 
     Args:
         state: The optimizer's state of the block's anchor parameter.
         layer_state: That of the layer's anchor parameter.
         block: The block.
         damping: δ.
-        method: `"factored"` or `"exact"`.
+        form: How inverses are formed.
 
     Returns:
-        Whether there is a new inverse.
+        Whether there is a new one.
 
     Raises:
         DecompositionError: If there is no earlier inverse to go on with, or after more than
@@ -135,38 +212,89 @@ def refresh_inverse(
     """
     if "factor_weight" not in layer_state or not bool(layer_state["factor_weight"] > 0):
         return False
-    A = block.input_factor(layer_state["input_factor"])
-    product = KroneckerProduct(layer_state["grad_output_factor"], A)
+    dtype = factor_dtype(layer_state["input_factor"].dtype)
+    A = block.input_factor(layer_state["input_factor"]).to(dtype)
+    product = KroneckerProduct(layer_state["grad_output_factor"].to(dtype), A)
     try:
-        inverse = product.inverse(damping, method)
+        if form.corrected:
+            _refresh_bases(state, layer_state, product, form)
+        else:
+            _store_inverse(state, product.inverse(damping, form.method), form)
     except DecompositionError as error:
         state["inverse_failures"] = state.get("inverse_failures", 0) + 1
-        if inverse_of(state) is None or state["inverse_failures"] > MAX_FAILURES:
+        if not has_inverse(state) or state["inverse_failures"] > MAX_FAILURES:
             raise DecompositionError(
                 f"layer {block.layer.name!r}: {error} ({state['inverse_failures']} failures in a "
                 f"row, damping {damping}). Raise damping, or use float64 parameters."
             ) from error
         return False
     state["inverse_failures"] = 0
-    for keys in _INVERSES.values():
-        for key in keys:
-            state.pop(key, None)
-    for key, value in zip(_INVERSES[type(inverse)], vars(inverse).values(), strict=True):
-        if value is not None:
-            state[key] = value
     return True
 
 
-def inverse_of(state: State) -> KroneckerProduct | KroneckerEigendecomposition | None:
-    """Return a block's damped inverse from its state, or `None` if there is none yet."""
-    if state.get("inverse_step", 0) == NO_INVERSE:
+def _store_inverse(
+    state: State, inverse: KroneckerProduct | KroneckerEigendecomposition, form: InverseForm
+) -> None:
+    _forget(state, (*chain.from_iterable(_INVERSES.values()), *_CORRECTION))
+    for key, value in zip(_INVERSES[type(inverse)], vars(inverse).values(), strict=True):
+        if value is not None:
+            state[key] = value.to(form.stored_dtype or value.dtype)
+
+
+def _refresh_bases(
+    state: State, layer_state: State, product: KroneckerProduct, form: InverseForm
+) -> None:
+    """Follow the factors with the eigenbases, and the bases with the second moments.
+
+    Before there are second moments, K-FAC's eigenvalues stand for them, with the weight 0.
+    """
+    sides = (product.grad_output_factor, product.input_factor)
+    old = bases_of(state)
+    known = (None, None) if old is None else old
+    found = [refreshed_basis(f, q, BASIS_TOLERANCE) for f, q in zip(sides, known, strict=True)]
+    if form.stored_dtype is not None:
+        found = [q if q is None else q.to(form.stored_dtype) for q in found]
+    new = (found[0], found[1])
+    stored = layer_state["input_factor"].dtype
+    if old is not None:
+        moments = state["second_moments"].to(product.dtype)
+        state["second_moments"] = rotated_eigenvalues(moments, old, new).to(stored)
+    else:
+        quotients = [rayleigh_quotients(f, q) for f, q in zip(sides, new, strict=True)]
+        eigenvalues = quotients[0].unsqueeze(-1) * quotients[1].unsqueeze(-2)
+        state["second_moments"] = eigenvalues.to(stored)
+        state["second_moment_weight"] = torch.zeros_like(layer_state["factor_weight"])
+    _forget(state, chain.from_iterable(_INVERSES.values()))
+    state.update({key: q for key, q in zip(_BASES, new, strict=True) if q is not None})
+
+
+def has_inverse(state: State) -> bool:
+    """Tell whether a block's state has what a damped inverse is made of."""
+    if state.get("inverse_step") == NO_INVERSE:
+        return False
+    return any(key in state for key in ("input_inverse", "inverse_eigenvalues", "second_moments"))
+
+
+def inverse_of(
+    state: State, damping: float
+) -> KroneckerProduct | KroneckerEigendecomposition | None:
+    """Return a block's damped inverse from its state, or `None` if there is none yet.
+
+    Args:
+        state: The optimizer's state of the block's anchor parameter.
+        damping: δ, which EKFAC adds to its second moments here; K-FAC's inverse has it inside.
+    """
+    if not has_inverse(state):
         return None
     if "input_inverse" in state:
         return KroneckerProduct(state["grad_output_inverse"], state["input_inverse"])
-    if "inverse_eigenvalues" in state:
-        bases = (state.get("grad_output_basis"), state.get("input_basis"))
-        return KroneckerEigendecomposition(*bases, state["inverse_eigenvalues"])
-    return None
+    if "second_moments" in state:
+        moments = state["second_moments"]
+        eigenvalues = (moments.to(factor_dtype(moments.dtype)) + damping).reciprocal()
+    else:
+        eigenvalues = state["inverse_eigenvalues"]
+    basis_g, basis_a = state.get("grad_output_basis"), state.get("input_basis")
+    return KroneckerEigendecomposition(basis_g, basis_a, eigenvalues)
 
 
 def precondition(
@@ -176,6 +304,8 @@ def precondition(
 ) -> list[Tensor]:
     """Return the damped inverse times the gradients of a block's parameters.
 
+    It is multiplied in the precision that the inverse is kept in, but at least float32.
+
     Args:
         inverse: The block's damped inverse.
         block: The block.
@@ -184,7 +314,8 @@ def precondition(
     Returns:
         Tensors of the shapes and dtypes of the block's parameters.
     """
-    dtype = factor_dtype(block.anchor.dtype)
+    inverse = inverse.widened()
+    dtype = inverse.dtype
     filled = [
         torch.zeros_like(p, dtype=dtype) if g is None else g.to(dtype)
         for p, g in zip(block.parameters, grads, strict=True)

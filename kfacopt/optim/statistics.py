@@ -12,8 +12,8 @@ for a gradient penalty or an attack) do not count.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ from kfacopt.kfac.capture import (
     record_use,
     would_be_gradients,
 )
+from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.factors import FactorForm, grad_output_moment, input_moment
-from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers import Block, Layer
 from kfacopt.likelihoods import FisherType, Likelihood, UnsupportedLossError, widened
 from kfacopt.optim.compilation import (
     is_called_from_compiled_code,
@@ -51,6 +52,21 @@ from kfacopt.optim.loss_probe import (
 
 
 @dataclass
+class UnprojectedGradients:
+    """What second moments will be computed from, once there is a basis to compute them in.
+
+    Attributes:
+        uses: The uses of a layer in one forward pass.
+        grads: For each use the gradient by the layer's output.
+        scale: The factor of the second moments.
+    """
+
+    uses: list[LayerUse]
+    grads: list[Tensor]
+    scale: Tensor | float
+
+
+@dataclass
 class Moments:
     """What one layer's statistics since the last step add up to.
 
@@ -59,12 +75,16 @@ class Moments:
         rows: How many vectors it sums.
         grad_output_sum: Σ g gᵀ.
         terms: How many terms of the loss they stem from, a scalar tensor.
+        second_moments: For EKFAC, Λ of each block whose eigenbases were known.
+        unprojected: For EKFAC, what Λ of the layer's other blocks follows from.
     """
 
     input_sum: Tensor | float = 0.0
     rows: int = 0
     grad_output_sum: Tensor | float = 0.0
     terms: Tensor | float = 0.0
+    second_moments: dict[Block, Tensor] = field(default_factory=dict)
+    unprojected: list[UnprojectedGradients] = field(default_factory=list)
 
     def add(self, other: Moments) -> None:
         """Add another record's sums."""
@@ -72,11 +92,34 @@ class Moments:
         self.rows += other.rows
         self.grad_output_sum = self.grad_output_sum + other.grad_output_sum
         self.terms = self.terms + other.terms
+        for block, value in other.second_moments.items():
+            self.add_second_moments(block, value)
+        self.unprojected += other.unprojected
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return A, G and the number of terms."""
+    def add_second_moments(self, block: Block, value: Tensor) -> None:
+        """Add to Λ of a block."""
+        known = self.second_moments.get(block)
+        self.second_moments[block] = value if known is None else known + value
+
+    def scale_curvature(self, factor: Tensor | float) -> None:
+        """Multiply all that is quadratic in the gradients."""
+        self.grad_output_sum = self.grad_output_sum * factor
+        self.second_moments = {b: value * factor for b, value in self.second_moments.items()}
+        for entry in self.unprojected:
+            entry.scale = entry.scale * factor
+
+    def project(self, blocks: Mapping[Block, Bases]) -> None:
+        """Compute Λ of blocks whose eigenbases have become known since, and let go of the rest."""
+        for block, bases in blocks.items():
+            for entry in self.unprojected:
+                value = block_second_moments(block, entry.uses, entry.grads, bases)
+                self.add_second_moments(block, value * entry.scale)
+        self.unprojected = []
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and G."""
         A, G = (torch.as_tensor(x) for x in (self.input_sum, self.grad_output_sum))
-        return A / self.rows, G, torch.as_tensor(self.terms)
+        return A / self.rows, G
 
 
 @dataclass(frozen=True)
@@ -88,12 +131,14 @@ class CurvatureOptions:
         mc_samples: Labels drawn for each datum.
         form: How factors are formed.
         likelihood: The stated loss at the model's output; `None` recognises it.
+        corrected: Whether second moments are collected in the layers' eigenbases, too.
     """
 
     fisher_type: FisherType
     mc_samples: int
     form: FactorForm
     likelihood: Likelihood | None
+    corrected: bool = False
 
     @property
     def loss_scale_power(self) -> int:
@@ -115,6 +160,12 @@ class StatisticsCollector:
         modules: All modules that contain any trained parameter, with their names.
         options: Which curvature is collected.
         generator: Draws labels.
+
+    Attributes:
+        generator: As above.
+        uncompiled: The kind of the module that was called with hooks from compiled code, if any.
+        bases: The blocks' eigenbases, as far as they are known; read where second moments are
+            collected.
     """
 
     def __init__(
@@ -124,7 +175,8 @@ class StatisticsCollector:
         options: CurvatureOptions,
         generator: Generator,
     ) -> None:
-        self._options, self._generator = options, generator
+        self._options, self.generator = options, generator
+        self.bases: Mapping[Block, Bases] = {}
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._task = -1  # of the user's backward pass that runs
         self._mode: LossCallMode | None = None
@@ -317,7 +369,7 @@ class StatisticsCollector:
         options, likelihood, z = self._options, call.likelihood, widened(call.output)
         uses = [use for p in passes for use in p.uses]
         weights = likelihood.curvature_weights(z, call.target, upstream)
-        sampling = (options.fisher_type, options.mc_samples, self._generator)
+        sampling = (options.fisher_type, options.mc_samples, self.generator)
         terms = likelihood.num_terms(z, call.target)
         share = self._share(terms)
         reached: set[LayerUse] = set()
@@ -327,8 +379,7 @@ class StatisticsCollector:
             reached.update(by_use)
             for p in passes:
                 for layer, own in group_by_layer(u for u in p.uses if u in by_use).items():
-                    moment = grad_output_moment(layer, own, [by_use[u] for u in own], options.form)
-                    self._candidate(layer).grad_output_sum += moment * share
+                    self._count_gradients(layer, own, [by_use[u] for u in own], share)
         for p in passes:
             self._count_inputs([u for u in p.uses if u in reached])
         for layer in group_by_layer(u for u in uses if u in reached):
@@ -379,11 +430,25 @@ class StatisticsCollector:
             return
         scale, terms = entry.scale_and_terms()
         grads = [entry.grads.pop(u) for u in own]
-        moment = grad_output_moment(layer, own, grads, self._options.form)
-        candidate = self._candidate(layer)
-        candidate.grad_output_sum += moment / scale * self._share(terms)
-        candidate.terms += terms
+        self._count_gradients(layer, own, grads, self._share(terms) / scale)
+        self._candidate(layer).terms += terms
         self._count_inputs(own)
+
+    def _count_gradients(
+        self, layer: Layer, own: list[LayerUse], grads: list[Tensor], scale: Tensor | float
+    ) -> None:
+        """Count the gradients by the outputs of a layer's uses in one forward pass."""
+        candidate = self._candidate(layer)
+        moment = grad_output_moment(layer, own, grads, self._options.form)
+        candidate.grad_output_sum += moment * scale
+        if not self._options.corrected:
+            return
+        if any(block not in self.bases for block in layer.blocks):
+            candidate.unprojected.append(UnprojectedGradients(own, grads, scale))
+            return
+        for block in layer.blocks:
+            value = block_second_moments(block, own, grads, self.bases[block])
+            candidate.add_second_moments(block, value * scale)
 
     def _count_inputs(self, uses: Iterable[LayerUse]) -> None:
         """Count the inputs of uses of one forward pass once, however many losses reach them."""
@@ -418,7 +483,7 @@ class StatisticsCollector:
         likelihood = self._options.likelihood
         if likelihood is not None and likelihood.reduction == "mean":
             for moments in pending.values():
-                moments.grad_output_sum = moments.grad_output_sum / moments.terms
+                moments.scale_curvature(1 / moments.terms)
         self.clear()
         return pending
 

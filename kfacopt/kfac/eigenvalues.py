@@ -1,0 +1,115 @@
+"""The second moments of per-datum gradients in a Kronecker-factored eigenbasis (EKFAC).
+
+For a layer z = W a the gradient of datum n (and vector v) is Γ = Σ_s g_s a_sᵀ. In the bases Q_G and
+Q_A its second moments are
+
+    Λ = Σ_{n,v} (Q_Gᵀ Γ_{n,v} Q_A)²    (entry by entry),
+
+the diagonal of (Q_G ⊗ Q_A)ᵀ F (Q_G ⊗ Q_A), and so the best that any diagonal can do in that basis
+in the Frobenius norm. Γ is that of the true gradient for expand and for reduce alike.
+
+References:
+    George et al. (2018), https://arxiv.org/abs/1806.03884, Eqs. 6 and 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfacopt.kfac.capture import LayerUse
+from kfacopt.kfac.factors import factor_dtype, input_rows
+from kfacopt.kfac.layers import Block, layer_grad_outputs
+from kfacopt.linalg.kronecker import multiply_left, multiply_right
+
+# How many entries the gradients of the data of one chunk may have.
+CHUNK_ENTRIES = 2**24
+
+Bases = tuple[Tensor | None, Tensor | None]
+
+
+def block_second_moments(
+    block: Block, uses: Sequence[LayerUse], grads: Sequence[Tensor], bases: Bases
+) -> Tensor:
+    """Return Λ `[B, d_out, d_in]` of a block, over the uses of its layer in one forward pass.
+
+    Args:
+        block: W, b or [W | b] of a layer.
+        uses: The layer's uses; one datum's gradient is the sum over all of them.
+        grads: For each use the gradient by the layer's output.
+        bases: Q_G `[B, d_out, d_out]` and Q_A `[B, d_in, d_in]`; `None` is the identity.
+    """
+    dtype = factor_dtype(block.anchor.dtype)
+    inputs, outputs = [], []
+    for use, grad in zip(uses, grads, strict=True):
+        g = layer_grad_outputs(use.module, grad.to(dtype))
+        if block.weight is not None:
+            a = input_rows(block.layer, use, reduce=False)[0]
+        else:  # 1 where the module adds this b; modules may share W alone
+            own = use.module._parameters.get("bias") is block.bias
+            a = g.new_full((*g.shape[:-1], 1), float(own))
+        inputs.append(a)
+        outputs.append(g)
+    if len({g.shape[1] for g in outputs}) == 1:  # else the uses have no data in common
+        inputs, outputs = [torch.cat(inputs, dim=2)], [torch.cat(outputs, dim=2)]
+    moments = [gradient_second_moments(g, a, bases) for g, a in zip(outputs, inputs, strict=True)]
+    return torch.stack(moments).sum(0)
+
+
+def gradient_second_moments(g: Tensor, a: Tensor, bases: Bases) -> Tensor:
+    """Return Σ_n (Q_Gᵀ (Σ_s g_ns a_nsᵀ) Q_A)² `[B, d_out, d_in]`.
+
+    With one position the square factorises, and Λ is one matrix product. With S positions it is
+    Σ_{s,s'} of products of entries of g and of products of entries of a, a matrix product over
+    S (S + 1) / 2 pairs; where these are more numbers than the gradients of the data, the gradients
+    are formed, for as many data at a time as `CHUNK_ENTRIES` allows.
+
+    Args:
+        g: Output gradients `[B, N, S, d_out]`.
+        a: Inputs `[B, N, S, d_in]`.
+        bases: Q_G and Q_A; `None` is the identity.
+    """
+    S, d_out, d_in = g.shape[2], g.shape[-1], a.shape[-1]
+    pairs = S * (S + 1) // 2
+    entries = min(pairs * (d_out + d_in), d_out * d_in) if S > 1 else S * (d_out + d_in)
+    chunk = max(1, CHUNK_ENTRIES // (max(entries, 1) * g.shape[0]))
+    total = g.new_zeros(g.shape[0], d_out, d_in)
+    for g_n, a_n in zip(g.split(chunk, dim=1), a.split(chunk, dim=1), strict=True):
+        if S == 1 or pairs * (d_out + d_in) <= d_out * d_in:
+            g_q, a_q = _rotated(g_n, bases[0]), _rotated(a_n, bases[1])
+            total += _pair_products(g_q).mT @ _pair_products(a_q, weighted=True)
+        else:
+            total += _rotated_gradients(g_n, a_n, bases).square().sum(1)
+    return total
+
+
+def _rotated(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """Return rows `[B, n, S, d]` times Q `[B, d, d]`."""
+    if basis is None:
+        return rows
+    rotated = rows.flatten(1, 2) @ basis.to(rows.dtype)
+    return rotated.reshape(rows.shape)
+
+
+def _pair_products(rows: Tensor, weighted: bool = False) -> Tensor:
+    """Return x_s x_s' `[B, n · pairs, d]` for s ≤ s'; weighted, those with s < s' count twice."""
+    S = rows.shape[2]
+    if S == 1:
+        return rows.flatten(1, 2).square()
+    first, second = torch.triu_indices(S, S, device=rows.device)
+    products = rows[:, :, first] * rows[:, :, second]
+    if weighted:
+        products = products * torch.where(first == second, 1.0, 2.0).to(rows).unsqueeze(-1)
+    return products.flatten(1, 2)
+
+
+def _rotated_gradients(g: Tensor, a: Tensor, bases: Bases) -> Tensor:
+    """Return Q_Gᵀ (Σ_s g aᵀ) Q_A `[B, n, d_out, d_in]`, rotating what takes fewer operations."""
+    S, d_out, d_in = g.shape[2], g.shape[-1], a.shape[-1]
+    if S * (d_out**2 + d_in**2) < d_out * d_in * (d_out + d_in):
+        return _rotated(g, bases[0]).mT @ _rotated(a, bases[1])
+    basis_g, basis_a = (None if q is None else q.to(g.dtype).unsqueeze(1) for q in bases)
+    gradients = multiply_left(None if basis_g is None else basis_g.mT, g.mT @ a)
+    return multiply_right(gradients, basis_a)

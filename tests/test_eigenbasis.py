@@ -1,0 +1,112 @@
+"""Eigenbases that follow a factor, and eigenvalues that follow the bases."""
+
+import pytest
+import torch
+
+from kfacopt.linalg import eigenbasis
+from kfacopt.linalg.eigenbasis import (
+    off_diagonal_share,
+    rayleigh_quotients,
+    refreshed_basis,
+    rotated_eigenvalues,
+)
+from kfacopt.linalg.kronecker import DecompositionError
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+TOLERANCE = 1e-12
+SHARE = 0.01
+SIDE = 12
+
+
+def factor(seed=0, side=SIDE, blocks=2, rank=None):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(blocks, side, rank or side, generator=generator)
+    spectrum = torch.logspace(0, -3, rank or side)
+    return (root * spectrum) @ root.mT
+
+
+def orthonormal(side=SIDE, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(2, side, side, generator=generator))[0]
+
+
+def test_the_first_basis_is_that_of_the_eigenvectors():
+    A = factor()
+    Q = refreshed_basis(A, None, SHARE)
+    assert torch.allclose(Q.mT @ Q, torch.eye(SIDE).expand(2, -1, -1), atol=TOLERANCE)
+    assert (off_diagonal_share(Q.mT @ A @ Q) < TOLERANCE).all()
+
+
+def test_a_basis_that_still_fits_is_left_alone():
+    A = factor()
+    Q = refreshed_basis(A, None, SHARE)
+    nearby = A + 1e-3 * A.norm() * orthonormal()[:, :1].mT @ orthonormal()[:, :1]
+    assert 0 < off_diagonal_share(Q.mT @ nearby @ Q).max() < SHARE
+    assert refreshed_basis(nearby, Q, SHARE) is Q
+
+
+def test_orthogonal_iteration_follows_a_changed_factor(monkeypatch):
+    """Each refresh diagonalises better; enough of them reach the tolerance."""
+    A, Q = factor(1), refreshed_basis(factor(0), None, SHARE)
+    monkeypatch.setattr(eigenbasis, "MAX_ITERATIONS", 1)
+    shares = [off_diagonal_share(Q.mT @ A @ Q).max()]
+    for _ in range(12):
+        Q = refreshed_basis(A, Q, SHARE)
+        assert torch.allclose(Q.mT @ Q, torch.eye(SIDE).expand(2, -1, -1), atol=TOLERANCE)
+        shares.append(off_diagonal_share(Q.mT @ A @ Q).max())
+    assert shares[0] > 0.3
+    assert shares[1] < shares[0]
+    assert shares[-1] <= SHARE
+    values = rayleigh_quotients(A, Q)
+    exact = torch.linalg.eigvalsh(A).flip(-1)
+    # Of eigenvalues that the tolerance resolves: the error is quadratic in the share.
+    assert torch.allclose(values[:, :4], exact[:, :4], rtol=SHARE)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_factors_without_full_rank(rank):
+    A, Q = factor(1, rank=rank), refreshed_basis(factor(0), None, SHARE)
+    for _ in range(4):
+        Q = refreshed_basis(A, Q, SHARE)
+    assert torch.allclose(Q.mT @ Q, torch.eye(SIDE).expand(2, -1, -1), atol=TOLERANCE)
+    assert (off_diagonal_share(Q.mT @ A @ Q) <= SHARE).all()
+    zero = torch.zeros_like(A)
+    assert refreshed_basis(zero, Q, SHARE) is Q
+
+
+def test_diagonal_factors_have_no_basis_and_bad_ones_raise():
+    assert refreshed_basis(torch.rand(2, 5), None, SHARE) is None
+    bad = factor()
+    bad[0, 0, 0] = torch.nan
+    for basis in (None, orthonormal()):
+        with pytest.raises(DecompositionError, match="NaN or infinite"):
+            refreshed_basis(bad, basis, SHARE)
+
+
+@pytest.mark.parametrize("change", ["both", "one", "none"])
+@pytest.mark.parametrize("identity", [False, True])
+def test_eigenvalues_become_the_diagonal_in_the_new_basis(change, identity):
+    values = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    old = (orthonormal(4, 1), None if identity else orthonormal(5, 2))
+    new_g = old[0] if change == "none" else orthonormal(4, 3)
+    new_a = old[1] if identity or change != "both" else orthonormal(5, 4)
+    rotated = rotated_eigenvalues(values, old, (new_g, new_a))
+    eye = torch.eye(5)
+    for b in range(2):
+        Q, P = (
+            torch.kron(g[b].contiguous(), (eye if a is None else a[b]).contiguous())
+            for g, a in (old, (new_g, new_a))
+        )
+        matrix = Q @ torch.diag(values[b].flatten()) @ Q.T
+        expected = (P.T @ matrix @ P).diagonal().reshape(4, 5)
+        assert torch.allclose(rotated[b], expected, atol=TOLERANCE)
+    if change == "none":
+        assert torch.equal(rotated, values)
+
+
+def test_a_reordered_basis_permutes_the_eigenvalues():
+    values, Q = torch.rand(2, 4, 5), (orthonormal(4, 1), orthonormal(5, 2))
+    order = torch.tensor([3, 1, 0, 2])
+    rotated = rotated_eigenvalues(values, Q, (Q[0][..., order], Q[1]))
+    assert torch.allclose(rotated, values[:, order], atol=TOLERANCE)
