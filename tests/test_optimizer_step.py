@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kfacopt import EKFACLinearOperator, KFACLinearOperator, KFACOptimizer
+from kfacopt import EKFACLinearOperator, KFACLinearOperator, KFACOptimizer, KFACWarning
 from kfacopt.linalg.kronecker import DecompositionError
 
 pytestmark = pytest.mark.usefixtures("float64")

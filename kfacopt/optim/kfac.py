@@ -29,12 +29,13 @@ from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 from kfacopt.optim.distributed import (
     average_moments,
     average_second_moments,
-    data_parallel_group,
+    data_parallel_wrapper,
+    group_of,
 )
 from kfacopt.optim.fallback import adamw_step
 from kfacopt.optim.initial_state import complete_state, is_initialisation, state_shapes
 from kfacopt.optim.loss_scale import calling_loss_scale
-from kfacopt.optim.messages import log_layers, missing_statistics, uncompiled_cause
+from kfacopt.optim.messages import log_layers, log_new_layer, missing_statistics, uncompiled_cause
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.monitoring import Scalars, block_statistics
 from kfacopt.optim.preconditioner import (
@@ -304,7 +305,9 @@ class KFACOptimizer(Optimizer):
         self._skipped_steps = self._num_fallback = 0
         self._kl_clip_scale: Tensor | None = None
         self._labels_before: Tensor | None = None
+        self._waiting = False
         self._ddp_known = False
+        self._ddp_wrapper: weakref.ref[Any] | None = None
         self._ddp_group: Any = None
 
     # Groups and modules ------------------------------------------------------------------------
@@ -491,7 +494,10 @@ class KFACOptimizer(Optimizer):
         if self._only_initialises() or not self._has_finite_gradients():
             return result
         first: dict[Layer, Moments] = {}
-        if self._collector.active:  # at an interval's start, and when layers are new
+        due = self._due(self._schedule.factor_update_interval)
+        # Layers that became new after the forward pass have to wait for the next one.
+        self._waiting = self._collector.active and not (due or self._collector.forward_seen)
+        if self._collector.active and not self._waiting:  # where due, and when layers are new
             first = self._update_factors()
         if self._due(self._schedule.inverse_update_interval):
             self._update_inverses(self._blocks)
@@ -505,7 +511,7 @@ class KFACOptimizer(Optimizer):
             self._generator.set_state(self._labels_before)
         for group in self.param_groups:
             group["num_steps"] += 1
-        self._watch(self._due(self._schedule.factor_update_interval))
+        self._watch(self._waiting or self._due(self._schedule.factor_update_interval))
         return result
 
     def _only_initialises(self) -> bool:
@@ -585,7 +591,9 @@ class KFACOptimizer(Optimizer):
     def _update_factors(self) -> dict[Layer, Moments]:
         """Fold the statistics since the last step; return what has no eigenbases yet."""
         if not self._ddp_known:
-            self._ddp_group, self._ddp_known = data_parallel_group(self._parameters()), True
+            self._ddp_wrapper, self._ddp_known = data_parallel_wrapper(self._parameters()), True
+        wrapper = None if self._ddp_wrapper is None else self._ddp_wrapper()
+        self._ddp_group = None if wrapper is None else group_of(wrapper)
         unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
         ignored = self._collector.unknown_objectives
         pending = self._collector.finish()
@@ -668,6 +676,9 @@ class KFACOptimizer(Optimizer):
             if all(g is None for g in grads):
                 continue
             inverse = inverse_of(self.state[block.anchor], damping[block.anchor])
+            if inverse is None and self._waiting:
+                log_new_layer(block.layer)
+                continue
             if inverse is None:
                 self._warn(
                     f"uncaptured {block.layer.name}",

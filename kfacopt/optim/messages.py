@@ -38,6 +38,11 @@ def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorFor
                 )
 
 
+def log_new_layer(layer: Layer) -> None:
+    """Log that a layer was not yet known in the forward pass that its gradient comes from."""
+    logger.info("layer %r is new since the forward pass; AdamW makes its first step", layer.name)
+
+
 def uncompiled_cause(module: type[nn.Module], interval: int) -> str | None:
     """Say why `torch.compile` has no effect at all, or return `None` where it has.
 

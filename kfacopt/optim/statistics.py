@@ -33,6 +33,7 @@ from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.factors import FactorForm, grad_output_moment, input_moment
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.likelihoods import FisherType, Likelihood, UnsupportedLossError, widened
+from kfacopt.optim.activation_checkpointing import refuse_reentrant_checkpointing
 from kfacopt.optim.compilation import (
     is_called_from_compiled_code,
     leave_hooks_uncompiled,
@@ -277,6 +278,8 @@ class StatisticsCollector:
         outermost, forward_pass, parents = self._outermost
         if not torch._C._are_functorch_transforms_active():
             for layer in self._layers_of.get(id(module), ()):
+                if not torch.is_grad_enabled():
+                    refuse_reentrant_checkpointing(layer.name)
                 use = record_use(layer, module, args, kwargs, output)
                 if use is not None:
                     forward_pass.uses.append(use)
