@@ -13,6 +13,10 @@ from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 from kfacopt import KFACLinearOperator, KFACOptimizer, KFACWarning
 
 STEPS = 6
+# Beside a run in float64: rounding of three steps in float32. EKFAC depends on the bases within the
+# factors' null spaces (8 data, 7 and 8 dimensions), which rounding alone chooses.
+MOVED_TOLERANCE = {"kfac": 1e-4, "ekfac": 1e-2}
+BFLOAT16_TOLERANCE = 0.1
 
 
 # Schedulers ---------------------------------------------------------------------------------------
@@ -281,7 +285,7 @@ def test_a_model_moved_to_another_dtype_goes_on(after, preconditioner):
     state = optimizers[0].state[model.head.weight]
     assert state["input_factor"].dtype == wide
     assert state["momentum_buffer"].dtype == after
-    tolerance = 1e-4 if after == torch.float64 else 0.1
+    tolerance = MOVED_TOLERANCE[preconditioner] if after == torch.float64 else BFLOAT16_TOLERANCE
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         assert p.dtype == after
         assert torch.allclose(p.double(), q.double(), atol=tolerance)
@@ -299,7 +303,7 @@ def test_parameters_of_every_precision_train(dtype):
         loss = F.cross_entropy(model(X.to(dtype)), LABELS)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert optimizer.factors("first").grad_output_factor.dtype == expected
@@ -347,6 +351,7 @@ def test_in_place_activations_and_users_backward_hooks():
     assert_equal_models(model, plain)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 def test_a_users_own_functional_transforms_leave_no_trace():
     model, alone = Network(), Network()
     optimizer = KFACOptimizer(model.parameters())

@@ -423,8 +423,8 @@ class KFACOptimizer(Optimizer):
         store_generator(self.state, self._layers, self._generator)
 
     def _resume(self) -> None:
-        restore_generator(self.state, self._generator)
         self._collector.clear()
+        restore_generator(self.state, self._generator)
         new = not all(self._has_statistics(layer) for layer in self._layers)
         self._watch(new or self._due(self._schedule.factor_update_interval))
 

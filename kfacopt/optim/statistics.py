@@ -189,6 +189,9 @@ class StatisticsCollector:
                 self._layers_of.setdefault(id(module), []).append(layer)
         self._modules = [(name, weakref.ref(module)) for name, module in modules]
         self._handles: list[Any] = []
+        # The generator's state before the first label of a step and of a backward pass was drawn.
+        self._labels_of_step: Tensor | None = None
+        self._labels_of_task: Tensor | None = None
         weakref.finalize(self, remove_hooks, self._handles)
         self.clear()
         self.active = True
@@ -214,7 +217,9 @@ class StatisticsCollector:
         return [(name, module) for name, module in living if module is not None]
 
     def clear(self) -> None:
-        """Forget all statistics since the last step."""
+        """Forget all statistics since the last step, and take back the labels drawn for them."""
+        self._rewind(self._labels_of_step)
+        self._labels_of_step = None
         self._pending: dict[Layer, Moments] = {}
         self.unknown_losses: set[str] = set()
         self.unknown_objectives: set[str] = set()
@@ -223,10 +228,16 @@ class StatisticsCollector:
 
     def _start_task(self, task: int) -> None:
         """Forget what belongs to one backward pass of the user's alone."""
+        self._rewind(self._labels_of_task)
+        self._labels_of_task = None
         self._task = task
         self._candidates: dict[Layer, Moments] = {}
         self._empirical: list[EmpiricalPass] = []
         self._counted: set[LayerUse] = set()
+
+    def _rewind(self, state: Tensor | None) -> None:
+        if state is not None:
+            self.generator.set_state(state)
 
     # Hooks -----------------------------------------------------------------------------------
 
@@ -361,6 +372,10 @@ class StatisticsCollector:
             # GradScaler skipped) take their statistics along.
             kept = {la: m for la, m in self._pending.items() if la.anchor.grad is not None}
             self._pending = kept
+            if not kept:
+                self._rewind(self._labels_of_step)
+                self._labels_of_step = self.generator.get_state()
+            self._labels_of_task = self.generator.get_state()
         if self._options.fisher_type == "empirical":
             self._collect_empirical(call, passes, upstream)
         else:
@@ -474,6 +489,7 @@ class StatisticsCollector:
             self._fold_empirical(entry, layer)
         candidate = self._candidates.pop(layer, None)
         if candidate is not None:
+            self._labels_of_task = None
             self._pending.setdefault(layer, Moments()).add(candidate)
 
     def finish(self) -> dict[Layer, Moments]:
@@ -483,6 +499,8 @@ class StatisticsCollector:
         from `torch.autograd.grad`.
         """
         pending = self._pending or self._candidates
+        if pending:
+            self._labels_of_step = self._labels_of_task = None
         likelihood = self._options.likelihood
         if likelihood is not None and likelihood.reduction == "mean":
             for moments in pending.values():
