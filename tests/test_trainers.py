@@ -1,6 +1,6 @@
 """Lightning, Hugging Face's Trainer and Accelerate drive KFACOptimizer as any other optimizer.
 
-These are not among kfacopt's dependencies; where they are missing, the tests are skipped and say so.
+These are no dependencies of kfacopt; where they are missing, the tests are skipped and say so.
 """
 
 import pytest
