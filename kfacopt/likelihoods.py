@@ -84,6 +84,10 @@ class Likelihood(ABC):
         """Yield v `[*z.shape]` with Σ_v v vᵀ = ∇²ℓ_t for every term, one for each output of it."""
 
     @abstractmethod
+    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        """Return ∇²ℓ_t v for every term, `[*z.shape]`."""
+
+    @abstractmethod
     def _sample(self, output: Tensor, generator: Generator) -> Tensor:
         """Draw labels y ~ q(·|z) and return ∇_z ℓ(z, y) `[*z.shape]`."""
 
@@ -131,6 +135,16 @@ class Likelihood(ABC):
         for column in self._root_columns(output):
             for position in self._position_masks(output):
                 yield (column * scale * position).to(output.dtype)
+
+    def hessian_product(self, output: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
+        """Return ω_t ∇²ℓ_t v `[*z.shape]`.
+
+        Args:
+            output: z, `[N, ...]`, without a graph.
+            weights: ω_t, from `curvature_weights`.
+            vector: v, `[*z.shape]`.
+        """
+        return self._hessian_product(output, vector) * self._spread(weights, output)
 
     def has_data_axis(self, output: Tensor) -> bool:
         """Tell whether z is a batch, and not a single datum without an axis N."""
@@ -252,6 +266,11 @@ class CrossEntropy(_Categorical):
             column.select(axis, c).add_(1)
             yield column * p.select(axis, c).sqrt().unsqueeze(axis)
 
+    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        axis = self._class_axis(output)
+        p = output.softmax(axis)
+        return p * (vector - (p * vector).sum(axis, keepdim=True))
+
     def _sample(self, output: Tensor, generator: Generator) -> Tensor:
         p = output.softmax(self._class_axis(output))
         return p - self._draw_one_hot(p, generator)
@@ -284,6 +303,9 @@ class NegativeLogLikelihood(_Categorical):
             column.select(axis, c).copy_(root.select(axis, c))
             yield column
 
+    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        return self._probabilities(output) * vector
+
     def _sample(self, output: Tensor, generator: Generator) -> Tensor:
         return -self._draw_one_hot(self._probabilities(output), generator)
 
@@ -309,6 +331,9 @@ class _Elementwise(Likelihood):
     def num_positions(self, output: Tensor) -> int:
         """Return the number of vectors along the last axis of z."""
         return output.shape[:-1].numel() if output.ndim > 1 else output.numel()
+
+    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        return self._second_derivative(output) * vector
 
     def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """Yield √(∂²ℓ/∂z²) at one entry of each datum."""

@@ -104,7 +104,10 @@ def train_micro_batches(rank, fisher_type):
             (F.cross_entropy(wrapped(halves[0][0]), halves[0][1]) / 2).backward()
         (F.cross_entropy(wrapped(halves[1][0]), halves[1][1]) / 2).backward()
         optimizer.step()
-    result = [p.detach().clone() for p in model.parameters()], list(optimizer.factors("0"))
+    result = (
+        [p.detach().clone() for p in model.parameters()],
+        list(optimizer.factors(model[0].weight)),
+    )
     optimizer.zero_grad()
     with wrapped.join():
         F.cross_entropy(wrapped(X), y).backward()

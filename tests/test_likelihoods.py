@@ -98,6 +98,10 @@ def test_hessian_root_and_samples(name, reduction):
     )
     assert torch.allclose(root.T @ root * mask, expected, atol=TOLERANCE)
 
+    v = torch.randn_like(z)
+    product = likelihood.hessian_product(z, weights, v)
+    assert torch.allclose(product.flatten(), expected @ v.flatten(), atol=TOLERANCE)
+
     generator = Generator().manual_seed(1)
     samples = torch.stack(
         [likelihood.sample_gradient(z, weights, generator) for _ in range(MC_SAMPLES)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -51,6 +52,8 @@ from kfacopt.optim.preconditioner import (
     precondition,
     refresh_inverse,
 )
+from kfacopt.optim.replay import ObjectiveTerm, undisturbed
+from kfacopt.optim.self_tuning import ClosureLoss, SelfTuning
 from kfacopt.optim.serialization import (
     check_state_dict,
     follow_parameters,
@@ -125,7 +128,11 @@ class KFACOptimizer(Optimizer):
         params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
             may set `lr`, `momentum`, `weight_decay`, `damping` and `fallback_lr`. A joint block
             [W | b] takes W's damping.
-        lr: The learning rate, in units of a natural-gradient step: 1 is a full one.
+        lr: The learning rate, in units of a natural-gradient step: 1 is a full one. `"auto"`
+            chooses step size, momentum and damping in every step, for large or full batches:
+            see `kfacopt.optim.self_tuning`. The groups' `lr` is then 1, and what schedulers make of
+            it multiplies the steps; `momentum=0` leaves momentum out, `damping` is where the
+            adaptation starts, and `kl_clip` is not used.
         momentum: μ in [0, 1), on the preconditioned step.
         weight_decay: λ ≥ 0, decoupled.
         damping: δ > 0, in units of F.
@@ -204,7 +211,7 @@ class KFACOptimizer(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 0.1,
+        lr: float | Literal["auto"] = 0.1,
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
@@ -276,8 +283,21 @@ class KFACOptimizer(Optimizer):
             check_loss(loss_func)
         likelihood = None if loss_func is None else likelihood_of(loss_func)
         form = FactorForm(kfac_approx, max_factor_dim, factor_dtype)
+        self._tuning: SelfTuning | None = None
+        if lr == "auto":
+            if loss_func is not None:
+                raise ValueError(
+                    'loss_func must be None for lr="auto", which evaluates the loss: compute it '
+                    "with one of torch's functions on the model's output, so that it is recognised."
+                )
+            self._tuning, lr = SelfTuning(momentum > 0), 1.0
         self._curvature = CurvatureOptions(
-            fisher_type, mc_samples, form, likelihood, preconditioner == "ekfac"
+            fisher_type,
+            mc_samples,
+            form,
+            likelihood,
+            corrected=preconditioner == "ekfac",
+            recording=self._tuning is not None,
         )
         self._seed = seed
         self._start_unconnected(model)
@@ -327,6 +347,8 @@ class KFACOptimizer(Optimizer):
         check_range("damping", group["damping"], 0, lower_open=True)
         check_range("fallback_lr", group["fallback_lr"], 0)
         check_flag("maximize", group["maximize"])
+        if group["maximize"] and self._tuning is not None:
+            raise ValueError('maximize must be False for lr="auto", which models the loss it sees.')
         if group["foreach"] is not None:
             check_flag("foreach", group["foreach"])
         group.setdefault("base_lr", group["lr"])
@@ -433,7 +455,8 @@ class KFACOptimizer(Optimizer):
         if active and self._schedule.inverse.corrected:
             bases = {b: bases_of(self.state.get(b.anchor, {})) for b in self._blocks}
             self._collector.bases = {b: known for b, known in bases.items() if known is not None}
-        self._collector.active = active
+        self._collector.collecting = active
+        self._collector.active = active or self._tuning is not None
         due = self._due(self._schedule.factor_update_interval)
         self._labels_before = self._generator.get_state() if active and not due else None
 
@@ -443,7 +466,9 @@ class KFACOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles are made of, the modules included."""
         store_generator(self.state, self._layers, self._generator)
-        own = {name: getattr(self, name) for name in ("_schedule", "_curvature", "_seed")}
+        own = {
+            name: getattr(self, name) for name in ("_schedule", "_curvature", "_seed", "_tuning")
+        }
         return super().__getstate__() | own | {"_modules": self._collector.living_modules()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -493,19 +518,28 @@ class KFACOptimizer(Optimizer):
         self._follow_moved_parameters()
         if self._only_initialises() or not self._has_finite_gradients():
             return result
+        terms = self._collector.objective() if self._tuning is not None else []
         first: dict[Layer, Moments] = {}
-        due = self._due(self._schedule.factor_update_interval)
+        due, collecting = (
+            self._due(self._schedule.factor_update_interval),
+            self._collector.collecting,
+        )
         # Layers that became new after the forward pass have to wait for the next one.
-        self._waiting = self._collector.active and not (due or self._collector.forward_seen)
-        if self._collector.active and not self._waiting:  # where due, and when layers are new
+        self._waiting = collecting and not (due or self._collector.forward_seen)
+        if collecting and not self._waiting:  # at an interval's start, and when layers are new
             first = self._update_factors()
+        else:
+            self._collector.clear()
         if self._due(self._schedule.inverse_update_interval):
             self._update_inverses(self._blocks)
         else:
             fresh = [b for b in self._blocks if not has_inverse(self.state[b.anchor])]
             self._update_inverses(b for b in fresh if self._has_statistics(b.layer))
         self._start_second_moments(first)
-        self._update_parameters()
+        if self._tuning is None:
+            self._update_parameters()
+        else:
+            self._tuned_update(terms, closure, result)
         self._reconnect_if_frozen()
         if self._labels_before is not None:  # layers that are new leave the others' labels alone
             self._generator.set_state(self._labels_before)
@@ -547,7 +581,8 @@ class KFACOptimizer(Optimizer):
         every layer `<layer>/damping`, `condition`, `factor_age`, `inverse_age`,
         `skipped_factor_updates` and `inverse_failures`; see `block_statistics`. Where weight and
         bias have blocks of their own, `<parameter>/...` instead. It costs an eigendecomposition
-        per inverse; a step costs nothing more for it.
+        per inverse; a step costs nothing more for it. With `lr="auto"` the quantities of
+        `TuningStatistics` are among them.
 
         Example:
             for name, value in optimizer.statistics().items():
@@ -559,6 +594,9 @@ class KFACOptimizer(Optimizer):
             "kl_clip_scale": 1.0 if scale is None else float(scale),
             "fallback_parameters": float(self._num_fallback),
         }
+        if self._tuning is not None:
+            tuned = vars(self._tuning.statistics).items()
+            result |= {name: math.nan if x is None else float(x) for name, x in tuned}
         damping = {p: group["damping"] for group in self.param_groups for p in group["params"]}
         for block in self._blocks:
             alone = len(block.layer.blocks) == 1
@@ -644,7 +682,8 @@ class KFACOptimizer(Optimizer):
                 fold_second_moments(state, values[block], moments.terms, decay)
 
     def _report_uncompiled(self) -> None:
-        kind, interval = self._collector.uncompiled, self._schedule.factor_update_interval
+        kind = self._collector.uncompiled
+        interval = 1 if self._tuning is not None else self._schedule.factor_update_interval
         cause = None if kind is None else uncompiled_cause(kind, interval)
         if cause is not None:
             self._warn("uncompiled", cause)
@@ -692,13 +731,53 @@ class KFACOptimizer(Optimizer):
             directions.update({p: d for p, d in with_grad if p in gradients})
         return directions
 
-    def _update_parameters(self) -> None:
-        gradients = {
+    def _tuned_update(
+        self, terms: list[ObjectiveTerm], closure: Callable[[], Any] | None, loss: Any
+    ) -> None:
+        """Take a step whose size, momentum and damping follow from the quadratic model."""
+        assert self._tuning is not None
+        directions = self._directions(self._gradients())
+        taken = True
+        if directions:
+            if not terms:
+                raise RuntimeError(f"KFACOptimizer: {missing_statistics(True, set())}")
+            again = None
+            if closure is not None:
+                again = ClosureLoss(float(loss), self._reevaluation(terms, closure))
+            groups, scale = self.param_groups, calling_loss_scale()
+            taken = self._tuning.step(self.state, groups, directions, terms, again, scale)
+        if taken:
+            self._update_fallback(directions)
+
+    def _reevaluation(
+        self, terms: list[ObjectiveTerm], closure: Callable[[], Any]
+    ) -> Callable[[], float]:
+        """Make a function that evaluates a closure again, and leaves the gradients alone."""
+
+        def evaluate() -> float:
+            grads = [(p, p.grad) for p in self._parameters()]
+            for p, _ in grads:
+                p.grad = None
+            try:
+                with undisturbed(terms), torch.enable_grad():
+                    return float(closure())
+            finally:
+                for p, grad in grads:
+                    p.grad = grad
+
+        return evaluate
+
+    def _gradients(self) -> dict[Parameter, Tensor]:
+        """Return what to descend along: the gradients, with their sign changed to maximise."""
+        return {
             p: -p.grad if group["maximize"] else p.grad
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None
         }
+
+    def _update_parameters(self) -> None:
+        gradients = self._gradients()
         directions = self._directions(gradients)
         lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         if directions and self._schedule.kl_clip is not None:
@@ -708,7 +787,6 @@ class KFACOptimizer(Optimizer):
             scale = kl_clip_scale(grads, values, lrs, self._schedule.kl_clip)
             self._kl_clip_scale = scale
             directions = {p: d * scale.to(d.device, d.dtype) for p, d in directions.items()}
-        self._num_fallback = len(gradients) - len(directions)
         for group in self.param_groups:
             own = [p for p in group["params"] if p in directions]
             if own:
@@ -723,7 +801,13 @@ class KFACOptimizer(Optimizer):
                     weight_decay=group["weight_decay"],
                     foreach=group["foreach"] is not False,
                 )
-            rest = [p for p in group["params"] if p in gradients and p not in directions]
+        self._update_fallback(directions)
+
+    def _update_fallback(self, directions: dict[Parameter, Tensor]) -> None:
+        self._num_fallback = 0
+        for group in self.param_groups:
+            rest = [p for p in group["params"] if p.grad is not None and p not in directions]
+            self._num_fallback += len(rest)
             adamw_step(rest, self.state, group)
 
     def _momentum_buffer(self, p: Parameter) -> Tensor:

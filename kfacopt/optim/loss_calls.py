@@ -107,3 +107,12 @@ def recognise_call(
     if function is F.binary_cross_entropy_with_logits:
         return _bernoulli_call(bound.arguments)
     return _categorical_call(function.__name__, bound.arguments)
+
+
+def _is_loss_name(name: str) -> bool:
+    others = {"cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div"}
+    return name in others or (name.endswith("_loss") and not name.startswith("_"))
+
+
+# All of torch's loss functions, known or not.
+LOSS_FUNCTIONS = {getattr(F, name) for name in dir(F) if _is_loss_name(name)}

@@ -11,28 +11,40 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.likelihoods import UnsupportedLossError
-from kfacopt.optim.loss_calls import LossCall, recognise_call
+from kfacopt.optim.loss_calls import LOSS_FUNCTIONS, LossCall, recognise_call
+from kfacopt.optim.replay import Call, LossOrigin, Source, Surroundings
 
 
 class LossObserver(Protocol):
     """Whoever wants to know about losses."""
 
     def observe_loss(
-        self, call: LossCall | UnsupportedLossError, loss: Tensor, passes: list[ForwardPass]
+        self,
+        call: LossCall | UnsupportedLossError,
+        loss: Tensor,
+        passes: list[ForwardPass],
+        origin: LossOrigin | None,
     ) -> None:
-        """Take note of a recognised loss on the outputs of forward passes."""
+        """Take note of a recognised loss on the outputs of forward passes.
+
+        Args:
+            call: What the loss means.
+            loss: Its value.
+            passes: The forward passes.
+            origin: Where it was computed, if calls are recorded.
+        """
 
     def observe_unknown_loss(self, name: str, loss: Tensor) -> None:
         """Take note of a call of a loss function that is not known."""
@@ -46,14 +58,16 @@ class ForwardPass:
     Attributes:
         uses: The uses of layers, in order.
         consumed: Whether its output became the input of another outermost module.
+        call: The call, recorded for a replay; `None` where nothing is recorded.
     """
 
-    def __init__(self, observer: LossObserver) -> None:
+    def __init__(self, observer: LossObserver, call: Call | None = None) -> None:
         """Start without any use."""
         # Weak: an output that is kept must not keep a deleted optimizer at work.
         self._observer = weakref.ref(observer)
         self.uses: list[LayerUse] = []
         self.consumed = False
+        self.call = call
 
     @property
     def observer(self) -> LossObserver | None:
@@ -65,6 +79,7 @@ class ProbedTensor(Tensor):
     """A model's output that tells when a loss is computed from it; otherwise a plain tensor."""
 
     _passes: tuple[ForwardPass, ...]
+    _source: Source | None = None
 
     @classmethod
     def __torch_function__(
@@ -77,12 +92,16 @@ class ProbedTensor(Tensor):
         """Let `func` through, note it if it is a loss, and pass the probe on to its results."""
         kwargs = kwargs or {}
         passes = tuple(dict.fromkeys(_passes_of((args, kwargs))))
+        call = None
+        if any(p.call is not None for p in passes):
+            call = record_call(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-            if func in _LOSS_FUNCTIONS:
-                _notify(func, unprobe(args), unprobe(kwargs), result, list(passes))
+            if func in LOSS_FUNCTIONS:
+                origin = None if call is None else LossOrigin(call)
+                _notify(func, unprobe(args), unprobe(kwargs), result, list(passes), origin)
                 return result
-        return _wrap(result, passes)
+        return _wrap(result, passes, call)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy as a plain tensor."""
@@ -96,6 +115,7 @@ class LossCallMode(TorchFunctionMode):
         """Recognise losses on the layers of a forward pass and of those that fed it."""
         super().__init__()
         self._passes = [*parents, forward_pass]
+        self._calls = 0
 
     def __torch_function__(
         self,
@@ -107,17 +127,12 @@ class LossCallMode(TorchFunctionMode):
         """Call `func` and note it if it is a loss."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in _LOSS_FUNCTIONS:
-            _notify(func, args, kwargs, result, self._passes)
+        if func in LOSS_FUNCTIONS:
+            call = self._passes[-1].call
+            origin = None if call is None else LossOrigin(call, self._calls)
+            self._calls += 1
+            _notify(func, args, kwargs, result, self._passes, origin)
         return result
-
-
-def _is_loss_name(name: str) -> bool:
-    others = {"cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div"}
-    return name in others or (name.endswith("_loss") and not name.startswith("_"))
-
-
-_LOSS_FUNCTIONS = {getattr(F, name) for name in dir(F) if _is_loss_name(name)}
 
 
 def _notify(
@@ -126,6 +141,7 @@ def _notify(
     kwargs: dict[str, Any],
     loss: Any,
     passes: list[ForwardPass],
+    origin: LossOrigin | None,
 ) -> None:
     if not (isinstance(loss, Tensor) and loss.requires_grad and torch.is_grad_enabled()):
         return
@@ -140,7 +156,8 @@ def _notify(
         if call is None:
             observer.observe_unknown_loss(func.__name__, loss)
         else:
-            observer.observe_loss(call, loss, [p for p in passes if p.observer is observer])
+            own = [p for p in passes if p.observer is observer]
+            observer.observe_loss(call, loss, own, origin)
 
 
 def _passes_of(tree: Any) -> Iterator[ForwardPass]:
@@ -149,24 +166,39 @@ def _passes_of(tree: Any) -> Iterator[ForwardPass]:
             yield from leaf._passes
 
 
-def _wrap_leaf(passes: tuple[ForwardPass, ...], leaf: Any) -> Any:
-    if isinstance(leaf, ProbedTensor):
-        leaf._passes = tuple(dict.fromkeys(leaf._passes + passes))
-    elif type(leaf) is Tensor and leaf.is_floating_point() and leaf.requires_grad:
-        with torch._C.DisableTorchFunctionSubclass():
-            leaf = leaf.as_subclass(ProbedTensor)
-        leaf._passes = passes
+def _wrap_leaf(
+    passes: tuple[ForwardPass, ...], call: Call | None, numbers: Iterator[int], leaf: Any
+) -> Any:
+    if isinstance(leaf, Tensor):
+        number = next(numbers)
+        if isinstance(leaf, ProbedTensor):
+            leaf._passes = tuple(dict.fromkeys(leaf._passes + passes))
+        elif type(leaf) is Tensor and leaf.is_floating_point() and leaf.requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                leaf = leaf.as_subclass(ProbedTensor)
+            leaf._passes = passes
+        else:
+            return leaf
+        leaf._source = None if call is None else Source(call, number)
     elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         # torch's pytrees know dataclasses only if they were registered
         original, leaf = leaf, copy.copy(leaf)
         for field in dataclasses.fields(leaf):
-            object.__setattr__(leaf, field.name, _wrap(getattr(original, field.name), passes))
+            value = _wrap_tree(getattr(original, field.name), passes, call, numbers)
+            object.__setattr__(leaf, field.name, value)
     return leaf
 
 
-def _wrap(tree: Any, passes: tuple[ForwardPass, ...]) -> Any:
-    wrap = functools.partial(_wrap_leaf, passes)
+def _wrap_tree(
+    tree: Any, passes: tuple[ForwardPass, ...], call: Call | None, numbers: Iterator[int]
+) -> Any:
+    wrap = functools.partial(_wrap_leaf, passes, call, numbers)
     return wrap(tree) if isinstance(tree, Tensor) else tree_map(wrap, tree)
+
+
+def _wrap(tree: Any, passes: tuple[ForwardPass, ...], call: Call | None) -> Any:
+    """Probe the tensors in a call's result; they are numbered as by `replay.tensor_leaves`."""
+    return _wrap_tree(tree, passes, call, itertools.count())
 
 
 def probe(outputs: Any, forward_pass: ForwardPass, parents: list[ForwardPass]) -> Any:
@@ -177,7 +209,31 @@ def probe(outputs: Any, forward_pass: ForwardPass, parents: list[ForwardPass]) -
         forward_pass: The call that made them.
         parents: The calls that fed it.
     """
-    return _wrap(outputs, (*parents, forward_pass))
+    return _wrap(outputs, (*parents, forward_pass), forward_pass.call)
+
+
+def record_call(
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    surroundings: Surroundings | None = None,
+) -> Call:
+    """Record a call, with the sources of probed tensors among its arguments.
+
+    Args:
+        function: A module or a function of torch.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        surroundings: What a module's forward pass depends on.
+    """
+
+    def sourced(leaf: Any) -> Any:
+        if isinstance(leaf, ProbedTensor) and leaf._source is not None:
+            return leaf._source
+        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+    with torch._C.DisableTorchFunctionSubclass():
+        return Call(function, tree_map(sourced, args), tree_map(sourced, kwargs), surroundings)
 
 
 def unprobe(tree: Any) -> Any:

@@ -48,12 +48,12 @@ def uncompiled_cause(module: type[nn.Module], interval: int) -> str | None:
 
     Args:
         module: The kind of the module that was called from compiled code while it had hooks.
-        interval: `factor_update_interval`.
+        interval: `factor_update_interval`; 1 for `lr="auto"`.
     """
     if interval == 1:
         return (
-            "a compiled model runs uncompiled on steps whose factors are due, and with "
-            "factor_update_interval=1 all are. Raise factor_update_interval."
+            "a compiled model runs uncompiled on steps that look at it, and with "
+            'factor_update_interval=1 or lr="auto" all do. Raise factor_update_interval.'
         )
     if module.forward.__module__.startswith("torch.nn."):
         return (

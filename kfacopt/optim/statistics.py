@@ -48,8 +48,10 @@ from kfacopt.optim.loss_probe import (
     differentiable_tensors,
     passes_feeding,
     probe,
+    record_call,
     unprobe,
 )
+from kfacopt.optim.replay import LossOrigin, ObjectiveTerm, Surroundings
 
 
 @dataclass
@@ -133,6 +135,8 @@ class CurvatureOptions:
         form: How factors are formed.
         likelihood: The stated loss at the model's output; `None` recognises it.
         corrected: Whether second moments are collected in the layers' eigenbases, too.
+        recording: Whether forward passes and losses are recorded, so that they can be evaluated
+            again.
     """
 
     fisher_type: FisherType
@@ -140,6 +144,7 @@ class CurvatureOptions:
     form: FactorForm
     likelihood: Likelihood | None
     corrected: bool = False
+    recording: bool = False
 
     @property
     def loss_scale_power(self) -> int:
@@ -167,6 +172,8 @@ class StatisticsCollector:
         uncompiled: The kind of the module that was called with hooks from compiled code, if any.
         bases: The blocks' eigenbases, as far as they are known; read where second moments are
             collected.
+        collecting: Whether statistics are due; where they are not, forward passes and losses may
+            still be recorded.
     """
 
     def __init__(
@@ -178,6 +185,7 @@ class StatisticsCollector:
     ) -> None:
         self._options, self.generator = options, generator
         self.bases: Mapping[Block, Bases] = {}
+        self.collecting = True
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._task = -1  # of the user's backward pass that runs
         self._mode: LossCallMode | None = None
@@ -224,13 +232,18 @@ class StatisticsCollector:
         self.unknown_losses: set[str] = set()
         self.unknown_objectives: set[str] = set()
         self.forward_seen = False
+        self._objective: list[ObjectiveTerm] = []
+        self._confirmed = False
         self._start_task(-1)
 
     def _start_task(self, task: int) -> None:
         """Forget what belongs to one backward pass of the user's alone."""
         self._rewind(self._labels_of_task)
         self._labels_of_task = None
-        self._task = task
+        if self._confirmed:
+            self._objective += self._candidate_terms
+        self._task, self._confirmed = task, False
+        self._candidate_terms: list[ObjectiveTerm] = []
         self._candidates: dict[Layer, Moments] = {}
         self._empirical: list[EmpiricalPass] = []
         self._counted: set[LayerUse] = set()
@@ -256,7 +269,10 @@ class StatisticsCollector:
         parents = passes_feeding((args, kwargs))
         for parent in parents:
             parent.consumed = True
-        forward_pass = ForwardPass(self)
+        call = None
+        if self._options.recording:
+            call = record_call(module, args, kwargs, Surroundings.now())
+        forward_pass = ForwardPass(self, call)
         self._outermost = (module, forward_pass, parents)
         if self._options.likelihood is None:
             self._mode = LossCallMode(forward_pass, parents)
@@ -287,7 +303,7 @@ class StatisticsCollector:
         if self._outermost is None:
             return None
         outermost, forward_pass, parents = self._outermost
-        if not torch._C._are_functorch_transforms_active():
+        if self.collecting and not torch._C._are_functorch_transforms_active():
             for layer in self._layers_of.get(id(module), ()):
                 if not torch.is_grad_enabled():
                     refuse_reentrant_checkpointing(layer.name)
@@ -297,7 +313,7 @@ class StatisticsCollector:
         if module is not outermost:
             return None
         self._end_pass()
-        if output is None or not (forward_pass.uses or parents):
+        if output is None or not (forward_pass.uses or parents or self._options.recording):
             return None
         self.forward_seen = True
         probed = probe(output, forward_pass, parents)
@@ -320,7 +336,11 @@ class StatisticsCollector:
         loss.register_hook(on_backward)
 
     def observe_loss(
-        self, call: LossCall | UnsupportedLossError, loss: Tensor, passes: list[ForwardPass]
+        self,
+        call: LossCall | UnsupportedLossError,
+        loss: Tensor,
+        passes: list[ForwardPass],
+        origin: LossOrigin | None,
     ) -> None:
         """Collect moments when the user's backward pass arrives at a loss."""
         if self._options.likelihood is not None or is_evaluating():
@@ -334,6 +354,9 @@ class StatisticsCollector:
             if isinstance(call, UnsupportedLossError):
                 raise call
             alive._collect(call, passes, upstream.detach())
+            if origin is not None:
+                term = ObjectiveTerm(origin, call.output.detach(), upstream.detach())
+                alive._candidate_terms.append(term)
 
         loss.register_hook(on_backward)
 
@@ -376,6 +399,10 @@ class StatisticsCollector:
                 self._rewind(self._labels_of_step)
                 self._labels_of_step = self.generator.get_state()
             self._labels_of_task = self.generator.get_state()
+            if all(layer.anchor.grad is None for own in self._layers_of.values() for layer in own):
+                self._objective = []
+        if not self.collecting:
+            return
         if self._options.fisher_type == "empirical":
             self._collect_empirical(call, passes, upstream)
         else:
@@ -485,12 +512,19 @@ class StatisticsCollector:
         """Let a layer's candidates count: its parameter's gradient has been accumulated."""
         if torch._C._current_graph_task_id() != self._task:
             return
+        self._confirmed = True
         for entry in self._empirical:  # uses of the layer that no gradient reached are left out
             self._fold_empirical(entry, layer)
         candidate = self._candidates.pop(layer, None)
         if candidate is not None:
             self._labels_of_task = None
             self._pending.setdefault(layer, Moments()).add(candidate)
+
+    def objective(self) -> list[ObjectiveTerm]:
+        """Return the losses whose gradients have been accumulated since the last step."""
+        if self._confirmed or not self._objective:
+            return [*self._objective, *self._candidate_terms]
+        return list(self._objective)
 
     def finish(self) -> dict[Layer, Moments]:
         """Return what was collected since the last step, and forget it.

@@ -1,0 +1,75 @@
+"""What a measurement depends on, to be written beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kfacopt
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PEERS = ("pytorch-optimizer", "singd", "scikit-learn")
+
+
+def installed(package: str) -> str | None:
+    """Return the version of an installed package, or `None`."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(HERE), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return version, commit, packages, machine, dtype and threads.
+
+    Args:
+        device: `"cpu"` or `"cuda"`.
+    """
+    return {
+        "version": kfacopt.__version__,
+        "commit": _git("rev-parse", "HEAD") or None,
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "--", "kfacopt", "benchmarks/*.py")
+        ),
+        "torch": torch.__version__,
+        "packages": {name: installed(name) for name in PEERS},
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "dtype": str(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def synchronise(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """Return how long a call takes on the device."""
+    synchronise(device)
+    start = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - start

@@ -1,0 +1,91 @@
+"""What a problem of the comparison is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+Batch = tuple[Tensor, ...]
+DATA_SEED = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run's model, data and loss, in memory.
+
+    Attributes:
+        model: The model, freshly initialised.
+        loss: The loss of the model on a batch.
+        batches: An endless stream of batches from a seeded generator.
+        evaluate: The metric of the model, lower is better.
+        all_data: All training data as one batch, for optimizers that need a fixed loss.
+    """
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Batch], Tensor]
+    batches: Callable[[Generator], Iterator[Batch]]
+    evaluate: Callable[[nn.Module], float]
+    all_data: Batch | None = None
+
+    @torch.no_grad()
+    def metric(self) -> float:
+        """Return the metric of the model as it is now."""
+        self.model.eval()
+        value = self.evaluate(self.model)
+        self.model.train()
+        return value
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A fixed problem: everything but the seed.
+
+    Attributes:
+        name: Its name.
+        description: Model, data, batch size and loss, for the protocol.
+        metric: What is measured.
+        make: Makes the task; torch's global generator, seeded before, gives the initialisation.
+        budget: Seconds of training on one core.
+    """
+
+    name: str
+    description: str
+    metric: str
+    make: Callable[[], Task]
+    budget: float
+
+    def task(self, seed: int) -> Task:
+        """Return the task whose model is initialised with a seed."""
+        torch.manual_seed(seed)
+        return self.make()
+
+
+def shuffled(data: Batch, batch_size: int) -> Callable[[Generator], Iterator[Batch]]:
+    """Return a stream of batches: each epoch a new order, the incomplete batch left out.
+
+    Args:
+        data: Tensors of the same length.
+        batch_size: How many data a batch has.
+    """
+
+    def batches(generator: Generator) -> Iterator[Batch]:
+        count = len(data[0])
+        while True:
+            order = torch.randperm(count, generator=generator)
+            for index in order[: count - count % batch_size].split(batch_size):
+                yield tuple(tensor[index] for tensor in data)
+
+    return batches
+
+
+def repeated(data: Batch) -> Callable[[Generator], Iterator[Batch]]:
+    """Return a stream of all data as one batch, again and again."""
+
+    def batches(_: Generator) -> Iterator[Batch]:
+        while True:
+            yield data
+
+    return batches

@@ -1,0 +1,192 @@
+"""What an optimizer's step costs, in units of a forward and backward pass.
+
+    python -m benchmarks.step_cost [--size stated|large|quick] [--device cpu|cuda] [--quick]
+
+Claim: see README.md. All contestants are timed in one run, interleaved; each kind of step by
+itself (`step_contestants`). The phases of K-FAC stand beside what they must cost (`floors`).
+Results go to `results/step_cost_SIZE_DEVICE.json` and as tables to the standard output; `--readme`
+puts the tables of a result into README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import statistics
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import RESULTS, environment
+from benchmarks.floors import (
+    GEMM_SIDE,
+    PHASES,
+    bare_calls,
+    layer_shapes,
+    square_product,
+    total_operations,
+)
+from benchmarks.interleaving import interleaved, ratio
+from benchmarks.optimizers import missing_packages, state_bytes
+from benchmarks.peak_memory import measured_apart
+from benchmarks.step_contestants import StepContestant, amortised, contestants
+from benchmarks.step_tables import tables, update_readme
+from benchmarks.workloads import SIZES, WORKLOADS, Workload, make_workload
+
+UNIT, PRODUCT = "forward + backward", "square product"
+
+
+def training_step(workload: Workload, make: Any) -> tuple[Callable[[], None], Any]:
+    """Return a function that performs one step on a copy of the model, and the optimizer.
+
+    Args:
+        workload: What is trained.
+        make: Makes the optimizer; `None` leaves its part out.
+    """
+    model = copy.deepcopy(workload.model)
+    optimizer = None if make is None else make(model)
+    owner = model if optimizer is None else optimizer
+
+    def step() -> None:
+        owner.zero_grad()
+        workload.loss(model).backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return step, optimizer
+
+
+def _phases(
+    found: list[StepContestant], ratios: dict[str, float], work: Workload, rate: float, unit: float
+) -> dict[str, Any]:
+    """Return for each K-FAC contestant its phases, the floor, and the bare calls."""
+    shapes, phases = layer_shapes(work.model, work.X), {}
+    for contestant in (c for c in found if c.is_kfac):
+        plain, factors, inverses = (ratios[f"{contestant.name}/{k}"] for k in contestant.kinds)
+        counts = total_operations(shapes, contestant.reduce, contestant.ekfac)
+        measured = (factors - plain, inverses - factors, plain - 1)
+        form = "reduce" if contestant.reduce else "expand"
+        phases[contestant.name] = {
+            phase: {
+                "measured": value,
+                "floor": counts[phase] / rate / unit,
+                "bare_calls": None if contestant.ekfac else ratios[f"bare {form}/{phase}"],
+                "operations": counts[phase],
+            }
+            for phase, value in zip(PHASES, measured, strict=True)
+        }
+    return phases
+
+
+def _rows(
+    found: list[StepContestant], ratios: dict[str, float], sizes: dict[str, float], peaks: Any
+) -> list[dict[str, Any]]:
+    rows = []
+    for contestant in found:
+        costs = [ratios[f"{contestant.name}/{kind}"] for kind in contestant.kinds]
+        for label, intervals in contestant.intervals.items():
+            cost = amortised(costs, intervals)
+            rows.append(
+                {
+                    "contestant": contestant.name,
+                    "intervals": label,
+                    "per_forward_backward": cost,
+                    "per_adamw_step": cost / ratios["AdamW/plain"],
+                    "state_per_parameter_byte": sizes[contestant.name],
+                    "peak_memory": peaks.get(contestant.name),
+                }
+            )
+    return rows
+
+
+def measure(name: str, size: str, device: str, rounds: int, memory: bool) -> dict[str, Any]:
+    """Measure all contestants on a workload.
+
+    Args:
+        name: The workload's name.
+        size: Its size.
+        device: Where to run.
+        rounds: How often each kind of step is timed.
+        memory: Whether to measure peak memory, in a process for each contestant.
+
+    Returns:
+        What is written to the result file for this workload.
+    """
+    work = make_workload(name, size, device)
+    found = contestants(name, work.terms)
+    functions: dict[str, Callable[[], object]] = {UNIT: training_step(work, None)[0]}
+    functions[PRODUCT] = square_product(device)
+    shapes = layer_shapes(work.model, work.X)
+    for form in ("expand", "reduce") if name == "cnn" else ("expand",):
+        calls = bare_calls(shapes, form == "reduce", device)
+        functions |= {f"bare {form}/{phase}": call for phase, call in calls.items()}
+    made = {}
+    for contestant in found:
+        for kind, make in contestant.kinds.items():
+            functions[f"{contestant.name}/{kind}"], made[contestant.name] = training_step(
+                work, make
+            )
+    times = interleaved(functions, device, rounds, progress=name)
+    spreads = {key: ratio(value, times[UNIT]) for key, value in times.items()}
+    ratios = {key: spread["median"] for key, spread in spreads.items()}
+    unit = statistics.median(times[UNIT])
+    rate = 2 * GEMM_SIDE**3 / (ratios[PRODUCT] * unit)
+    total = sum(p.numel() * p.element_size() for p in work.model.parameters())
+    sizes = {key: state_bytes(optimizer) / total for key, optimizer in made.items()}
+    peaks: dict[str, int | None] = {}
+    if memory:
+        peaks[UNIT] = measured_apart(name, size, device)
+        for c in found:
+            peaks[c.name] = measured_apart(name, size, device, c.name, list(c.kinds)[-1])
+    return {
+        "milliseconds_of_forward_backward": 1e3 * unit,
+        "products_per_second": rate,
+        "parameter_bytes": total,
+        "peak_memory_of_forward_backward": peaks.get(UNIT),
+        "rows": _rows(found, ratios, sizes, peaks),
+        "phases": _phases(found, ratios, work, rate, unit),
+        "kinds_of_step": {key: s for key, s in spreads.items() if key != PRODUCT},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="stated")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each step is timed")
+    parser.add_argument("--workloads", nargs="+", choices=tuple(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--quick", action="store_true", help="a smoke run of seconds: tiny models")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--readme", type=Path, help="put a result's tables into README.md, no run")
+    arguments = parser.parse_args()
+    if arguments.readme:
+        update_readme("step_cost", tables(json.loads(arguments.readme.read_text())))
+        return
+    size = "quick" if arguments.quick else arguments.size
+    rounds = 2 if arguments.quick else arguments.rounds
+    logging.disable(logging.INFO)  # which parameters K-FAC leaves to AdamW
+    result = {**environment(arguments.device), "size": size, "rounds": rounds}
+    result |= {"missing_packages": missing_packages(), "workloads": {}}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"step_cost_{size}_{arguments.device}.json"
+    for name in arguments.workloads:
+        memory = not (arguments.quick or arguments.no_memory)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the peers' own
+            found = measure(name, size, arguments.device, rounds, memory)
+        result["workloads"][name] = found
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print(tables(result))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

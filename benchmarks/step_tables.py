@@ -1,0 +1,96 @@
+"""The result of the step-cost benchmark as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.environment import HERE
+
+MEBIBYTE = 2**20
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table.
+
+    Args:
+        header: The columns' names.
+        rows: The cells.
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _memory(peak: int | None) -> str:
+    return "" if peak is None else f"{peak / MEBIBYTE:.0f}"
+
+
+def _cost_table(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['contestant']} {row['intervals']}".strip(),
+            f"{row['per_forward_backward']:.2f}",
+            f"{row['per_adamw_step']:.2f}",
+            f"{row['state_per_parameter_byte']:.1f}",
+            _memory(row["peak_memory"]),
+        ]
+        for row in found["rows"]
+    ]
+    alone = _memory(found["peak_memory_of_forward_backward"])
+    rows.insert(0, ["forward + backward alone", "1.00", "", "0.0", alone])
+    header = ["", "/ (forward + backward)", "/ AdamW's step", "state / parameters", "peak MiB"]
+    return markdown(header, rows)
+
+
+def _phase_table(found: dict[str, Any]) -> str:
+    rows = []
+    for name, phases in found["phases"].items():
+        for phase, entry in phases.items():
+            bare = entry["bare_calls"]
+            cells = [name, phase, f"{entry['measured']:.2f}", f"{entry['floor']:.2f}"]
+            cells.append("" if bare is None else f"{bare:.2f}")
+            cells.append(f"{entry['measured'] / entry['floor']:.1f}")
+            rows.append(cells)
+    return markdown(["", "phase", "measured", "floor", "bare calls", "measured / floor"], rows)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Return all tables of a result.
+
+    Args:
+        result: The content of a result file.
+    """
+    commit = (result["commit"] or "?")[:9]
+    dirty = " with uncommitted changes" if result["uncommitted_changes"] else ""
+    parts = [
+        f"{result['device']}, {result['threads']} threads, {result['dtype']}, torch "
+        f"{result['torch']}, kfacopt {result['version']} at {commit}{dirty}, "
+        f"{result['date']}; medians of {result['rounds']} interleaved rounds."
+    ]
+    if result["missing_packages"]:
+        parts.append(f"Not installed, so not measured: {', '.join(result['missing_packages'])}.")
+    for name, found in result["workloads"].items():
+        rate = found["products_per_second"] / 1e9
+        parts.append(
+            f"**{name}** ({result['size']}): forward + backward takes "
+            f"{found['milliseconds_of_forward_backward']:.1f} ms; the machine multiplies matrices "
+            f"at {rate:.0f} GFLOP/s."
+        )
+        parts += [_cost_table(found), _phase_table(found)]
+    return "\n\n".join(parts)
+
+
+def update_readme(section: str, text: str) -> None:
+    """Replace what stands between a section's two marks in README.md.
+
+    Args:
+        section: The name in the marks `<!-- NAME -->` and `<!-- /NAME -->`.
+        text: What to put there.
+    """
+    path = HERE / "README.md"
+    start, end = f"<!-- {section} -->", f"<!-- /{section} -->"
+    before, _, rest = path.read_text().partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{path} lacks the marks {start} and {end}.")
+    path.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}")

@@ -1,0 +1,268 @@
+"""Evaluate the user's objective again, at other parameters or along directions in θ.
+
+While a self-tuning optimizer watches, the calls of outermost modules and the functions that were
+applied to their outputs are recorded, up to the losses. A replay runs the same calls in the same
+order, with tensors of its own in the place of the parameters, with the same random numbers and the
+same autocasting. Buffers (the running statistics of batch norm) are replaced by copies.
+
+References:
+    Martens & Grosse (2015), https://arxiv.org/abs/1503.05671, sections 6.4 and 6.5, for what the
+    evaluations are good for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from kfacopt.data import evaluation, random_devices
+from kfacopt.optim.loss_calls import LOSS_FUNCTIONS, LossCall, recognise_call
+
+_call_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The state of the process that the outcome of a forward pass depends on.
+
+    Attributes:
+        random_states: Of torch's global generators: the CPU's, then the devices'.
+        autocast: For each type of device whether autocasting is on, and to which dtype.
+    """
+
+    random_states: list[Tensor]
+    autocast: dict[str, tuple[bool, torch.dtype]]
+
+    @classmethod
+    def now(cls) -> Surroundings:
+        """Take note of the present state."""
+        devices = random_devices()
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+        types = ("cpu", "cuda") if devices else ("cpu",)
+        autocast = {t: (torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types}
+        return cls(states, autocast)
+
+    def set_random_states(self) -> None:
+        """Let torch's global generators draw again what they drew then."""
+        torch.set_rng_state(self.random_states[0])
+        for state, device in zip(self.random_states[1:], random_devices(), strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    @contextmanager
+    def autocasting(self) -> Iterator[None]:
+        """Autocast as then."""
+        with ExitStack() as stack:
+            for device_type, (enabled, dtype) in self.autocast.items():
+                stack.enter_context(
+                    torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False)
+                )
+            yield
+
+
+@dataclass(eq=False)
+class Call:
+    """A recorded call of an outermost module or of a function of torch.
+
+    Attributes:
+        function: What was called.
+        args: Its arguments; a `Source` where an argument was the result of a recorded call.
+        kwargs: Its keyword arguments, likewise.
+        surroundings: What a forward pass of a module depends on; `None` for functions.
+        number: Counts calls in the order of time.
+    """
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    surroundings: Surroundings | None = None
+    number: int = field(default_factory=lambda: next(_call_numbers))
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a tensor came from: a leaf of a call's result."""
+
+    call: Call
+    leaf: int
+
+
+@dataclass(frozen=True, eq=False)
+class LossOrigin:
+    """Where a loss was computed.
+
+    Attributes:
+        call: The call of the loss function, or of the module inside which it was called.
+        ordinal: Which of the loss calls inside the module it was; `None` outside.
+    """
+
+    call: Call
+    ordinal: int | None = None
+
+
+@dataclass(eq=False)
+class ObjectiveTerm:
+    """A loss with its factor in the user's objective.
+
+    Attributes:
+        origin: Where it was computed.
+        output: The tensor z that it saw, without a graph.
+        upstream: The derivative of the objective by the loss.
+    """
+
+    origin: LossOrigin
+    output: Tensor
+    upstream: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayedTerm:
+    """A loss of the objective, evaluated again.
+
+    Attributes:
+        call: What it means, with its input z.
+        contribution: What it adds to the objective, a scalar.
+        upstream: The derivative of the objective by the loss.
+    """
+
+    call: LossCall
+    contribution: Tensor
+    upstream: Tensor
+
+
+def tensor_leaves(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in containers, registered pytrees and dataclasses, in a fixed order."""
+    for leaf in tree_flatten(tree)[0]:
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for entry in dataclasses.fields(leaf):
+                yield from tensor_leaves(getattr(leaf, entry.name))
+
+
+class LossRecorder(TorchFunctionMode):
+    """Keeps the calls of loss functions that happen while it is on."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call `func` and keep it if it is a loss."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in LOSS_FUNCTIONS:
+            self.calls.append((func, args, kwargs, result))
+        return result
+
+
+def replay(terms: Sequence[ObjectiveTerm], values: Mapping[int, Tensor]) -> list[ReplayedTerm]:
+    """Evaluate the losses of an objective again.
+
+    Args:
+        terms: The losses as they were recorded.
+        values: For a parameter's `id` the tensor that takes its place; it may be dual.
+
+    Returns:
+        The losses, in the order of `terms`.
+    """
+    results: dict[Call, list[Tensor]] = {}
+    losses: dict[Call, list[tuple[Any, Any, Any, Any]]] = {}
+    with _replaying():
+        for call in _in_order(term.origin.call for term in terms):
+            args, kwargs = (
+                tree_map(lambda x: results[x.call][x.leaf] if isinstance(x, Source) else x, tree)
+                for tree in (call.args, call.kwargs)
+            )
+            if call.surroundings is None:
+                result = call.function(*args, **kwargs)
+                losses[call] = [(call.function, args, kwargs, result)]
+            else:
+                result, losses[call] = _replay_module(call, args, kwargs, values)
+            results[call] = list(tensor_leaves(result))
+    return [_replayed_term(term, losses[term.origin.call]) for term in terms]
+
+
+def _replay_module(
+    call: Call, args: Any, kwargs: Any, values: Mapping[int, Tensor]
+) -> tuple[Any, list[tuple[Any, Any, Any, Any]]]:
+    module, surroundings = call.function, call.surroundings
+    assert isinstance(module, nn.Module)
+    assert surroundings is not None
+    named = module.named_parameters(remove_duplicate=False)
+    own = {name: values[id(p)] for name, p in named if id(p) in values}
+    copies: dict[int, Tensor] = {}
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        own[name] = copies.setdefault(id(buffer), buffer.clone())
+    surroundings.set_random_states()
+    with surroundings.autocasting(), LossRecorder() as recorder:
+        return functional_call(module, own, args, kwargs), recorder.calls
+
+
+def _replayed_term(
+    term: ObjectiveTerm, losses: Sequence[tuple[Any, Any, Any, Any]]
+) -> ReplayedTerm:
+    function, args, kwargs, value = losses[term.origin.ordinal or 0]
+    call = recognise_call(function, args, kwargs)
+    assert call is not None
+    contribution = (value.detach() * term.upstream.to(value.dtype)).sum()
+    return ReplayedTerm(call, contribution, term.upstream)
+
+
+def _in_order(roots: Iterable[Call]) -> list[Call]:
+    """Return the calls that calls depend on, themselves included, in the order of time."""
+    found: dict[Call, None] = {}
+    unseen = list(roots)
+    while unseen:
+        call = unseen.pop()
+        if call not in found:
+            found[call] = None
+            leaves = tree_flatten((call.args, call.kwargs))[0]
+            unseen += [leaf.call for leaf in leaves if isinstance(leaf, Source)]
+    return sorted(found, key=lambda call: call.number)
+
+
+@contextmanager
+def _replaying() -> Iterator[None]:
+    """Evaluate without a trace, by operations that have forward-mode derivatives."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluation(replay), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def undisturbed(terms: Iterable[ObjectiveTerm]) -> Iterator[None]:
+    """Let a closure be called again without a trace, with the random numbers of the first call.
+
+    Args:
+        terms: The losses that the first call computed.
+    """
+    calls = _in_order(term.origin.call for term in terms)
+    modules = [call.function for call in calls if isinstance(call.function, nn.Module)]
+    with ExitStack() as stack:
+        for module in dict.fromkeys(modules):
+            stack.enter_context(evaluation(module))
+        first = next(call.surroundings for call in calls if call.surroundings is not None)
+        first.set_random_states()
+        yield

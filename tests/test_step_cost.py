@@ -1,0 +1,132 @@
+"""The step-cost benchmark: its formulas, and a tiny run without any claim about time."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import optimizers
+from benchmarks.floors import LayerShape, bare_calls, layer_shapes, operations
+from benchmarks.interleaving import interleaved, ratio
+from benchmarks.step_contestants import amortised, contestants
+from benchmarks.workloads import WORKLOADS, make_workload
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_amortised_cost_is_the_mean_over_a_period():
+    plain, factors, inverses = 1.0, 3.0, 10.0
+    period = [inverses if n % 6 == 0 else factors if n % 2 == 0 else plain for n in range(6)]
+    expected = sum(period) / len(period)
+    assert amortised([plain, factors, inverses], [2, 6]) == pytest.approx(expected)
+    assert amortised([plain], []) == plain
+
+
+def test_layer_shapes_of_linear_and_convolution():
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1, stride=2), nn.Flatten(2), nn.Linear(16, 7, bias=False)
+    )
+    first, second = layer_shapes(model, torch.rand(2, 3, 8, 8))
+    assert first == LayerShape(2, 16, 28, 5, False)
+    assert second == LayerShape(2, 5, 16, 7, True)
+
+
+def test_operations_by_hand():
+    shape = LayerShape(data=2, positions=3, d_in=4, d_out=5, needs_input_gradient=True)
+    rows = 6
+    factors = rows * 16 + rows * 25 + 2 * rows * 20
+    found = operations(shape, reduce=False, ekfac=False)
+    assert found == {"factors": factors, "inverses": 64 + 125, "preconditioning": 2 * 20 * 9}
+    reduced = operations(shape, reduce=True, ekfac=False)
+    assert reduced["factors"] == factors - 4 * (16 + 25)
+    eigen = operations(shape, reduce=False, ekfac=True)
+    assert eigen["preconditioning"] == 2 * found["preconditioning"]
+    assert eigen["factors"] == factors + 2 * rows * (16 + 25 + 20)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_bare_calls_run(name):
+    work = make_workload(name, "quick", "cpu")
+    for call in bare_calls(layer_shapes(work.model, work.X), True, "cpu").values():
+        call()
+
+
+def test_interleaving_times_each_function_once_a_round():
+    calls = []
+    times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu", 3)
+    assert calls == ["a", "a", "b", "b"] * 4
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+    assert ratio([2.0, 9.0, 4.0], [1.0, 1.0, 1.0])["median"] == 4.0
+
+
+def trained(model, work, make, steps):
+    optimizer = make(model)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        work.loss(model).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_contestant_trains_every_parameter(name):
+    work = make_workload(name, "quick", "cpu")
+    found = contestants(name, work.terms)
+    assert {"SGD", "AdamW", "Muon"} < {c.name for c in found}
+    for contestant in found:
+        make = list(contestant.kinds.values())[-1]
+        model = copy.deepcopy(work.model)
+        optimizer = trained(model, work, make, steps=3)
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert owned == {id(p) for p in model.parameters()}
+        pairs = zip(model.named_parameters(), work.model.parameters(), strict=True)
+        unmoved = [key for (key, after), before in pairs if torch.equal(after, before)]
+        assert not unmoved, f"{contestant.name} leaves {unmoved}"
+        assert optimizers.state_bytes(optimizer) > 0
+
+
+def test_state_bytes_counts_the_state_alone():
+    work = make_workload("mlp", "quick", "cpu")
+    optimizer = trained(work.model, work, optimizers.adamw, steps=1)
+    parameters = list(work.model.parameters())
+    counters = 4 * len(parameters)
+    expected = 2 * sum(p.numel() * p.element_size() for p in parameters) + counters
+    assert optimizers.state_bytes(optimizer) == expected
+
+
+def test_soap_and_shampoo_join_where_installed():
+    pytest.importorskip("pytorch_optimizer")
+    assert {"SOAP", "Shampoo"} < {c.name for c in contestants("mlp", "batch")}
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_quick_run_writes_a_result_and_tables(tmp_path):
+    command = ["--quick", "--workloads", "mlp", "--output", str(tmp_path)]
+    found = run("benchmarks.step_cost", *command)
+    assert found.returncode == 0, found.stderr
+    result = json.loads((tmp_path / "step_cost_quick_cpu.json").read_text())
+    assert {"version", "commit", "device", "dtype", "threads"} < result.keys()
+    work = result["workloads"]["mlp"]
+    assert work["phases"]["K-FAC"].keys() == {"factors", "inverses", "preconditioning"}
+    assert all(row["per_forward_backward"] > 0 for row in work["rows"])
+    assert "| K-FAC (10, 100) |" in found.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read in /proc")
+def test_peak_memory_is_measured_apart():
+    found = run("benchmarks.peak_memory", "mlp", "quick", "cpu", "K-FAC", "inverses")
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) > 0
