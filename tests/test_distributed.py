@@ -96,7 +96,12 @@ def train_micro_batches(rank, fisher_type):
     X, y = (part.chunk(WORLD)[rank] for part in batch())
     model = network()
     wrapped = DistributedDataParallel(model)
-    optimizer = KFACOptimizer(model.parameters(), fisher_type=fisher_type, factor_update_interval=2)
+    optimizer = KFACOptimizer(
+        model.parameters(),
+        fisher_type=fisher_type,
+        factor_update_interval=1,
+        inverse_update_interval=2,
+    )
     for i in range(STEPS):
         optimizer.zero_grad()
         halves = list(zip((X * (1 + i)).chunk(2), y.chunk(2), strict=True))
@@ -143,3 +148,17 @@ def test_micro_batches_under_no_sync_are_one_batch_and_join_is_refused():
                 assert torch.allclose(got, want, atol=TOLERANCE)
             for got, want in zip(params, expected_params, strict=True):
                 assert torch.allclose(got, want, atol=TOLERANCE)
+
+
+def test_sharded_parameters_are_refused():
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        model = network()
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(ValueError, match=r"a parameter is sharded \(FSDP, DTensor\)"):
+            KFACOptimizer(model.parameters())
+    finally:
+        dist.destroy_process_group()

@@ -341,7 +341,7 @@ def test_a_parametrised_weight_gets_the_fallback_and_its_bias_its_block(caplog, 
     assert torch.allclose(bias.grad_output_factor, kfac.grad_output_factor)
 
 
-def test_in_place_activations_and_users_backward_hooks():
+def test_in_place_activations():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
     plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     plain.load_state_dict(model.state_dict())

@@ -341,6 +341,11 @@ class KFACOptimizer(Optimizer):
                 "params: a parameter is not initialized yet (nn.Lazy...); run a forward pass of "
                 "the model before making the optimizer."
             )
+        if any(hasattr(p, "placements") for p in group["params"]):  # a DTensor
+            raise ValueError(
+                "params: a parameter is sharded (FSDP, DTensor), which KFACOptimizer does not "
+                "support. Use nn.parallel.DistributedDataParallel."
+            )
         check_range("lr", group["lr"], 0)
         check_range("momentum", group["momentum"], 0, 1, upper_open=True)
         check_range("weight_decay", group["weight_decay"], 0)
