@@ -1,64 +1,264 @@
-"""torch.compile: a compiled model trains as the plain one does, or an error names the cure."""
+"""torch.compile: a compiled model trains as the plain one does, or a warning names the cure."""
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from kfacopt import KFACOptimizer
+from kfacopt import KFACLinearOperator, KFACOptimizer, KFACWarning
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("default"),  # the compiler's own, raised inside it, would stop it
+    # the compiler's own, where the compiled module's input is no leaf
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 
-STEPS = 4
+INTERVAL, STEPS = 3, 7
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4).sin()
 LABELS = torch.tensor([0, 2, 1, 0, 2, 2])
 
 
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(4, 5), Block(), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.second(torch.tanh(self.first(x))))
 
 
-def optimizer_of(model, interval):
-    return KFACOptimizer(model.parameters(), fisher_type="type-2", factor_update_interval=interval)
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.linear(x).relu()
 
 
-def train(model, optimizer):
-    for i in range(STEPS):
+def optimizer_of(model, interval=INTERVAL, **options):
+    return KFACOptimizer(model.parameters(), factor_update_interval=interval, **options)
+
+
+def forward(model, i):
+    return F.cross_entropy(model(X * (1 + i)), LABELS)
+
+
+def train(loss_of, optimizer, steps=STEPS):
+    """Train, and return for each step how many graphs were compiled, and how many broke."""
+    counts = []
+    for i in range(steps):
+        counters.clear()
         optimizer.zero_grad()
-        F.cross_entropy(model(X * (1 + i)), LABELS).backward()
+        loss_of(i).backward()
         optimizer.step()
+        counts.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+    return counts
 
 
-@pytest.mark.parametrize("interval", [1, 2])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("order", ["compiled first", "optimizer first"])
-def test_compiled_models(order, backend, interval):
-    torch._dynamo.reset()
-    model, plain = network(), network()
-    if order == "compiled first":
-        compiled = torch.compile(model, backend=backend)
-        optimizer = optimizer_of(compiled, interval)
-    else:
-        optimizer = optimizer_of(model, interval)
-        compiled = torch.compile(model, backend=backend)
-    train(compiled, optimizer)
-    train(plain, optimizer_of(plain, interval))
+def assert_as_uncompiled(model, interval=INTERVAL, **options):
+    plain = Network()
+    train(lambda i: forward(plain, i), optimizer_of(plain, interval, **options))
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-12)
 
 
-def test_a_model_that_was_compiled_and_called_before():
+def compiled_before_the_optimizer(model, backend, **options):
+    compiled = torch.compile(model, backend=backend, **options)
+    return compiled, optimizer_of(compiled)
+
+
+def compiled_after_the_optimizer(model, backend, **options):
+    optimizer = optimizer_of(model)
+    return torch.compile(model, backend=backend, **options), optimizer
+
+
+def called_before_the_optimizer(model, backend, **options):
+    compiled = torch.compile(model, backend=backend, **options)
+    forward(compiled, 0).backward()
+    model.zero_grad()
+    return compiled, optimizer_of(model)
+
+
+def called_without_gradients_in_between(model, backend, **options):
+    compiled, optimizer = compiled_after_the_optimizer(model, backend, **options)
+    with torch.no_grad():
+        forward(compiled, 0)
+    return compiled, optimizer
+
+
+def in_place(model, backend, **options):
+    optimizer = optimizer_of(model)
+    model.compile(backend=backend, **options)
+    return model, optimizer
+
+
+def in_place_and_called(model, backend, **options):
+    model.compile(backend=backend, **options)
+    forward(model, 0).backward()
+    model.zero_grad()
+    return model, optimizer_of(model)
+
+
+def a_part(model, backend, **options):
+    optimizer = optimizer_of(model)
+    model.second = torch.compile(model.second, backend=backend, **options)
+    return model, optimizer
+
+
+ORDERS = [
+    compiled_before_the_optimizer,
+    compiled_after_the_optimizer,
+    called_before_the_optimizer,
+    called_without_gradients_in_between,
+    in_place,
+    in_place_and_called,
+    a_part,
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"fullgraph": True}], ids=["", "fullgraph"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("order", ORDERS, ids=[order.__name__ for order in ORDERS])
+def test_compiled_models(order, backend, options):
+    """Steps without factors are one graph, compiled at most once; the others run uncompiled."""
     torch._dynamo.reset()
-    model = network()
+    model = Network()
+    compiled, optimizer = order(model, backend, **options)
+    counts = train(lambda i: forward(compiled, i), optimizer)
+    before = order in (called_before_the_optimizer, in_place_and_called)
+    assert counts == [(0, 0), (0 if before else 1, 0), *[(0, 0)] * (STEPS - 2)]
+    assert_as_uncompiled(model)
+
+
+def test_a_compiled_function_that_calls_model_and_loss():
+    torch._dynamo.reset()
+    model = Network()
+    optimizer = optimizer_of(model)
+    loss = torch.compile(lambda i: forward(model, i), backend="eager", dynamic=False)
+    train(loss, optimizer)
+    assert_as_uncompiled(model)
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "type-2", "empirical"])
+def test_evaluations_in_between_stay_compiled(fisher_type):
+    torch._dynamo.reset()
+    model = Network()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    optimizer = optimizer_of(compiled, fisher_type=fisher_type)
+
+    def loss_and_evaluation(i):
+        before = counters["stats"]["calls_captured"], i
+        with torch.no_grad():
+            assert type(compiled(X)) is torch.Tensor
+        if i == 0:
+            assert counters["stats"]["unique_graphs"] == 1, before
+        model.eval()
+        forward(compiled, 5)  # with gradients, but no step
+        model.train()
+        return forward(compiled, i)
+
+    counts = train(loss_and_evaluation, optimizer)
+    assert sum(broken for _, broken in counts) == 0
+    assert_as_uncompiled(model, fisher_type=fisher_type)
+
+
+def test_an_exception_in_an_evaluation_leaves_the_optimizer_watching():
+    torch._dynamo.reset()
+    model = Network()
     compiled = torch.compile(model, backend="eager")
-    F.cross_entropy(compiled(X), LABELS).backward()
+    optimizer = optimizer_of(compiled)
+    with torch.no_grad(), pytest.raises(Exception, match=r"shapes|reduction dim"):
+        compiled(X[:, :2])
+    with pytest.raises(Exception, match=r"shapes|reduction dim"):
+        compiled(X[:, :2])
+    counts = train(lambda i: forward(compiled, i), optimizer)
+    assert [broken for _, broken in counts] == [0] * STEPS
+    assert_as_uncompiled(model)
+
+
+def test_where_compilation_has_no_effect_a_warning_names_the_cure():
+    torch._dynamo.reset()
+    model = Network()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.warns(KFACWarning, match="Raise factor_update_interval"):
+        train(lambda i: forward(compiled, i), optimizer_of(model, 1))
+    assert_as_uncompiled(model, 1)
+    torch._dynamo.reset()
+    container = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = optimizer_of(container)
+    compiled = torch.compile(container, backend="eager")
+    with pytest.warns(KFACWarning, match=r"bare nn\.Sequential uncompiled.*Compile a module of"):
+        train(lambda i: forward(compiled, i), optimizer)
+
+
+def test_hooks_that_compiled_code_ignores_are_an_error_that_names_the_cure():
+    """A container is compiled with its call, hooks included: later ones are not seen."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    compiled = torch.compile(model, backend="eager")
+    forward(compiled, 0).backward()
     optimizer = optimizer_of(compiled, 1)
-    F.cross_entropy(compiled(X), LABELS).backward()
+    forward(compiled, 0).backward()
     with pytest.raises(RuntimeError, match=r"call torch\._dynamo\.reset\(\)"):
         optimizer.step()
     torch._dynamo.reset()
-    train(compiled, optimizer)
+    with pytest.warns(KFACWarning, match="Raise factor_update_interval"):
+        train(lambda i: forward(compiled, i), optimizer)
+
+
+# Activation checkpointing -------------------------------------------------------------------------
+
+
+class Checkpointed(Network):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.head(checkpoint(self.second, h, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac"])
+@pytest.mark.parametrize("fisher_type", ["mc", "type-2", "empirical"])
+def test_checkpointing_without_reentry_is_the_same_training(fisher_type, preconditioner):
+    options = {"fisher_type": fisher_type, "preconditioner": preconditioner}
+    model = Checkpointed(False)
+    optimizer = optimizer_of(model, **options)
+    train(lambda i: forward(model, i), optimizer)
+    assert_as_uncompiled(model, **options)
+    kfac = KFACLinearOperator(
+        model,
+        nn.CrossEntropyLoss(),
+        list(model.parameters()),
+        [(X, LABELS)],
+        fisher_type="type-2",
+        separate_weight_and_bias=False,
+    )
+    assert bool(kfac.factors("second.linear").input_factor.isfinite().all())
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "type-2", "empirical"])
+def test_reentrant_checkpointing_is_refused_by_name(fisher_type):
+    model = Checkpointed(True)
+    optimizer_ = optimizer_of(model, fisher_type=fisher_type)
+    with pytest.raises(RuntimeError, match=r"'second\.linear': .*use_reentrant=False"):
+        forward(model, 0)
+    del optimizer_
+
+
+def test_layers_that_are_called_without_gradients_are_no_checkpointing():
+    class Teacher(Network):
+        def forward(self, x):
+            with torch.no_grad():
+                target = super().forward(x)
+            return super().forward(x) - target
+
+    model = Teacher()
+    optimizer = optimizer_of(model)
+    train(lambda i: forward(model, i), optimizer)
+    assert optimizer.factors("head").input_factor.trace() > 0

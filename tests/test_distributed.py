@@ -90,3 +90,75 @@ def test_two_ranks_are_one_process(fisher_type, preconditioner, late):
             assert torch.allclose(got, want, atol=TOLERANCE)
         for got, want in zip(result["params"], params, strict=True):
             assert torch.allclose(got, want, atol=TOLERANCE)
+
+
+def train_micro_batches(rank, fisher_type):
+    X, y = (part.chunk(WORLD)[rank] for part in batch())
+    model = network()
+    wrapped = DistributedDataParallel(model)
+    optimizer = KFACOptimizer(
+        model.parameters(),
+        fisher_type=fisher_type,
+        factor_update_interval=1,
+        inverse_update_interval=2,
+    )
+    for i in range(STEPS):
+        optimizer.zero_grad()
+        halves = list(zip((X * (1 + i)).chunk(2), y.chunk(2), strict=True))
+        with wrapped.no_sync():
+            (F.cross_entropy(wrapped(halves[0][0]), halves[0][1]) / 2).backward()
+        (F.cross_entropy(wrapped(halves[1][0]), halves[1][1]) / 2).backward()
+        optimizer.step()
+    result = (
+        [p.detach().clone() for p in model.parameters()],
+        list(optimizer.factors(model[0].weight)),
+    )
+    optimizer.zero_grad()
+    with wrapped.join():
+        F.cross_entropy(wrapped(X), y).backward()
+        with pytest.raises(RuntimeError, match=r"join\(\).*drop_last=True"):
+            optimizer.step()
+    return result
+
+
+def run_micro_batches(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIME_LIMIT
+    )
+    try:
+        results = {kind: train_micro_batches(rank, kind) for kind in ("type-2", "empirical")}
+        torch.save(results, f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_micro_batches_under_no_sync_are_one_batch_and_join_is_refused():
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_micro_batches, (folder,), nprocs=WORLD)
+        results = [torch.load(Path(folder) / f"rank{r}.pt") for r in range(WORLD)]
+    for fisher_type in ("type-2", "empirical"):
+        model = network()
+        expected_params = list(model.parameters())
+        expected_factors = train(model, expected_params, *batch(), fisher_type, "kfac")
+        for result in results:
+            params, factors = result[fisher_type]
+            for got, want in zip(factors, expected_factors, strict=True):
+                assert torch.allclose(got, want, atol=TOLERANCE)
+            for got, want in zip(params, expected_params, strict=True):
+                assert torch.allclose(got, want, atol=TOLERANCE)
+
+
+def test_sharded_parameters_are_refused():
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        model = network()
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(ValueError, match=r"a parameter is sharded \(FSDP, DTensor\)"):
+            KFACOptimizer(model.parameters())
+    finally:
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,8 +17,10 @@ from kfacopt.kfac.layers import Block, Layer
 from kfacopt.optim.statistics import Moments
 
 
-def data_parallel_group(params: Sequence[Parameter]) -> dist.ProcessGroup | None:
-    """Return the process group of the DDP wrapper around any of the parameters, if there is one."""
+def data_parallel_wrapper(
+    params: Sequence[Parameter],
+) -> weakref.ref[DistributedDataParallel] | None:
+    """Return a reference to the DDP wrapper around any of the parameters, if there is one."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     wanted = {id(p) for p in params}
@@ -25,9 +28,24 @@ def data_parallel_group(params: Sequence[Parameter]) -> dist.ProcessGroup | None
         if issubclass(type(candidate), DistributedDataParallel) and any(
             id(p) in wanted for p in candidate.parameters()
         ):
-            group: dist.ProcessGroup = candidate.process_group
-            return group
+            return weakref.ref(candidate)
     return None
+
+
+def group_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
+    """Return the process group of a DDP wrapper, and refuse what would leave ranks waiting.
+
+    Raises:
+        RuntimeError: Within `wrapper.join()`, where ranks stop stepping at different times.
+    """
+    if wrapper._join_config.enable:
+        raise RuntimeError(
+            "KFACOptimizer averages factors over all ranks in step, which ranks that ran out of "
+            "data in DistributedDataParallel.join() would not take part in. Give every rank the "
+            "same number of batches, for instance with DistributedSampler(drop_last=True)."
+        )
+    group: dist.ProcessGroup = wrapper.process_group
+    return group
 
 
 def average_moments(
@@ -68,9 +86,12 @@ def average_moments(
         flat = torch.cat([piece.reshape(-1) for _, pieces in entries for piece in pieces])
         dist.all_reduce(flat, group=group)
         split = iter(flat.split([p.numel() for _, pieces in entries for p in pieces]))
-        for layer, pieces in entries:
-            A, G, rows, terms = (next(split).reshape(piece.shape) for piece in pieces)
-            if int(rows) > 0:
+        summed = [
+            tuple(next(split).reshape(piece.shape) for piece in pieces) for _, pieces in entries
+        ]
+        counts = torch.stack([rows for _, _, rows, _ in summed]).tolist()  # asks the device once
+        for (layer, _), (A, G, _, terms), rows in zip(entries, summed, counts, strict=True):
+            if rows > 0:
                 mean, own = G / dist.get_world_size(group), pending.get(layer, Moments())
                 corrections = (own.second_moments, own.unprojected)
                 result[layer] = Moments(A, int(rows), mean, terms, *corrections)

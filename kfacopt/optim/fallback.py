@@ -14,6 +14,14 @@ BETAS = (0.9, 0.999)
 EPS = 1e-8
 
 
+def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
+    """Give a parameter AdamW's state if it has none."""
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros(())
+        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
 def adamw_step(
     params: Sequence[Parameter],
     states: MutableMapping[Tensor, Any],
@@ -29,11 +37,7 @@ def adamw_step(
     if not params:
         return
     for p in params:
-        state = states[p]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        initialise_moments(states[p], p)
     ratio = group["lr"] / group["base_lr"] if group["base_lr"] else float(group["lr"] > 0)
     adamw(
         list(params),
@@ -48,5 +52,6 @@ def adamw_step(
         lr=group["fallback_lr"] * ratio,
         weight_decay=group["weight_decay"],
         eps=EPS,
-        maximize=False,
+        foreach=group["foreach"],
+        maximize=group["maximize"],
     )

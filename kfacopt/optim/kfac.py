@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -29,19 +30,21 @@ from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 from kfacopt.optim.distributed import (
     average_moments,
     average_second_moments,
-    data_parallel_group,
+    data_parallel_wrapper,
+    group_of,
 )
 from kfacopt.optim.fallback import adamw_step
+from kfacopt.optim.initial_state import complete_state, is_initialisation, state_shapes
 from kfacopt.optim.loss_scale import calling_loss_scale
-from kfacopt.optim.messages import log_layers, missing_statistics
+from kfacopt.optim.messages import log_layers, log_new_layer, missing_statistics, uncompiled_cause
 from kfacopt.optim.model_search import find_modules, parameter_names
+from kfacopt.optim.monitoring import Scalars, block_statistics
 from kfacopt.optim.preconditioner import (
     PRECONDITIONERS,
     InverseForm,
     PreconditionerKind,
     bases_of,
     discard_unfitting,
-    factor_shapes,
     fold_factors,
     fold_second_moments,
     has_inverse,
@@ -52,14 +55,14 @@ from kfacopt.optim.preconditioner import (
 from kfacopt.optim.replay import ObjectiveTerm, undisturbed
 from kfacopt.optim.self_tuning import ClosureLoss, SelfTuning
 from kfacopt.optim.serialization import (
-    check_groups,
-    check_shapes,
+    check_state_dict,
+    follow_parameters,
     restore_dtypes,
     restore_generator,
     store_generator,
 )
 from kfacopt.optim.statistics import CurvatureOptions, Moments, StatisticsCollector
-from kfacopt.optim.step_rules import apply_step, kl_clip_scale
+from kfacopt.optim.step_rules import apply_step, are_finite, kl_clip_scale
 
 
 class KFACWarning(UserWarning):
@@ -82,6 +85,19 @@ def _check_kept_dtype(name: str, dtype: torch.dtype | None) -> None:
     allowed = (None, torch.bfloat16, torch.float32, torch.float64)
     if dtype not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {dtype!r}.")
+
+
+def _refuse_flags(**flags: bool) -> None:
+    reasons = {
+        "capturable": "inverses are checked on the host; capture forward and backward pass in a "
+        "CUDA graph, and call step outside of it",
+        "differentiable": "a step is not differentiable; step with kfacopt.KFACLinearOperator's "
+        "inverse on the gradient instead",
+    }
+    for name, value in flags.items():
+        check_flag(name, value)
+        if value:
+            raise ValueError(f"{name} must be False, got True: {reasons[name]}.")
 
 
 class KFACOptimizer(Optimizer):
@@ -153,6 +169,13 @@ class KFACOptimizer(Optimizer):
         model: The module (or a module that contains all) whose parameters are trained. `None`
             searches the process, once, for the modules that own `params`.
         seed: Seeds the generator that draws labels.
+        maximize: Maximise the objective instead; groups may set it.
+        foreach: `False` updates parameters one after the other; groups may set it.
+        capturable: Only `False`: inverses are checked on the host.
+        differentiable: Only `False`.
+
+    A step whose gradients have NaN or infinite entries is skipped as a whole, as a `GradScaler`
+    would: it changes neither parameters nor state, is warned of once, and counted by `statistics`.
 
     Raises:
         ValueError: If an argument is out of its range, or no module owns the parameters.
@@ -210,6 +233,10 @@ class KFACOptimizer(Optimizer):
         loss_func: nn.Module | None = None,
         model: nn.Module | None = None,
         seed: int = 2147483647,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
         if isinstance(params, nn.Module | Tensor) or not isinstance(params, Iterable):
             raise ValueError(
@@ -243,6 +270,7 @@ class KFACOptimizer(Optimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise ValueError(f"model must be an nn.Module or None, got {type(model).__name__}.")
         check_integer("seed", seed)
+        _refuse_flags(capturable=capturable, differentiable=differentiable)
         self._schedule = _Schedule(
             InverseForm(preconditioner, damping_method, inverse_dtype),
             float(ema_decay),
@@ -279,6 +307,8 @@ class KFACOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "damping": damping,
             "fallback_lr": fallback_lr,
+            "maximize": maximize,
+            "foreach": foreach,
         }
         super().__init__(params, defaults)
         self._generator = Generator(self._parameters()[0].device).manual_seed(seed)
@@ -289,8 +319,15 @@ class KFACOptimizer(Optimizer):
         self._layers: list[Layer] = []
         self._blocks: list[Block] = []
         self._names: dict[int, str] = {}
+        self._collector: StatisticsCollector
+        self._placement: list[tuple[torch.dtype, torch.device]] = []
         self._warned: set[str] = set()
+        self._skipped_steps = self._num_fallback = 0
+        self._kl_clip_scale: Tensor | None = None
+        self._labels_before: Tensor | None = None
+        self._waiting = False
         self._ddp_known = False
+        self._ddp_wrapper: weakref.ref[Any] | None = None
         self._ddp_group: Any = None
 
     # Groups and modules ------------------------------------------------------------------------
@@ -304,11 +341,21 @@ class KFACOptimizer(Optimizer):
                 "params: a parameter is not initialized yet (nn.Lazy...); run a forward pass of "
                 "the model before making the optimizer."
             )
+        if any(hasattr(p, "placements") for p in group["params"]):  # a DTensor
+            raise ValueError(
+                "params: a parameter is sharded (FSDP, DTensor), which KFACOptimizer does not "
+                "support. Use nn.parallel.DistributedDataParallel."
+            )
         check_range("lr", group["lr"], 0)
         check_range("momentum", group["momentum"], 0, 1, upper_open=True)
         check_range("weight_decay", group["weight_decay"], 0)
         check_range("damping", group["damping"], 0, lower_open=True)
         check_range("fallback_lr", group["fallback_lr"], 0)
+        check_flag("maximize", group["maximize"])
+        if group["maximize"] and self._tuning is not None:
+            raise ValueError('maximize must be False for lr="auto", which models the loss it sees.')
+        if group["foreach"] is not None:
+            check_flag("foreach", group["foreach"])
         group.setdefault("base_lr", group["lr"])
         group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
         if self._names:
@@ -322,6 +369,17 @@ class KFACOptimizer(Optimizer):
             self._collector.active = False
             self._connect(modules)
 
+    def _follow_moved_parameters(self) -> None:
+        """Convert the state where the model was moved to another dtype or device since."""
+        params = self._parameters()
+        if [(p.dtype, p.device) for p in params] == self._placement:
+            return
+        self._placement = [(p.dtype, p.device) for p in params]
+        follow_parameters(self.state, self._curvature.form, self._schedule.inverse)
+        if self._generator.device != params[0].device:
+            self._generator = Generator(params[0].device).manual_seed(self._seed)
+            self._collector.generator = self._generator
+
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
@@ -333,6 +391,7 @@ class KFACOptimizer(Optimizer):
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
         self._names = parameter_names(modules, params)
         self._trained = [p.requires_grad for p in params]
+        self._placement = [(p.dtype, p.device) for p in params]
         self._layers = [layer for layer, _ in layers]
         self._blocks = [block for layer in self._layers for block in layer.blocks]
         for layer in self._layers:
@@ -366,7 +425,7 @@ class KFACOptimizer(Optimizer):
 
         A run that is resumed from it between two steps goes on bit by bit as it would have.
         """
-        store_generator(self.state, self._layers, self._generator)
+        self._complete_state()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -378,26 +437,36 @@ class KFACOptimizer(Optimizer):
         Raises:
             ValueError: If it is not a KFACOptimizer's or does not fit the layers.
         """
-        check_groups(state_dict)
+        params = self._parameters()
+        shapes = state_shapes(params, self._layers, self._curvature.form)
+        check_state_dict(state_dict, [(self._names[id(p)], p) for p in params], shapes)
         super().load_state_dict(state_dict)
         restore_dtypes(self.state, self.param_groups, state_dict)
-        form = self._curvature.form
-        check_shapes(self.state, [(la, factor_shapes(la, form)) for la in self._layers])
         self._resume()
 
+    def _complete_state(self) -> None:
+        groups, form = self.param_groups, self._curvature.form
+        complete_state(self.state, self._layers, groups, form, self._schedule.inverse)
+        store_generator(self.state, self._layers, self._generator)
+
     def _resume(self) -> None:
-        restore_generator(self.state, self._generator)
         self._collector.clear()
-        new = any("factor_weight" not in self.state[layer.anchor] for layer in self._layers)
+        restore_generator(self.state, self._generator)
+        new = not all(self._has_statistics(layer) for layer in self._layers)
         self._watch(new or self._due(self._schedule.factor_update_interval))
 
     def _watch(self, active: bool) -> None:
         """Put hooks on the modules or take them off, and tell the collector of the bases."""
         if active and self._schedule.inverse.corrected:
-            bases = {block: bases_of(self.state[block.anchor]) for block in self._blocks}
+            bases = {b: bases_of(self.state.get(b.anchor, {})) for b in self._blocks}
             self._collector.bases = {b: known for b, known in bases.items() if known is not None}
         self._collector.collecting = active
         self._collector.active = active or self._tuning is not None
+        due = self._due(self._schedule.factor_update_interval)
+        self._labels_before = self._generator.get_state() if active and not due else None
+
+    def _has_statistics(self, layer: Layer) -> bool:
+        return bool(self.state.get(layer.anchor, {}).get("factor_updates", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles are made of, the modules included."""
@@ -423,8 +492,11 @@ class KFACOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and with them the statistics that wait for the next step."""
-        self._reconnect_if_frozen()
+        seen = self._collector.forward_seen  # forward, zero_grad, backward is a usual order, too
+        if not seen:
+            self._reconnect_if_frozen()
         self._collector.clear()
+        self._collector.forward_seen = seen
         super().zero_grad(set_to_none)
 
     def _due(self, interval: int) -> bool:
@@ -448,9 +520,18 @@ class KFACOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        self._follow_moved_parameters()
+        if self._only_initialises() or not self._has_finite_gradients():
+            return result
         terms = self._collector.objective() if self._tuning is not None else []
         first: dict[Layer, Moments] = {}
-        if self._collector.collecting:  # at an interval's start, and when layers are new
+        due, collecting = (
+            self._due(self._schedule.factor_update_interval),
+            self._collector.collecting,
+        )
+        # Layers that became new after the forward pass have to wait for the next one.
+        self._waiting = collecting and not (due or self._collector.forward_seen)
+        if collecting and not self._waiting:  # at an interval's start, and when layers are new
             first = self._update_factors()
         else:
             self._collector.clear()
@@ -458,16 +539,76 @@ class KFACOptimizer(Optimizer):
             self._update_inverses(self._blocks)
         else:
             fresh = [b for b in self._blocks if not has_inverse(self.state[b.anchor])]
-            self._update_inverses(fresh)
+            self._update_inverses(b for b in fresh if self._has_statistics(b.layer))
         self._start_second_moments(first)
         if self._tuning is None:
-            self._update_parameters(self._directions())
+            self._update_parameters()
         else:
             self._tuned_update(terms, closure, result)
         self._reconnect_if_frozen()
+        if self._labels_before is not None:  # layers that are new leave the others' labels alone
+            self._generator.set_state(self._labels_before)
         for group in self.param_groups:
             group["num_steps"] += 1
-        self._watch(self._due(self._schedule.factor_update_interval))
+        self._watch(self._waiting or self._due(self._schedule.factor_update_interval))
+        return result
+
+    def _only_initialises(self) -> bool:
+        """Make the state, and nothing else, in a step that checkpoint tools take for that."""
+        if self.state or self._collector.forward_seen or not is_initialisation(self.param_groups):
+            return False
+        self._complete_state()
+        return True
+
+    def _has_finite_gradients(self) -> bool:
+        """Tell whether the step can be made; else nothing of it may leave a trace."""
+        grads = {p: p.grad for p in self._parameters() if p.grad is not None}
+        for p, grad in grads.items():
+            if grad.is_sparse:
+                raise RuntimeError(f"{self._names[id(p)]}: sparse gradients are unsupported.")
+        if are_finite(list(grads.values())):
+            return True
+        names = [self._names[id(p)] for p, grad in grads.items() if not bool(grad.isfinite().all())]
+        self._skipped_steps += 1
+        self._collector.clear()
+        self._warn(
+            "skipped",
+            f"the step is skipped: gradients have NaN or infinite entries ({', '.join(names)}). "
+            "statistics()['skipped_steps'] counts such steps.",
+        )
+        return False
+
+    def statistics(self) -> Scalars:
+        """Return numbers for logging: plain floats, one for each name.
+
+        `skipped_steps` (as gradients were not finite), `kl_clip_scale` (ν of the last step; 1
+        without a clip), `fallback_parameters` (tensors that the last step gave to AdamW), and for
+        every layer `<layer>/damping`, `condition`, `factor_age`, `inverse_age`,
+        `skipped_factor_updates` and `inverse_failures`; see `block_statistics`. Where weight and
+        bias have blocks of their own, `<parameter>/...` instead. It costs an eigendecomposition
+        per inverse; a step costs nothing more for it. With `lr="auto"` the quantities of
+        `TuningStatistics` are among them.
+
+        Example:
+            for name, value in optimizer.statistics().items():
+                writer.add_scalar(name, value, step)  # TensorBoard; or wandb.log(the whole)
+        """
+        scale = self._kl_clip_scale
+        result: Scalars = {
+            "skipped_steps": float(self._skipped_steps),
+            "kl_clip_scale": 1.0 if scale is None else float(scale),
+            "fallback_parameters": float(self._num_fallback),
+        }
+        if self._tuning is not None:
+            tuned = vars(self._tuning.statistics).items()
+            result |= {name: math.nan if x is None else float(x) for name, x in tuned}
+        damping = {p: group["damping"] for group in self.param_groups for p in group["params"]}
+        for block in self._blocks:
+            alone = len(block.layer.blocks) == 1
+            name = block.layer.name if alone else self._names[id(block.anchor)]
+            steps = self.param_groups[0]["num_steps"]
+            values = block_statistics(self.state, block, damping[block.anchor], steps)
+            result |= {f"{name}/{key}": value for key, value in values.items()}
         return result
 
     def factors(self, key: str | Parameter) -> Factors:
@@ -484,7 +625,7 @@ class KFACOptimizer(Optimizer):
             raise KeyError(
                 f"{key!r} names {len(owners)} layers of different models; give a parameter."
             )
-        if owners and "factor_weight" in self.state[owners[0].anchor]:
+        if owners and self._has_statistics(owners[0]):
             state = self.state[owners[0].anchor]
             return Factors.of(owners[0], state["input_factor"], state["grad_output_factor"])
         known = [layer.name for layer in self._layers]
@@ -493,7 +634,9 @@ class KFACOptimizer(Optimizer):
     def _update_factors(self) -> dict[Layer, Moments]:
         """Fold the statistics since the last step; return what has no eigenbases yet."""
         if not self._ddp_known:
-            self._ddp_group, self._ddp_known = data_parallel_group(self._parameters()), True
+            self._ddp_wrapper, self._ddp_known = data_parallel_wrapper(self._parameters()), True
+        wrapper = None if self._ddp_wrapper is None else self._ddp_wrapper()
+        self._ddp_group = None if wrapper is None else group_of(wrapper)
         unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
         ignored = self._collector.unknown_objectives
         pending = self._collector.finish()
@@ -508,11 +651,15 @@ class KFACOptimizer(Optimizer):
             )
         if not pending:
             self._report_missing_loss(forward_seen, unknown_losses)
+        if not self._due(self._schedule.factor_update_interval):  # here for new layers alone
+            pending = {la: m for la, m in pending.items() if not self._has_statistics(la)}
+        self._report_uncompiled()
         loss_scale = calling_loss_scale() ** self._curvature.loss_scale_power
         for layer, moments in pending.items():
             state = self.state[layer.anchor]
             moments.scale_curvature(1 / loss_scale)
-            fold_factors(state, layer, moments, form, self._schedule.ema_decay)
+            step = self.param_groups[0]["num_steps"]
+            fold_factors(state, layer, moments, form, self._schedule.ema_decay, step)
         if not self._schedule.inverse.corrected:
             return {}
         bases = self._collector.bases
@@ -539,12 +686,19 @@ class KFACOptimizer(Optimizer):
                 state, decay = self.state[block.anchor], self._schedule.ema_decay
                 fold_second_moments(state, values[block], moments.terms, decay)
 
+    def _report_uncompiled(self) -> None:
+        kind = self._collector.uncompiled
+        interval = 1 if self._tuning is not None else self._schedule.factor_update_interval
+        cause = None if kind is None else uncompiled_cause(kind, interval)
+        if cause is not None:
+            self._warn("uncompiled", cause)
+
     def _report_missing_loss(self, forward_seen: bool, unknown_losses: set[str]) -> None:
         owned = [p for layer in self._layers for p in (layer.weight, layer.bias)]
         if not any(p is not None and p.grad is not None for p in owned):
             return
         cause = missing_statistics(forward_seen, unknown_losses)
-        if any("factor_weight" in self.state[layer.anchor] for layer in self._layers):
+        if any(self._has_statistics(layer) for layer in self._layers):
             self._warn("missing-loss", f"{cause} The step uses the curvature of earlier steps.")
         else:
             raise RuntimeError(f"KFACOptimizer: {cause}")
@@ -554,17 +708,21 @@ class KFACOptimizer(Optimizer):
         for block in blocks:
             layer_state, state = self.state[block.layer.anchor], self.state[block.anchor]
             form = self._schedule.inverse
-            refresh_inverse(state, layer_state, block, damping[id(block.anchor)], form)
+            if refresh_inverse(state, layer_state, block, damping[id(block.anchor)], form):
+                state["inverse_step"] = self.param_groups[0]["num_steps"]
 
-    def _directions(self) -> dict[Parameter, Tensor]:
+    def _directions(self, gradients: dict[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """Return the preconditioned gradients of the parameters in layers."""
         directions: dict[Parameter, Tensor] = {}
         damping = {p: group["damping"] for group in self.param_groups for p in group["params"]}
         for block in self._blocks:
-            grads = [p.grad for p in block.parameters]
+            grads = [gradients.get(p) for p in block.parameters]
             if all(g is None for g in grads):
                 continue
             inverse = inverse_of(self.state[block.anchor], damping[block.anchor])
+            if inverse is None and self._waiting:
+                log_new_layer(block.layer)
+                continue
             if inverse is None:
                 self._warn(
                     f"uncaptured {block.layer.name}",
@@ -575,7 +733,7 @@ class KFACOptimizer(Optimizer):
                 continue
             products = precondition(inverse, block, grads)
             with_grad = zip(block.parameters, products, strict=True)
-            directions.update({p: d for p, d in with_grad if p.grad is not None})
+            directions.update({p: d for p, d in with_grad if p in gradients})
         return directions
 
     def _tuned_update(
@@ -583,7 +741,7 @@ class KFACOptimizer(Optimizer):
     ) -> None:
         """Take a step whose size, momentum and damping follow from the quadratic model."""
         assert self._tuning is not None
-        directions = self._directions()
+        directions = self._directions(self._gradients())
         taken = True
         if directions:
             if not terms:
@@ -615,13 +773,25 @@ class KFACOptimizer(Optimizer):
 
         return evaluate
 
-    def _update_parameters(self, directions: dict[Parameter, Tensor]) -> None:
+    def _gradients(self) -> dict[Parameter, Tensor]:
+        """Return what to descend along: the gradients, with their sign changed to maximise."""
+        return {
+            p: -p.grad if group["maximize"] else p.grad
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
+
+    def _update_parameters(self) -> None:
+        gradients = self._gradients()
+        directions = self._directions(gradients)
         lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         if directions and self._schedule.kl_clip is not None:
-            grads = [p.grad for p in directions if p.grad is not None]
+            grads = [gradients[p] for p in directions]
             lrs = [lr[p] for p in directions]
             values = list(directions.values())
             scale = kl_clip_scale(grads, values, lrs, self._schedule.kl_clip)
+            self._kl_clip_scale = scale
             directions = {p: d * scale.to(d.device, d.dtype) for p, d in directions.items()}
         for group in self.param_groups:
             own = [p for p in group["params"] if p in directions]
@@ -635,15 +805,15 @@ class KFACOptimizer(Optimizer):
                     lr=group["lr"],
                     momentum=momentum,
                     weight_decay=group["weight_decay"],
+                    foreach=group["foreach"] is not False,
                 )
         self._update_fallback(directions)
 
     def _update_fallback(self, directions: dict[Parameter, Tensor]) -> None:
+        self._num_fallback = 0
         for group in self.param_groups:
             rest = [p for p in group["params"] if p.grad is not None and p not in directions]
-            for p in rest:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(f"{self._names[id(p)]}: sparse gradients are unsupported.")
+            self._num_fallback += len(rest)
             adamw_step(rest, self.state, group)
 
     def _momentum_buffer(self, p: Parameter) -> Tensor:

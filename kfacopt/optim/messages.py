@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from torch import nn
+
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Layer
 
@@ -34,6 +36,31 @@ def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorFor
                     width,
                     form.max_factor_dim,
                 )
+
+
+def log_new_layer(layer: Layer) -> None:
+    """Log that a layer was not yet known in the forward pass that its gradient comes from."""
+    logger.info("layer %r is new since the forward pass; AdamW makes its first step", layer.name)
+
+
+def uncompiled_cause(module: type[nn.Module], interval: int) -> str | None:
+    """Say why `torch.compile` has no effect at all, or return `None` where it has.
+
+    Args:
+        module: The kind of the module that was called from compiled code while it had hooks.
+        interval: `factor_update_interval`; 1 for `lr="auto"`.
+    """
+    if interval == 1:
+        return (
+            "a compiled model runs uncompiled on steps that look at it, and with "
+            'factor_update_interval=1 or lr="auto" all do. Raise factor_update_interval.'
+        )
+    if module.forward.__module__.startswith("torch.nn."):
+        return (
+            f"torch.compile leaves a bare nn.{module.__name__} uncompiled once it met hooks on it. "
+            "Compile a module of your own that calls it in its forward."
+        )
+    return None
 
 
 def missing_statistics(forward_seen: bool, unknown_losses: set[str]) -> str:

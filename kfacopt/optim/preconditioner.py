@@ -29,6 +29,8 @@ PRECONDITIONERS: tuple[PreconditionerKind, ...] = ("kfac", "ekfac")
 
 MAX_FAILURES = 3
 
+NO_INVERSE = -1  # an "inverse_step" that says that the inverse is only there to be loaded into
+
 # An eigenbasis is left alone while the off-diagonal part of QᵀAQ is below that share of its norm.
 BASIS_TOLERANCE = 0.01
 
@@ -39,6 +41,10 @@ _INVERSES = {
 }
 _BASES = ("grad_output_basis", "input_basis")
 _CORRECTION = ("second_moments", "second_moment_weight")
+
+# What is known of a layer's factors: their total weight, how many updates were tried, how many of
+# these were skipped as not finite, and the step of the last that was not.
+_RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def discard_unfitting(states: MutableMapping[Tensor, Any], layer: Layer, form: F
     if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):
         return
     inverses = chain.from_iterable(_INVERSES.values())
-    unfitting = (*shapes, "factor_weight", *inverses, *_CORRECTION)
+    unfitting = (*shapes, *_RECORDS, "inverse_step", *inverses, *_CORRECTION)
     for p in (layer.weight, layer.bias):
         if p is not None:
             _forget(states.get(p, {}), unfitting)
@@ -110,6 +116,9 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
     for name, shape in shapes.items():
         state[name] = torch.zeros(shape, dtype=form.stored_dtype or dtype, device=device)
     state["factor_weight"] = torch.zeros((), dtype=dtype, device=device)
+    state["factor_updates"] = 0
+    state["skipped_updates"] = torch.zeros((), dtype=torch.int64, device=device)
+    state["factor_step"] = torch.zeros((), dtype=torch.int64, device=device)
 
 
 def _fold_finite(
@@ -118,10 +127,13 @@ def _fold_finite(
     values: dict[str, Tensor],
     terms: Tensor | float,
     ema_decay: float,
-) -> None:
+) -> Tensor:
     """Move running averages of one weight to include new values, unless any is not finite.
 
     Nothing is synchronised with the device: values that are not finite get the weight 0.
+
+    Returns:
+        Whether they were included, on the device.
     """
     total = state[weight_key]
     weight = torch.as_tensor(terms).to(total)
@@ -133,10 +145,11 @@ def _fold_finite(
     safe_total = torch.where(total > 0, total, 1.0)
     for name, value in values.items():
         fold(state[name], torch.where(finite, value, state[name]), weight, safe_total)
+    return finite
 
 
 def fold_factors(
-    state: State, layer: Layer, moments: Moments, form: FactorForm, ema_decay: float
+    state: State, layer: Layer, moments: Moments, form: FactorForm, ema_decay: float, step: int
 ) -> None:
     """Move a layer's running factors to include new statistics, unless these are not finite.
 
@@ -146,11 +159,15 @@ def fold_factors(
         moments: The statistics of this step.
         form: How factors are formed.
         ema_decay: The decay of earlier statistics; a step's weight is its number of terms.
+        step: The number of the step, to be remembered.
     """
     initialise_factors(state, layer, form)
     A, G = moments.factors()
     values = {"input_factor": A, "grad_output_factor": G}
-    _fold_finite(state, "factor_weight", values, moments.terms, ema_decay)
+    folded = _fold_finite(state, "factor_weight", values, moments.terms, ema_decay)
+    state["factor_updates"] += 1
+    state["skipped_updates"] += ~folded
+    state["factor_step"].copy_(torch.where(folded, step, state["factor_step"]))
 
 
 def fold_second_moments(
@@ -169,14 +186,14 @@ def fold_second_moments(
 
 def bases_of(state: State) -> Bases | None:
     """Return a block's eigenbases Q_G and Q_A if its second moments are kept, else `None`."""
-    if "second_moments" not in state:
+    if "second_moments" not in state or not has_inverse(state):
         return None
     return state.get("grad_output_basis"), state.get("input_basis")
 
 
 def refresh_inverse(
     state: State, layer_state: State, block: Block, damping: float, form: InverseForm
-) -> None:
+) -> bool:
     """Recompute a block's damped inverse, or its eigenbases, from its layer's running factors.
 
     Args:
@@ -186,12 +203,15 @@ def refresh_inverse(
         damping: δ.
         form: How inverses are formed.
 
+    Returns:
+        Whether there is a new one.
+
     Raises:
         DecompositionError: If there is no earlier inverse to go on with, or after more than
             `MAX_FAILURES` failures in a row; names the layer.
     """
     if "factor_weight" not in layer_state or not bool(layer_state["factor_weight"] > 0):
-        return
+        return False
     dtype = factor_dtype(layer_state["input_factor"].dtype)
     A = block.input_factor(layer_state["input_factor"]).to(dtype)
     product = KroneckerProduct(layer_state["grad_output_factor"].to(dtype), A)
@@ -207,8 +227,9 @@ def refresh_inverse(
                 f"layer {block.layer.name!r}: {error} ({state['inverse_failures']} failures in a "
                 f"row, damping {damping}). Raise damping, or use float64 parameters."
             ) from error
-        return
+        return False
     state["inverse_failures"] = 0
+    return True
 
 
 def _store_inverse(
@@ -249,6 +270,8 @@ def _refresh_bases(
 
 def has_inverse(state: State) -> bool:
     """Tell whether a block's state has what a damped inverse is made of."""
+    if state.get("inverse_step") == NO_INVERSE:
+        return False
     return any(key in state for key in ("input_inverse", "inverse_eigenvalues", "second_moments"))
 
 
@@ -261,15 +284,15 @@ def inverse_of(
         state: The optimizer's state of the block's anchor parameter.
         damping: δ, which EKFAC adds to its second moments here; K-FAC's inverse has it inside.
     """
+    if not has_inverse(state):
+        return None
     if "input_inverse" in state:
         return KroneckerProduct(state["grad_output_inverse"], state["input_inverse"])
     if "second_moments" in state:
         moments = state["second_moments"]
         eigenvalues = (moments.to(factor_dtype(moments.dtype)) + damping).reciprocal()
-    elif "inverse_eigenvalues" in state:
-        eigenvalues = state["inverse_eigenvalues"]
     else:
-        return None
+        eigenvalues = state["inverse_eigenvalues"]
     basis_g, basis_a = state.get("grad_output_basis"), state.get("input_basis")
     return KroneckerEigendecomposition(basis_g, basis_a, eigenvalues)
 

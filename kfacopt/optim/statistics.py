@@ -33,6 +33,12 @@ from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.factors import FactorForm, grad_output_moment, input_moment
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.likelihoods import FisherType, Likelihood, UnsupportedLossError, widened
+from kfacopt.optim.activation_checkpointing import refuse_reentrant_checkpointing
+from kfacopt.optim.compilation import (
+    is_called_from_compiled_code,
+    leave_hooks_uncompiled,
+    run_uncompiled,
+)
 from kfacopt.optim.empirical import EmpiricalPass
 from kfacopt.optim.hooks import gradient_hooks, module_hooks, remove_hooks
 from kfacopt.optim.loss_calls import LossCall
@@ -162,6 +168,8 @@ class StatisticsCollector:
         generator: Draws labels.
 
     Attributes:
+        generator: As above.
+        uncompiled: The kind of the module that was called with hooks from compiled code, if any.
         bases: The blocks' eigenbases, as far as they are known; read where second moments are
             collected.
         collecting: Whether statistics are due; where they are not, forward passes and losses may
@@ -175,18 +183,23 @@ class StatisticsCollector:
         options: CurvatureOptions,
         generator: Generator,
     ) -> None:
-        self._options, self._generator = options, generator
+        self._options, self.generator = options, generator
         self.bases: Mapping[Block, Bases] = {}
         self.collecting = True
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._task = -1  # of the user's backward pass that runs
         self._mode: LossCallMode | None = None
+        leave_hooks_uncompiled()
+        self.uncompiled: type[nn.Module] | None = None  # called from compiled code, with hooks
         self._layers_of: dict[int, list[Layer]] = {}
         for layer, own in layers:
             for module in own:
                 self._layers_of.setdefault(id(module), []).append(layer)
         self._modules = [(name, weakref.ref(module)) for name, module in modules]
         self._handles: list[Any] = []
+        # The generator's state before the first label of a step and of a backward pass was drawn.
+        self._labels_of_step: Tensor | None = None
+        self._labels_of_task: Tensor | None = None
         weakref.finalize(self, remove_hooks, self._handles)
         self.clear()
         self.active = True
@@ -212,7 +225,9 @@ class StatisticsCollector:
         return [(name, module) for name, module in living if module is not None]
 
     def clear(self) -> None:
-        """Forget all statistics since the last step."""
+        """Forget all statistics since the last step, and take back the labels drawn for them."""
+        self._rewind(self._labels_of_step)
+        self._labels_of_step = None
         self._pending: dict[Layer, Moments] = {}
         self.unknown_losses: set[str] = set()
         self.unknown_objectives: set[str] = set()
@@ -223,6 +238,8 @@ class StatisticsCollector:
 
     def _start_task(self, task: int) -> None:
         """Forget what belongs to one backward pass of the user's alone."""
+        self._rewind(self._labels_of_task)
+        self._labels_of_task = None
         if self._confirmed:
             self._objective += self._candidate_terms
         self._task, self._confirmed = task, False
@@ -231,15 +248,22 @@ class StatisticsCollector:
         self._empirical: list[EmpiricalPass] = []
         self._counted: set[LayerUse] = set()
 
+    def _rewind(self, state: Tensor | None) -> None:
+        if state is not None:
+            self.generator.set_state(state)
+
     # Hooks -----------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and self._outermost is None:
+            self._sleep_during(module)
             return None
-        if self._outermost is not None:
-            if module is not self._outermost[0]:
-                return None
+        if self._outermost is not None and module is self._outermost[0]:
             self._end_pass()  # it was left by an exception that runs no hooks, as Ctrl-C does
+        if run_uncompiled() and self._outermost is None:
+            self.uncompiled = type(module)
+        if self._outermost is not None or not torch.is_grad_enabled():
+            return None
         if _is_foreign_call(module):
             return None
         parents = passes_feeding((args, kwargs))
@@ -261,12 +285,28 @@ class StatisticsCollector:
             self._mode.__exit__(None, None, None)
             self._mode = None
 
+    def _sleep_during(self, module: nn.Module) -> None:
+        """Take the hooks off for a compiled forward pass without gradients."""
+        if not is_called_from_compiled_code():
+            return
+        self.active = False
+        self._alarm = module_hooks([module], self._ignore, self._wake)
+
+    def _ignore(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Let a forward pass begin."""
+
+    def _wake(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        remove_hooks(self._alarm)
+        self.active = True
+
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self._outermost is None:
             return None
         outermost, forward_pass, parents = self._outermost
         if self.collecting and not torch._C._are_functorch_transforms_active():
             for layer in self._layers_of.get(id(module), ()):
+                if not torch.is_grad_enabled():
+                    refuse_reentrant_checkpointing(layer.name)
                 use = record_use(layer, module, args, kwargs, output)
                 if use is not None:
                     forward_pass.uses.append(use)
@@ -355,6 +395,10 @@ class StatisticsCollector:
             # GradScaler skipped) take their statistics along.
             kept = {la: m for la, m in self._pending.items() if la.anchor.grad is not None}
             self._pending = kept
+            if not kept:
+                self._rewind(self._labels_of_step)
+                self._labels_of_step = self.generator.get_state()
+            self._labels_of_task = self.generator.get_state()
             if all(layer.anchor.grad is None for own in self._layers_of.values() for layer in own):
                 self._objective = []
         if not self.collecting:
@@ -370,7 +414,7 @@ class StatisticsCollector:
         options, likelihood, z = self._options, call.likelihood, widened(call.output)
         uses = [use for p in passes for use in p.uses]
         weights = likelihood.curvature_weights(z, call.target, upstream)
-        sampling = (options.fisher_type, options.mc_samples, self._generator)
+        sampling = (options.fisher_type, options.mc_samples, self.generator)
         terms = likelihood.num_terms(z, call.target)
         share = self._share(terms)
         reached: set[LayerUse] = set()
@@ -473,6 +517,7 @@ class StatisticsCollector:
             self._fold_empirical(entry, layer)
         candidate = self._candidates.pop(layer, None)
         if candidate is not None:
+            self._labels_of_task = None
             self._pending.setdefault(layer, Moments()).add(candidate)
 
     def objective(self) -> list[ObjectiveTerm]:
@@ -488,6 +533,8 @@ class StatisticsCollector:
         from `torch.autograd.grad`.
         """
         pending = self._pending or self._candidates
+        if pending:
+            self._labels_of_step = self._labels_of_task = None
         likelihood = self._options.likelihood
         if likelihood is not None and likelihood.reduction == "mean":
             for moments in pending.values():

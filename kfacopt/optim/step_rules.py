@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
+
+
+def are_finite(grads: Sequence[Tensor]) -> bool:
+    """Tell whether gradients are finite; their device is asked once.
+
+    Args:
+        grads: The gradients, of any shapes, dtypes and devices.
+    """
+    grads = [g for g in grads if g.numel()]
+    if not grads:
+        return True
+    peaks = torch._foreach_norm(grads, float("inf"))
+    dtype, device = reduce(torch.promote_types, {p.dtype for p in peaks}), peaks[0].device
+    return bool(torch.stack([p.to(device, dtype) for p in peaks]).isfinite().all())
 
 
 def kl_clip_scale(
@@ -43,6 +58,7 @@ def apply_step(
     lr: float,
     momentum: float,
     weight_decay: float,
+    foreach: bool = True,
 ) -> None:
     """Update parameters in place: m ← μ m + Δ, θ ← (1 − lr λ) θ − lr m.
 
@@ -56,7 +72,13 @@ def apply_step(
         lr: The learning rate.
         momentum: μ.
         weight_decay: λ.
+        foreach: Update all parameters in one call for each operation; else one after the other.
     """
+    if not foreach:
+        one = partial(apply_step, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        for i, (p, direction) in enumerate(zip(params, directions, strict=True)):
+            one([p], [direction], momentum_buffers[i : i + 1])
+        return
     if weight_decay:
         torch._foreach_mul_(list(params), 1 - lr * weight_decay)
     steps = list(directions)

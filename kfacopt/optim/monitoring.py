@@ -1,0 +1,67 @@
+"""What the optimizer tells for logging; the device is asked here, never in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacopt.kfac.layers import Block
+from kfacopt.linalg.kronecker import (
+    KroneckerEigendecomposition,
+    KroneckerProduct,
+    eigendecomposition,
+)
+from kfacopt.optim.preconditioner import inverse_of
+
+Scalars = dict[str, float]
+
+
+def block_statistics(
+    states: Mapping[Tensor, Any], block: Block, damping: float, num_steps: int
+) -> Scalars:
+    """Return what is known of a block's factors and inverse.
+
+    Args:
+        states: The optimizer's state.
+        block: The block.
+        damping: δ.
+        num_steps: The number of steps so far.
+
+    Returns:
+        `damping`, `factor_age` and `inverse_age` (steps since they were computed, 0 for the last
+        step; NaN if never), `skipped_factor_updates` (statistics that were not finite or empty),
+        `inverse_failures` (in a row) and `condition` (of the damped curvature; NaN without one).
+    """
+    state, layer_state = states.get(block.anchor, {}), states.get(block.layer.anchor, {})
+    inverse = inverse_of(state, damping)
+    updates, skipped = layer_state.get("factor_updates", 0), layer_state.get("skipped_updates", 0)
+    folded = int(updates) > int(skipped)
+    last = num_steps - 1
+    return {
+        "damping": float(damping),
+        "condition": float("nan") if inverse is None else condition(inverse),
+        "factor_age": float(last - int(layer_state["factor_step"])) if folded else float("nan"),
+        "inverse_age": float("nan") if inverse is None else float(last - state["inverse_step"]),
+        "skipped_factor_updates": float(skipped),
+        "inverse_failures": float(state.get("inverse_failures", 0)),
+    }
+
+
+def condition(inverse: KroneckerProduct | KroneckerEigendecomposition) -> float:
+    """Return the largest over the smallest eigenvalue of a block's damped curvature.
+
+    Args:
+        inverse: The damped inverse, which has the same condition; of several independent blocks
+            (groups of a convolution) the worst counts.
+    """
+    inverse = inverse.widened()
+    if isinstance(inverse, KroneckerEigendecomposition):
+        values = inverse.eigenvalues.flatten(1)
+        return float((values.amax(1) / values.amin(1)).max())
+    sides = (inverse.grad_output_factor, inverse.input_factor)
+    spectra = [eigendecomposition(side)[0] for side in sides]
+    ratios = [values.amax(1) / values.amin(1) for values in spectra]
+    return float(torch.stack(ratios).prod(0).max())
