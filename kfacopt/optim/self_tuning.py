@@ -12,7 +12,10 @@ References:
     Martens & Grosse (2015), https://arxiv.org/abs/1503.05671, sections 6.4, 6.5 and 7.
 
 Deviations: the denominator of ρ has no damping, so that ρ = 1 where the objective is quadratic (as
-in kfac-jax); K-FAC's factors are damped by λ itself, without a search for a second damping γ.
+in kfac-jax). ρ is known after every step, and λ follows it every 2 steps instead of 5, with which
+the examples' PINN and autoencoder were faster. A step that raises the loss on its own data is
+undone, and α and μ are solved for again with more damping. K-FAC's factors are damped by λ itself,
+without a search for a second damping γ.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ from kfacopt.kfac.factors import factor_dtype
 from kfacopt.optim.quadratic_model import QuadraticModel, evaluate, quadratic_model
 from kfacopt.optim.replay import ObjectiveTerm
 
-DAMPING_INTERVAL = 5
-DAMPING_DECAY = 0.95**DAMPING_INTERVAL  # ω
+DAMPING_INTERVAL = 2
+DAMPING_DECAY = 0.95**5  # ω
 REJECTION_FACTOR = 4.0  # λ grows by it when a step is undone
 MAX_ATTEMPTS = 12
 
@@ -151,7 +154,7 @@ class SelfTuning:
         record, dtype = self.statistics, params[0].dtype
         record.loss, record.change, record.reduction_ratio = model.loss, math.nan, math.nan
         if not all(math.isfinite(x) for x in model.scalars()):
-            self._undo_last_step(states, groups, params)
+            self.undo_last_step(states, groups, params)
             return False
         _check_replay(model, dtype)
         if closure is not None and not _same(closure.value, model.loss, dtype):
@@ -202,15 +205,21 @@ class SelfTuning:
                     group["damping"] = reduction_ratio_damping(value, ratio, floor)
         record.damping = groups[0]["damping"]
 
-    def _undo_last_step(
+    def undo_last_step(
         self,
         states: MutableMapping[Tensor, Any],
         groups: Sequence[dict[str, Any]],
         params: Sequence[Parameter],
     ) -> None:
-        """Go back to the parameters before the last step, and damp the next one more."""
+        """Go back to the parameters before the last step, and damp the next one more.
+
+        Args:
+            states: The optimizer's state by parameter.
+            groups: The parameter groups.
+            params: The parameters that were part of the step.
+        """
         for p in params:
-            previous = states[p].pop(_PREVIOUS, None)
+            previous = states.get(p, {}).pop(_PREVIOUS, None)
             if previous is not None:
                 p.copy_(previous)
         self._damp_more(groups)
