@@ -175,7 +175,8 @@ class KFACOptimizer(Optimizer):
         differentiable: Only `False`.
 
     A step whose gradients have NaN or infinite entries is skipped as a whole, as a `GradScaler`
-    would: it changes neither parameters nor state, is warned of once, and counted by `statistics`.
+    would: it changes neither parameters nor state, is warned of once, and counted by `statistics`
+    (with `lr="auto"` the step before it is undone).
 
     Raises:
         ValueError: If an argument is out of its range, or no module owns the parameters.
@@ -445,8 +446,9 @@ class KFACOptimizer(Optimizer):
         self._resume()
 
     def _complete_state(self) -> None:
-        groups, form = self.param_groups, self._curvature.form
-        complete_state(self.state, self._layers, groups, form, self._schedule.inverse)
+        forms = self._curvature.form, self._schedule.inverse
+        tuned = self._tuning is not None
+        complete_state(self.state, self._layers, self.param_groups, *forms, tuned)
         store_generator(self.state, self._layers, self._generator)
 
     def _resume(self) -> None:
@@ -571,9 +573,13 @@ class KFACOptimizer(Optimizer):
         names = [self._names[id(p)] for p, grad in grads.items() if not bool(grad.isfinite().all())]
         self._skipped_steps += 1
         self._collector.clear()
+        undone = ""
+        if self._tuning is not None:
+            undone = " and the one before it undone"
+            self._tuning.undo_last_step(self.state, self.param_groups)
         self._warn(
             "skipped",
-            f"the step is skipped: gradients have NaN or infinite entries ({', '.join(names)}). "
+            f"the step is skipped{undone}: gradients have NaN or infinite entries ({', '.join(names)}). "
             "statistics()['skipped_steps'] counts such steps.",
         )
         return False
