@@ -36,7 +36,13 @@ from kfacopt.optim.distributed import (
 from kfacopt.optim.fallback import adamw_step
 from kfacopt.optim.initial_state import complete_state, is_initialisation, state_shapes
 from kfacopt.optim.loss_scale import calling_loss_scale
-from kfacopt.optim.messages import log_layers, log_new_layer, missing_statistics, uncompiled_cause
+from kfacopt.optim.messages import (
+    log_layers,
+    log_new_layer,
+    missing_statistics,
+    uncompiled_cause,
+    user_stacklevel,
+)
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.monitoring import Scalars, block_statistics
 from kfacopt.optim.preconditioner import (
@@ -416,7 +422,7 @@ class KFACOptimizer(Optimizer):
                 f"KFACOptimizer: {message} (Shown once; silence it with "
                 "warnings.simplefilter('ignore', kfacopt.KFACWarning).)",
                 KFACWarning,
-                stacklevel=4,
+                stacklevel=user_stacklevel(),
             )
 
     # State -------------------------------------------------------------------------------------
@@ -579,8 +585,8 @@ class KFACOptimizer(Optimizer):
             self._tuning.undo_last_step(self.state, self.param_groups)
         self._warn(
             "skipped",
-            f"the step is skipped{undone}: gradients have NaN or infinite entries ({', '.join(names)}). "
-            "statistics()['skipped_steps'] counts such steps.",
+            f"the step is skipped{undone}: gradients have NaN or infinite entries "
+            f"({', '.join(names)}). statistics()['skipped_steps'] counts such steps.",
         )
         return False
 
