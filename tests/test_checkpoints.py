@@ -219,6 +219,23 @@ def test_a_layer_that_comes_later_leaves_the_rest_unchanged(fisher_type, at, how
         assert optimizers[0].factors("first").input_factor.trace() > 0
 
 
+@pytest.mark.parametrize("order", ["zero_grad first", "forward first"])
+def test_a_weight_that_is_frozen_leaves_its_bias_a_block(order):
+    model = Network()
+    params = [p for name, p in model.named_parameters() if "unused" not in name]
+    optimizer = KFACOptimizer(params, model=model)
+    for i in range(9):
+        if i == 5:
+            model.first.weight.requires_grad_(False)
+        loss = F.cross_entropy(model(X), LABELS) if order == "forward first" else None
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), LABELS) if loss is None else loss
+        loss.backward()
+        optimizer.step()
+    assert optimizer.factors("first").input_factor.shape == (1, 1)
+    assert optimizer.factors("first").grad_output_factor.trace() > 0
+
+
 # Files --------------------------------------------------------------------------------------------
 
 SAVING_FOREVER = """

@@ -369,12 +369,14 @@ class KFACOptimizer(Optimizer):
             self._collector.active = False
             self._connect()
 
-    def _reconnect_if_frozen(self) -> None:
-        """Find the layers anew where parameters were frozen or unfrozen since."""
-        if [p.requires_grad for p in self._parameters()] != self._trained:
-            modules = self._collector.living_modules()
-            self._collector.active = False
-            self._connect(modules)
+    def _reconnect_if_frozen(self) -> bool:
+        """Find the layers anew where parameters were frozen or unfrozen since; tell of new ones."""
+        if [p.requires_grad for p in self._parameters()] == self._trained:
+            return False
+        modules = self._collector.living_modules()
+        self._collector.active = False
+        self._connect(modules)
+        return not all(self._has_statistics(layer) for layer in self._layers)
 
     def _follow_moved_parameters(self) -> None:
         """Convert the state where the model was moved to another dtype or device since."""
@@ -553,12 +555,13 @@ class KFACOptimizer(Optimizer):
             self._update_parameters()
         else:
             self._tuned_update(terms, closure, result)
-        self._reconnect_if_frozen()
         if self._labels_before is not None:  # layers that are new leave the others' labels alone
             self._generator.set_state(self._labels_before)
+        new = self._reconnect_if_frozen()
         for group in self.param_groups:
             group["num_steps"] += 1
-        self._watch(self._waiting or self._due(self._schedule.factor_update_interval))
+        due = self._due(self._schedule.factor_update_interval)
+        self._watch(due or new or self._waiting)
         return result
 
     def _only_initialises(self) -> bool:

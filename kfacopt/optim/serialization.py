@@ -112,7 +112,7 @@ def _check_entry(where: str, value: Any, shape: tuple[int, ...] | None) -> None:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"{where} must be a tensor of shape {shape}, got {got}. Use the same model, "
-            "separate_weight_and_bias and max_factor_dim as when it was saved."
+            "frozen parameters, separate_weight_and_bias and max_factor_dim as when it was saved."
         )
     if not bool(value.isfinite().all()):
         raise ValueError(f"{where} has NaN or infinite entries.")
