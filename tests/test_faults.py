@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfacopt import GGNLinearOperator, KFACLinearOperator, KFACOptimizer, KFACWarning
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.kronecker import DecompositionError
+from kfacopt.optim.step_rules import are_finite
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -103,6 +104,14 @@ def test_a_step_with_gradients_that_are_not_finite_leaves_no_trace(
     step(model, optimizer)
     step(twin, twin_optimizer)
     assert_same(list(model.parameters()), list(twin.parameters()))
+
+
+def test_gradients_whose_sum_overflows_are_finite():
+    large = torch.full((4,), torch.finfo(torch.float32).max, dtype=torch.float32)
+    assert are_finite([large, torch.full((3,), 60000.0, dtype=torch.float16)])
+    assert are_finite([torch.zeros(0), large.double(), torch.ones(2, dtype=torch.complex64)])
+    assert not are_finite([large, torch.tensor([1.0, math.nan]).half()])
+    assert not are_finite([large, torch.tensor([math.inf, -math.inf])])
 
 
 def test_a_first_step_that_is_skipped():
