@@ -87,6 +87,19 @@ class _Schedule:
     separate_weight_and_bias: bool
 
 
+@dataclass(frozen=True)
+class _Defaults:
+    """Settings that suit mini-batches with a given learning rate, or full batches without one."""
+
+    damping: float
+    ema_decay: float
+    factor_update_interval: int
+    inverse_update_interval: int
+
+
+_DEFAULTS = {"fixed": _Defaults(0.03, 0.95, 5, 10), "auto": _Defaults(1e-3, 0.8, 1, 5)}
+
+
 def _check_kept_dtype(name: str, dtype: torch.dtype | None) -> None:
     allowed = (None, torch.bfloat16, torch.float32, torch.float64)
     if dtype not in allowed:
@@ -141,7 +154,7 @@ class KFACOptimizer(Optimizer):
             adaptation starts, and `kl_clip` is not used.
         momentum: μ in [0, 1), on the preconditioned step.
         weight_decay: λ ≥ 0, decoupled.
-        damping: δ > 0, in units of F.
+        damping: δ > 0, in units of F; 0.03, or 1e-3 (where it starts) for `lr="auto"`.
         preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
             and Ā's eigenbases Q and the running averages Λ of the second moments of single data's
             gradients in them (see `kfacopt.EKFACLinearOperator`). Λ is updated with the factors,
@@ -156,9 +169,10 @@ class KFACOptimizer(Optimizer):
         mc_samples: Labels drawn for each datum; 1 unless `fisher_type="mc"`.
         kfac_approx: `"expand"` or `"reduce"`, for layers with shared positions.
         ema_decay: The decay of Ā and Ḡ per update, in [0, 1); the averages are free of bias, and a
-            step counts by its number of terms.
+            step counts by its number of terms. 0.95, or 0.8 for `lr="auto"`.
         factor_update_interval: Steps between updates of Ā and Ḡ. Between them hooks do nothing.
-        inverse_update_interval: Steps between updates of the inverses.
+            5, or 1 for `lr="auto"`.
+        inverse_update_interval: Steps between updates of the inverses. 10, or 5 for `lr="auto"`.
         kl_clip: κ > 0; `None` switches it off.
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
@@ -222,15 +236,15 @@ class KFACOptimizer(Optimizer):
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        damping: float = 0.03,
+        damping: float | None = None,
         preconditioner: PreconditionerKind = "kfac",
         damping_method: DampingMethod | None = None,
         fisher_type: FisherType = "mc",
         mc_samples: int = 1,
         kfac_approx: KFACApprox = "expand",
-        ema_decay: float = 0.95,
-        factor_update_interval: int = 5,
-        inverse_update_interval: int = 10,
+        ema_decay: float | None = None,
+        factor_update_interval: int | None = None,
+        inverse_update_interval: int | None = None,
         kl_clip: float | None = 3e-4,
         separate_weight_and_bias: bool = False,
         max_factor_dim: int | None = 8192,
@@ -266,6 +280,13 @@ class KFACOptimizer(Optimizer):
         check_count("mc_samples", mc_samples)
         if fisher_type != "mc" and mc_samples != 1:
             raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {mc_samples}.')
+        defaults = _DEFAULTS["auto" if lr == "auto" else "fixed"]
+        damping = defaults.damping if damping is None else damping
+        ema_decay = defaults.ema_decay if ema_decay is None else ema_decay
+        if factor_update_interval is None:
+            factor_update_interval = defaults.factor_update_interval
+        if inverse_update_interval is None:
+            inverse_update_interval = defaults.inverse_update_interval
         check_range("ema_decay", ema_decay, 0, 1, upper_open=True)
         check_count("factor_update_interval", factor_update_interval)
         check_count("inverse_update_interval", inverse_update_interval)
@@ -308,7 +329,7 @@ class KFACOptimizer(Optimizer):
         )
         self._seed = seed
         self._start_unconnected(model)
-        defaults = {
+        group_defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
@@ -317,7 +338,7 @@ class KFACOptimizer(Optimizer):
             "maximize": maximize,
             "foreach": foreach,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, group_defaults)
         self._generator = Generator(self._parameters()[0].device).manual_seed(seed)
         self._connect()
 

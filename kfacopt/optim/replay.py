@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,6 +184,7 @@ def replay(terms: Sequence[ObjectiveTerm], values: Mapping[int, Tensor]) -> list
         The losses, in the order of `terms`.
     """
     results: dict[Call, list[Tensor]] = {}
+    inside = {term.origin.call for term in terms if term.origin.ordinal is not None}
     losses: dict[Call, list[tuple[Any, Any, Any, Any]]] = {}
     with _replaying():
         for call in _in_order(term.origin.call for term in terms):
@@ -195,14 +196,15 @@ def replay(terms: Sequence[ObjectiveTerm], values: Mapping[int, Tensor]) -> list
                 result = call.function(*args, **kwargs)
                 losses[call] = [(call.function, args, kwargs, result)]
             else:
-                result, losses[call] = _replay_module(call, args, kwargs, values)
+                recorder = LossRecorder() if call in inside else nullcontext()
+                with recorder:
+                    result = _replay_module(call, args, kwargs, values)
+                losses[call] = recorder.calls if isinstance(recorder, LossRecorder) else []
             results[call] = list(tensor_leaves(result))
     return [_replayed_term(term, losses[term.origin.call]) for term in terms]
 
 
-def _replay_module(
-    call: Call, args: Any, kwargs: Any, values: Mapping[int, Tensor]
-) -> tuple[Any, list[tuple[Any, Any, Any, Any]]]:
+def _replay_module(call: Call, args: Any, kwargs: Any, values: Mapping[int, Tensor]) -> Any:
     module, surroundings = call.function, call.surroundings
     assert isinstance(module, nn.Module)
     assert surroundings is not None
@@ -212,8 +214,8 @@ def _replay_module(
     for name, buffer in module.named_buffers(remove_duplicate=False):
         own[name] = copies.setdefault(id(buffer), buffer.clone())
     surroundings.set_random_states()
-    with surroundings.autocasting(), LossRecorder() as recorder:
-        return functional_call(module, own, args, kwargs), recorder.calls
+    with surroundings.autocasting():
+        return functional_call(module, own, args, kwargs)
 
 
 def _replayed_term(
