@@ -235,6 +235,23 @@ def test_rank_deficient_and_zero_factors(name, dtype, options):
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenvalues_are_finite_and_not_negative(dtype, bad):
+    x = torch.linspace(0.1, 1.7, 50, dtype=dtype)
+    rank_one = torch.outer(x, x)[None]
+    values, basis = kronecker.eigendecomposition(rank_one)
+    assert bool((values >= 0).all())
+    assert torch.allclose(basis @ (values[..., None] * basis.mT), rank_one, atol=1e-5)
+    skewed = rank_one + torch.triu(torch.ones(50, 50, dtype=dtype), 1)
+    values, basis = kronecker.eigendecomposition(skewed)
+    symmetric = (skewed + skewed.mT) / 2
+    positive = torch.linalg.eigvalsh(symmetric.double()).clamp(min=0)
+    assert torch.allclose(values.double(), positive, atol=1e-4)
+    with pytest.raises(DecompositionError, match="NaN or infinite"):
+        kronecker.eigendecomposition(torch.full((1, 2, 2), bad, dtype=dtype))
+
+
 def test_a_factor_that_needs_float64_is_inverted_in_float64():
     """1e6 + 1e-3 is 1e6 in float32: the damped factor is singular there, and is not in float64."""
     factor = torch.full((1, 2, 2), 1e6, dtype=torch.float32)
