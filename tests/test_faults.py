@@ -252,6 +252,24 @@ def test_eigenvalues_are_finite_and_not_negative(dtype, bad):
         kronecker.eigendecomposition(torch.full((1, 2, 2), bad, dtype=dtype))
 
 
+@pytest.mark.parametrize("scalar_side", ["input", "grad_output"])
+def test_a_scalar_factor_makes_factored_damping_exact(scalar_side):
+    matrix = torch.cov(torch.rand(3, 10))[None]
+    scalar, damping = torch.full((1, 1, 1), 0.3), 1e-2
+    sides = (matrix, scalar) if scalar_side == "input" else (scalar, matrix)
+    inverse = kronecker.KroneckerProduct(*sides).inverse(damping, "factored")
+    dense = torch.kron(inverse.grad_output_factor[0], inverse.input_factor[0])
+    assert torch.allclose(dense, torch.linalg.inv(0.3 * matrix[0] + damping * torch.eye(3)))
+
+
+def test_a_zero_factor_splits_the_damping_evenly():
+    matrix, zero = torch.cov(torch.rand(3, 10))[None], torch.zeros(1, 2, 2)
+    inverse = kronecker.KroneckerProduct(matrix, zero).inverse(1e-2, "factored")
+    assert torch.allclose(inverse.input_factor[0], torch.eye(2) / 0.1)
+    expected = torch.linalg.inv(matrix[0] + 0.1 * torch.eye(3))
+    assert torch.allclose(inverse.grad_output_factor[0], expected)
+
+
 def test_a_factor_that_needs_float64_is_inverted_in_float64():
     """1e6 + 1e-3 is 1e6 in float32: the damped factor is singular there, and is not in float64."""
     factor = torch.full((1, 2, 2), 1e6, dtype=torch.float32)
