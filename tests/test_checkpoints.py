@@ -58,11 +58,13 @@ OPTIONS = {
     "empirical": {"fisher_type": "empirical"},
     "exact": {"damping_method": "exact"},
     "ekfac": {"preconditioner": "ekfac"},
+    "auto": {"lr": "auto"},
     "separate": {"separate_weight_and_bias": True, "max_factor_dim": 4},
 }
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")  # one process without a group
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by forward mode itself
 @pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
@@ -217,6 +219,23 @@ def test_a_layer_that_comes_later_leaves_the_rest_unchanged(fisher_type, at, how
         assert optimizers[0].factors("first").input_factor.trace() > 0
 
 
+@pytest.mark.parametrize("order", ["zero_grad first", "forward first"])
+def test_a_weight_that_is_frozen_leaves_its_bias_a_block(order):
+    model = Network()
+    params = [p for name, p in model.named_parameters() if "unused" not in name]
+    optimizer = KFACOptimizer(params, model=model)
+    for i in range(9):
+        if i == 5:
+            model.first.weight.requires_grad_(False)
+        loss = F.cross_entropy(model(X), LABELS) if order == "forward first" else None
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), LABELS) if loss is None else loss
+        loss.backward()
+        optimizer.step()
+    assert optimizer.factors("first").input_factor.shape == (1, 1)
+    assert optimizer.factors("first").grad_output_factor.trace() > 0
+
+
 # Files --------------------------------------------------------------------------------------------
 
 SAVING_FOREVER = """
@@ -304,6 +323,10 @@ BROKEN = {
         r"input_inverse of .* \(1, 7, 7\), got \(3, 3\)",
     ),
     "number": (changed(momentum_buffer=1.0), r"momentum_buffer of .* shape \(8, 6\), got float"),
+    "records": (
+        lambda s: s["state"][0].pop("factor_updates") and None,
+        r"the state of 'first.weight' lacks \['factor_updates'\]",
+    ),
     "nan": (
         changed(grad_output_factor=torch.full((1, 8, 8), torch.nan)),
         "grad_output_factor of 'first.weight' has NaN or infinite entries",

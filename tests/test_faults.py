@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfacopt import GGNLinearOperator, KFACLinearOperator, KFACOptimizer, KFACWarning
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.kronecker import DecompositionError
+from kfacopt.optim.step_rules import are_finite
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -103,6 +104,14 @@ def test_a_step_with_gradients_that_are_not_finite_leaves_no_trace(
     step(model, optimizer)
     step(twin, twin_optimizer)
     assert_same(list(model.parameters()), list(twin.parameters()))
+
+
+def test_gradients_whose_sum_overflows_are_finite():
+    large = torch.full((4,), torch.finfo(torch.float32).max, dtype=torch.float32)
+    assert are_finite([large, torch.full((3,), 60000.0, dtype=torch.float16)])
+    assert are_finite([torch.zeros(0), large.double(), torch.ones(2, dtype=torch.complex64)])
+    assert not are_finite([large, torch.tensor([1.0, math.nan]).half()])
+    assert not are_finite([large, torch.tensor([math.inf, -math.inf])])
 
 
 def test_a_first_step_that_is_skipped():
@@ -224,6 +233,41 @@ def test_rank_deficient_and_zero_factors(name, dtype, options):
     for _ in range(3):
         step(model, optimizer, x.to(dtype), y)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenvalues_are_finite_and_not_negative(dtype, bad):
+    x = torch.linspace(0.1, 1.7, 50, dtype=dtype)
+    rank_one = torch.outer(x, x)[None]
+    values, basis = kronecker.eigendecomposition(rank_one)
+    assert bool((values >= 0).all())
+    assert torch.allclose(basis @ (values[..., None] * basis.mT), rank_one, atol=1e-5)
+    skewed = rank_one + torch.triu(torch.ones(50, 50, dtype=dtype), 1)
+    values, basis = kronecker.eigendecomposition(skewed)
+    symmetric = (skewed + skewed.mT) / 2
+    positive = torch.linalg.eigvalsh(symmetric.double()).clamp(min=0)
+    assert torch.allclose(values.double(), positive, atol=1e-4)
+    with pytest.raises(DecompositionError, match="NaN or infinite"):
+        kronecker.eigendecomposition(torch.full((1, 2, 2), bad, dtype=dtype))
+
+
+@pytest.mark.parametrize("scalar_side", ["input", "grad_output"])
+def test_a_scalar_factor_makes_factored_damping_exact(scalar_side):
+    matrix = torch.cov(torch.rand(3, 10))[None]
+    scalar, damping = torch.full((1, 1, 1), 0.3), 1e-2
+    sides = (matrix, scalar) if scalar_side == "input" else (scalar, matrix)
+    inverse = kronecker.KroneckerProduct(*sides).inverse(damping, "factored")
+    dense = torch.kron(inverse.grad_output_factor[0], inverse.input_factor[0])
+    assert torch.allclose(dense, torch.linalg.inv(0.3 * matrix[0] + damping * torch.eye(3)))
+
+
+def test_a_zero_factor_splits_the_damping_evenly():
+    matrix, zero = torch.cov(torch.rand(3, 10))[None], torch.zeros(1, 2, 2)
+    inverse = kronecker.KroneckerProduct(matrix, zero).inverse(1e-2, "factored")
+    assert torch.allclose(inverse.input_factor[0], torch.eye(2) / 0.1)
+    expected = torch.linalg.inv(matrix[0] + 0.1 * torch.eye(3))
+    assert torch.allclose(inverse.grad_output_factor[0], expected)
 
 
 def test_a_factor_that_needs_float64_is_inverted_in_float64():

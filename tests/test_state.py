@@ -132,50 +132,6 @@ def test_foreign_and_unfitting_states_are_refused():
         other.load_state_dict(optimizer.state_dict())
 
 
-SCHEDULERS = {
-    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
-    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
-    "one-cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=6),
-    "warm-up": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1, i / 3)),
-    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(name):
-    model = network()
-    optimizer = KFACOptimizer(model.parameters())
-    scheduler = SCHEDULERS[name](optimizer)
-    rates = []
-    for i in range(4):
-        rates.append(optimizer.param_groups[0]["lr"])
-        train(model, optimizer, 1, i)
-        scheduler.step()
-    assert len(set(rates)) > 1
-    assert all(bool(p.isfinite().all()) for p in model.parameters())
-
-
-def test_reduce_on_plateau():
-    model = network()
-    optimizer = KFACOptimizer(model.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-    for i in range(3):
-        train(model, optimizer, 1, i)
-        scheduler.step(1.0)
-    assert optimizer.param_groups[0]["lr"] < 0.1
-
-
-def test_step_hooks():
-    model = network()
-    optimizer = KFACOptimizer(model.parameters())
-    seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
-    train(model, optimizer, 1)
-    assert seen == ["pre", "post"]
-
-
 def test_gradient_clipping_does_not_touch_the_factors():
     models = [network(), network()]
     factors = []
@@ -187,15 +143,3 @@ def test_gradient_clipping_does_not_touch_the_factors():
         optimizer.step()
         factors.append(optimizer.factors("0").grad_output_factor)
     assert torch.equal(*factors)
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad(set_to_none):
-    model = network()
-    optimizer = KFACOptimizer(model.parameters())
-    for _ in range(2):
-        optimizer.zero_grad(set_to_none=set_to_none)
-        F.cross_entropy(model(X), LABELS).backward()
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=set_to_none)
-    assert (model[0].weight.grad is None) == set_to_none

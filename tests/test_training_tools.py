@@ -381,7 +381,8 @@ def test_a_warning_is_given_once():
         for p in model.parameters():
             p.grad = torch.full_like(p, torch.nan)
         if warns:
-            with pytest.warns(KFACWarning, match="skipped"):
+            with pytest.warns(KFACWarning, match="skipped") as caught:
                 optimizer.step()
+            assert caught[0].filename == __file__
         else:
             optimizer.step()

@@ -23,6 +23,7 @@ from kfacopt.optim.preconditioner import (
     initialise_factors,
     refresh_inverse,
 )
+from kfacopt.optim.self_tuning import initialise_previous
 
 
 def is_initialisation(groups: Sequence[dict[str, Any]]) -> bool:
@@ -43,6 +44,7 @@ def complete_state(
     groups: Sequence[dict[str, Any]],
     form: FactorForm,
     inverse_form: InverseForm,
+    tuned: bool,
 ) -> None:
     """Give every trained parameter the entries that it lacks; they change no later step.
 
@@ -52,6 +54,7 @@ def complete_state(
         groups: Its parameter groups.
         form: How factors are formed.
         inverse_form: How damped inverses are formed.
+        tuned: Whether steps tune themselves.
     """
     group_of = {p: group for group in groups for p in group["params"]}
     for layer in layers:
@@ -59,6 +62,8 @@ def complete_state(
         for block in layer.blocks:
             _complete_inverse(states, block, inverse_form)
             for p in block.parameters:
+                if tuned:
+                    initialise_previous(states[p], p)
                 if group_of[p]["momentum"] and "momentum_buffer" not in states[p]:
                     states[p]["momentum_buffer"] = torch.zeros_like(
                         p, memory_format=torch.preserve_format

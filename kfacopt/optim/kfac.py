@@ -36,7 +36,13 @@ from kfacopt.optim.distributed import (
 from kfacopt.optim.fallback import adamw_step
 from kfacopt.optim.initial_state import complete_state, is_initialisation, state_shapes
 from kfacopt.optim.loss_scale import calling_loss_scale
-from kfacopt.optim.messages import log_layers, log_new_layer, missing_statistics, uncompiled_cause
+from kfacopt.optim.messages import (
+    log_layers,
+    log_new_layer,
+    missing_statistics,
+    uncompiled_cause,
+    user_stacklevel,
+)
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.monitoring import Scalars, block_statistics
 from kfacopt.optim.preconditioner import (
@@ -189,7 +195,8 @@ class KFACOptimizer(Optimizer):
         differentiable: Only `False`.
 
     A step whose gradients have NaN or infinite entries is skipped as a whole, as a `GradScaler`
-    would: it changes neither parameters nor state, is warned of once, and counted by `statistics`.
+    would: it changes neither parameters nor state, is warned of once, and counted by `statistics`
+    (with `lr="auto"` the step before it is undone).
 
     Raises:
         ValueError: If an argument is out of its range, or no module owns the parameters.
@@ -383,12 +390,14 @@ class KFACOptimizer(Optimizer):
             self._collector.active = False
             self._connect()
 
-    def _reconnect_if_frozen(self) -> None:
-        """Find the layers anew where parameters were frozen or unfrozen since."""
-        if [p.requires_grad for p in self._parameters()] != self._trained:
-            modules = self._collector.living_modules()
-            self._collector.active = False
-            self._connect(modules)
+    def _reconnect_if_frozen(self) -> bool:
+        """Find the layers anew where parameters were frozen or unfrozen since; tell of new ones."""
+        if [p.requires_grad for p in self._parameters()] == self._trained:
+            return False
+        modules = self._collector.living_modules()
+        self._collector.active = False
+        self._connect(modules)
+        return not all(self._has_statistics(layer) for layer in self._layers)
 
     def _follow_moved_parameters(self) -> None:
         """Convert the state where the model was moved to another dtype or device since."""
@@ -436,7 +445,7 @@ class KFACOptimizer(Optimizer):
                 f"KFACOptimizer: {message} (Shown once; silence it with "
                 "warnings.simplefilter('ignore', kfacopt.KFACWarning).)",
                 KFACWarning,
-                stacklevel=4,
+                stacklevel=user_stacklevel(),
             )
 
     # State -------------------------------------------------------------------------------------
@@ -466,8 +475,9 @@ class KFACOptimizer(Optimizer):
         self._resume()
 
     def _complete_state(self) -> None:
-        groups, form = self.param_groups, self._curvature.form
-        complete_state(self.state, self._layers, groups, form, self._schedule.inverse)
+        forms = self._curvature.form, self._schedule.inverse
+        tuned = self._tuning is not None
+        complete_state(self.state, self._layers, self.param_groups, *forms, tuned)
         store_generator(self.state, self._layers, self._generator)
 
     def _resume(self) -> None:
@@ -566,12 +576,13 @@ class KFACOptimizer(Optimizer):
             self._update_parameters()
         else:
             self._tuned_update(terms, closure, result)
-        self._reconnect_if_frozen()
         if self._labels_before is not None:  # layers that are new leave the others' labels alone
             self._generator.set_state(self._labels_before)
+        new = self._reconnect_if_frozen()
         for group in self.param_groups:
             group["num_steps"] += 1
-        self._watch(self._waiting or self._due(self._schedule.factor_update_interval))
+        due = self._due(self._schedule.factor_update_interval)
+        self._watch(due or new or self._waiting)
         return result
 
     def _only_initialises(self) -> bool:
@@ -592,12 +603,14 @@ class KFACOptimizer(Optimizer):
         names = [self._names[id(p)] for p, grad in grads.items() if not bool(grad.isfinite().all())]
         self._skipped_steps += 1
         self._collector.clear()
+        undone = ""
         if self._tuning is not None:
-            self._tuning.undo_last_step(self.state, self.param_groups, self._parameters())
+            undone = " and the one before it undone"
+            self._tuning.undo_last_step(self.state, self.param_groups)
         self._warn(
             "skipped",
-            f"the step is skipped: gradients have NaN or infinite entries ({', '.join(names)}). "
-            "statistics()['skipped_steps'] counts such steps.",
+            f"the step is skipped{undone}: gradients have NaN or infinite entries "
+            f"({', '.join(names)}). statistics()['skipped_steps'] counts such steps.",
         )
         return False
 

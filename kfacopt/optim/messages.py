@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -36,6 +37,16 @@ def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorFor
                     width,
                     form.max_factor_dim,
                 )
+
+
+def user_stacklevel() -> int:
+    """Return the `stacklevel` with which the caller's warning points at the user's own line."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("kfacopt", "torch"):
+            break
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def log_new_layer(layer: Layer) -> None:

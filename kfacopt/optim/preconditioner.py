@@ -44,7 +44,7 @@ _CORRECTION = ("second_moments", "second_moment_weight")
 
 # What is known of a layer's factors: their total weight, how many updates were tried, how many of
 # these were skipped as not finite, and the step of the last that was not.
-_RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
+RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def discard_unfitting(states: MutableMapping[Tensor, Any], layer: Layer, form: F
     if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):
         return
     inverses = chain.from_iterable(_INVERSES.values())
-    unfitting = (*shapes, *_RECORDS, "inverse_step", *inverses, *_CORRECTION)
+    unfitting = (*shapes, *RECORDS, "inverse_step", *inverses, *_CORRECTION)
     for p in (layer.weight, layer.bias):
         if p is not None:
             _forget(states.get(p, {}), unfitting)

@@ -40,6 +40,13 @@ REJECTION_FACTOR = 4.0  # λ grows by it when a step is undone
 MAX_ATTEMPTS = 12
 
 _PREVIOUS = "previous_parameter"
+_HAS_PREVIOUS = "has_previous_parameter"
+
+
+def initialise_previous(state: dict[str, Any], p: Parameter) -> None:
+    """Give a parameter's state the entries that the last step leaves in it, as before any step."""
+    if _HAS_PREVIOUS not in state:
+        state |= {_PREVIOUS: p.detach().clone(), _HAS_PREVIOUS: 0}
 
 
 @dataclass
@@ -154,7 +161,7 @@ class SelfTuning:
         record, dtype = self.statistics, params[0].dtype
         record.loss, record.change, record.reduction_ratio = model.loss, math.nan, math.nan
         if not all(math.isfinite(x) for x in model.scalars()):
-            self.undo_last_step(states, groups, params)
+            self.undo_last_step(states, groups)
             return False
         _check_replay(model, dtype)
         if closure is not None and not _same(closure.value, model.loss, dtype):
@@ -176,7 +183,7 @@ class SelfTuning:
         else:
             return False
         for p, value in zip(params, before, strict=True):
-            states[p][_PREVIOUS] = value
+            states[p] |= {_PREVIOUS: value, _HAS_PREVIOUS: 1}
         self._learn(groups, model, coefficients)
         return True
 
@@ -185,7 +192,7 @@ class SelfTuning:
     ) -> list[dict[Parameter, Tensor]]:
         if not self._use_momentum:
             return []
-        known = [p for p in params if _PREVIOUS in states[p]]
+        known = [p for p in params if states[p].get(_HAS_PREVIOUS)]
         return [{p: p.detach() - states[p][_PREVIOUS] for p in known}] if known else []
 
     def _learn(
@@ -206,22 +213,17 @@ class SelfTuning:
         record.damping = groups[0]["damping"]
 
     def undo_last_step(
-        self,
-        states: MutableMapping[Tensor, Any],
-        groups: Sequence[dict[str, Any]],
-        params: Sequence[Parameter],
+        self, states: MutableMapping[Tensor, Any], groups: Sequence[dict[str, Any]]
     ) -> None:
         """Go back to the parameters before the last step, and damp the next one more.
 
         Args:
             states: The optimizer's state by parameter.
             groups: The parameter groups.
-            params: The parameters that were part of the step.
         """
-        for p in params:
-            previous = states.get(p, {}).pop(_PREVIOUS, None)
-            if previous is not None:
-                p.copy_(previous)
+        for p, state in states.items():
+            if state.pop(_HAS_PREVIOUS, 0):
+                p.copy_(state.pop(_PREVIOUS))
         self._damp_more(groups)
 
     def _damp_more(self, groups: Sequence[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from kfacopt.argument_checks import check_range
 from kfacopt.kfac.factors import FactorForm, factor_dtype
 from kfacopt.kfac.layers import Layer
-from kfacopt.optim.preconditioner import InverseForm
+from kfacopt.optim.preconditioner import RECORDS, InverseForm
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -77,7 +77,11 @@ def check_state_dict(
             "it before add_param_group, or add the same groups first."
         )
     for key, (parameter, p) in zip(saved, named_params, strict=True):
-        for name, value in state_dict["state"].get(key, {}).items():
+        entries = state_dict["state"].get(key, {})
+        missing = [name for name in RECORDS if name not in entries]
+        if "factor_weight" in entries and "input_factor" in shapes[p] and missing:
+            raise ValueError(f"state_dict: the state of {parameter!r} lacks {missing}.")
+        for name, value in entries.items():
             _check_entry(f"state_dict: {name} of {parameter!r}", value, shapes[p].get(name))
 
 
@@ -108,7 +112,7 @@ def _check_entry(where: str, value: Any, shape: tuple[int, ...] | None) -> None:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"{where} must be a tensor of shape {shape}, got {got}. Use the same model, "
-            "separate_weight_and_bias and max_factor_dim as when it was saved."
+            "frozen parameters, separate_weight_and_bias and max_factor_dim as when it was saved."
         )
     if not bool(value.isfinite().all()):
         raise ValueError(f"{where} has NaN or infinite entries.")

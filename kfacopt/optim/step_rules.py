@@ -10,17 +10,19 @@ from torch import Tensor
 
 
 def are_finite(grads: Sequence[Tensor]) -> bool:
-    """Tell whether gradients are finite; their device is asked once.
+    """Tell whether gradients are finite; their device is asked once where they are.
 
     Args:
         grads: The gradients, of any shapes, dtypes and devices.
     """
-    grads = [g for g in grads if g.numel()]
     if not grads:
         return True
-    peaks = torch._foreach_norm(grads, float("inf"))
-    dtype, device = reduce(torch.promote_types, {p.dtype for p in peaks}), peaks[0].device
-    return bool(torch.stack([p.to(device, dtype) for p in peaks]).isfinite().all())
+    sums = [g.sum() for g in grads]
+    dtype, device = reduce(torch.promote_types, {x.dtype for x in sums}), sums[0].device
+    # Finite sums have finite summands; others may have overflowed.
+    if bool(torch.stack([x.to(device, dtype) for x in sums]).isfinite().all()):
+        return True
+    return all(bool(g.isfinite().all()) for g in grads)
 
 
 def kl_clip_scale(
