@@ -29,14 +29,9 @@ def batch():
     return X, torch.randint(3, (32,), generator=generator)
 
 
-def train(model, params, X, y, fisher_type, preconditioner, wrap_late=None):
-    optimizer = KFACOptimizer(
-        params,
-        fisher_type=fisher_type,
-        preconditioner=preconditioner,
-        factor_update_interval=1,
-        inverse_update_interval=2,
-    )
+def train(model, params, X, y, options, wrap_late=None):
+    intervals = {"factor_update_interval": 1, "inverse_update_interval": 2}
+    optimizer = KFACOptimizer(params, **intervals, **options)
     if wrap_late is not None:
         model = wrap_late(model)
     for i in range(STEPS):
@@ -46,7 +41,7 @@ def train(model, params, X, y, fisher_type, preconditioner, wrap_late=None):
     return optimizer.factors("0.weight" if wrap_late is not None else next(iter(params)))
 
 
-def run_rank(rank, folder, fisher_type, preconditioner, late):
+def run_rank(rank, folder, options, late):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIME_LIMIT
@@ -57,33 +52,34 @@ def run_rank(rank, folder, fisher_type, preconditioner, late):
         params = list(model.parameters())
         if late:
             wrap = DistributedDataParallel
-            factors = train(model, params, X, y, fisher_type, preconditioner, wrap)
+            factors = train(model, params, X, y, options, wrap)
         else:
             wrapped = DistributedDataParallel(model)
-            factors = train(wrapped, params, X, y, fisher_type, preconditioner)
+            factors = train(wrapped, params, X, y, options)
         result = {"params": [p.detach() for p in params], "factors": list(factors)}
         torch.save(result, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
+TYPE_2, EMPIRICAL = {"fisher_type": "type-2"}, {"fisher_type": "empirical"}
+RUNS = {
+    "type-2": (TYPE_2, False),
+    "empirical": (EMPIRICAL, False),
+    "wrapped-after-the-optimizer": (TYPE_2, True),
+    "ekfac": (TYPE_2 | {"preconditioner": "ekfac"}, False),
+    "self-tuning": (TYPE_2 | {"lr": "auto"}, False),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fisher_type", "preconditioner", "late"),
-    [
-        ("type-2", "kfac", False),
-        ("empirical", "kfac", False),
-        ("type-2", "kfac", True),
-        ("type-2", "ekfac", False),
-    ],
-    ids=["type-2", "empirical", "wrapped-after-the-optimizer", "ekfac"],
-)
-def test_two_ranks_are_one_process(fisher_type, preconditioner, late):
+@pytest.mark.parametrize(("options", "late"), RUNS.values(), ids=RUNS)
+def test_two_ranks_are_one_process(options, late):
     model = network()
     params = list(model.parameters())
-    expected = train(model, params, *batch(), fisher_type, preconditioner)
+    expected = train(model, params, *batch(), options)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (folder, fisher_type, preconditioner, late), nprocs=WORLD)
+        mp.spawn(run_rank, (folder, options, late), nprocs=WORLD)
         results = [torch.load(Path(folder) / f"rank{r}.pt") for r in range(WORLD)]
     for result in results:
         for got, want in zip(result["factors"], expected, strict=True):
@@ -141,7 +137,7 @@ def test_micro_batches_under_no_sync_are_one_batch_and_join_is_refused():
     for fisher_type in ("type-2", "empirical"):
         model = network()
         expected_params = list(model.parameters())
-        expected_factors = train(model, expected_params, *batch(), fisher_type, "kfac")
+        expected_factors = train(model, expected_params, *batch(), {"fisher_type": fisher_type})
         for result in results:
             params, factors = result[fisher_type]
             for got, want in zip(factors, expected_factors, strict=True):

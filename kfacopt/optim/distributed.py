@@ -116,3 +116,17 @@ def average_second_moments(
         dist.all_reduce(value, group=group)
         result[block] = value / dist.get_world_size(group)
     return result
+
+
+def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the mean of numbers over all ranks; the numbers themselves without a group.
+
+    Args:
+        values: Numbers, the same kind on every rank.
+        group: The process group.
+    """
+    if group is None:
+        return values
+    total = values.clone()
+    dist.all_reduce(total, group=group)
+    return total / dist.get_world_size(group)

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ from kfacopt.optim.distributed import (
     average_second_moments,
     data_parallel_wrapper,
     group_of,
+    mean_over_ranks,
 )
 from kfacopt.optim.fallback import adamw_step
 from kfacopt.optim.initial_state import complete_state, is_initialisation, state_shapes
@@ -85,6 +87,10 @@ class _Schedule:
     inverse_update_interval: int
     kl_clip: float | None
     separate_weight_and_bias: bool
+
+
+def _detached(loss: Any) -> Tensor:
+    return torch.as_tensor(loss, dtype=torch.float64).detach()
 
 
 @dataclass(frozen=True)
@@ -782,17 +788,22 @@ class KFACOptimizer(Optimizer):
         if directions:
             if not terms:
                 raise RuntimeError(f"KFACOptimizer: {missing_statistics(True, set())}")
+            over_ranks = partial(mean_over_ranks, group=self._ddp_group)
             again = None
             if closure is not None:
-                value = torch.as_tensor(loss).detach().item()
-                again = ClosureLoss(value, self._reevaluation(terms, closure))
-            groups, scale = self.param_groups, calling_loss_scale()
-            taken = self._tuning.step(self.state, groups, directions, terms, again, scale)
+                value = float(over_ranks(_detached(loss)))
+                again = ClosureLoss(value, self._reevaluation(terms, closure, over_ranks))
+            settings = (calling_loss_scale(), over_ranks)
+            groups = self.param_groups
+            taken = self._tuning.step(self.state, groups, directions, terms, again, *settings)
         if taken:
             self._update_fallback(directions)
 
     def _reevaluation(
-        self, terms: list[ObjectiveTerm], closure: Callable[[], Any]
+        self,
+        terms: list[ObjectiveTerm],
+        closure: Callable[[], Any],
+        over_ranks: Callable[[Tensor], Tensor],
     ) -> Callable[[], float]:
         """Make a function that evaluates a closure again, and leaves the gradients alone."""
 
@@ -802,7 +813,7 @@ class KFACOptimizer(Optimizer):
                 p.grad = None
             try:
                 with undisturbed(terms), torch.enable_grad():
-                    return torch.as_tensor(closure()).detach().item()
+                    return float(over_ranks(_detached(closure())))
             finally:
                 for p, grad in grads:
                     p.grad = grad

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,8 @@ def quadratic_model(
     grads: Direction,
     directions: Sequence[Direction],
     damping: Mapping[Parameter, float],
-    loss_scale: float = 1.0,
+    loss_scale: float,
+    over_ranks: Callable[[Tensor], Tensor],
 ) -> QuadraticModel:
     """Evaluate the objective's quadratic model along directions.
 
@@ -96,6 +97,7 @@ def quadratic_model(
         directions: d_k, a tensor for each parameter.
         damping: Λ's entry for each parameter.
         loss_scale: What a `GradScaler` multiplied the objective with.
+        over_ranks: Averages numbers over all processes, whose data are parts of one batch.
 
     Raises:
         NotImplementedError: If an operation of the model has no forward-mode derivative.
@@ -118,7 +120,7 @@ def quadratic_model(
         [_sum_of_products(tangents[j], products[k]) for j, k in pairs],
         [_dot(directions[j], directions[k], damping) for j, k in pairs],
     ]
-    fetched = iter(torch.stack([x for group in numbers for x in group]).tolist())
+    fetched = iter(over_ranks(torch.stack([x for group in numbers for x in group])).tolist())
     (value, mismatch), slopes, curved, damped = ([next(fetched) for _ in g] for g in numbers)
     undamped = _symmetric(pairs, curved)
     both = _symmetric(pairs, [c + d for c, d in zip(curved, damped, strict=True)])
@@ -126,7 +128,10 @@ def quadratic_model(
 
 
 def evaluate(
-    terms: Sequence[ObjectiveTerm], values: Sequence[Parameter], loss_scale: float = 1.0
+    terms: Sequence[ObjectiveTerm],
+    values: Sequence[Parameter],
+    loss_scale: float,
+    over_ranks: Callable[[Tensor], Tensor],
 ) -> float:
     """Return the objective at the present values of parameters, with the same random numbers.
 
@@ -134,10 +139,11 @@ def evaluate(
         terms: The losses of the objective.
         values: The parameters that changed since.
         loss_scale: What a `GradScaler` multiplied the objective with.
+        over_ranks: Averages numbers over all processes.
     """
     replayed = replay(terms, {id(p): p.detach() for p in values})
     total = torch.stack([_scalar(term.contribution) for term in replayed]).sum()
-    return float(total) / loss_scale
+    return float(over_ranks(total)) / loss_scale
 
 
 def _along(

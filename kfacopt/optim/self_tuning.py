@@ -129,6 +129,7 @@ class SelfTuning:
         terms: Sequence[ObjectiveTerm],
         closure: ClosureLoss | None,
         loss_scale: float,
+        over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> bool:
         """Update parameters in place and adapt the groups' damping.
 
@@ -142,6 +143,7 @@ class SelfTuning:
             terms: The losses of the objective.
             closure: Evaluates the objective where it is more than the losses that were recognised.
             loss_scale: What a `GradScaler` multiplied the objective with.
+            over_ranks: Averages numbers over all processes.
 
         Returns:
             Whether a step was taken.
@@ -157,7 +159,7 @@ class SelfTuning:
         proposal = {p: -(factor[p] / scale) * x for p, x in preconditioned.items()}
         directions = [proposal, *self._last_step(states, params)]
         grads = {p: p.grad for p in params if p.grad is not None}
-        model = quadratic_model(terms, grads, directions, damping, loss_scale)
+        model = quadratic_model(terms, grads, directions, damping, loss_scale, over_ranks)
         record, dtype = self.statistics, params[0].dtype
         record.loss, record.change, record.reduction_ratio = model.loss, math.nan, math.nan
         if not all(math.isfinite(x) for x in model.scalars()):
@@ -167,7 +169,7 @@ class SelfTuning:
         if closure is not None and not _same(closure.value, model.loss, dtype):
             record.loss, new_loss = closure.value, closure.evaluate
         else:
-            new_loss = partial(evaluate, terms, params, loss_scale)
+            new_loss = partial(evaluate, terms, params, loss_scale, over_ranks)
         before = [p.detach().clone() for p in params]
         for attempt in range(MAX_ATTEMPTS):
             coefficients = [scale * c for c in model.minimiser(REJECTION_FACTOR**attempt)]
