@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import nn
 
 from benchmarks import optimizers
 from kfacopt import KFACOptimizer
+from kfacopt.optim.kfac import DEFAULTS
 
 NEVER = 10**9
 LEARNING_RATE = 1e-5  # the cost does not depend on it, and nothing diverges
@@ -87,10 +87,8 @@ def _kfac_kinds(make: Any, **settings: Any) -> Mapping[str, Make]:
 
 def default_intervals() -> tuple[int, int]:
     """Return the intervals that `KFACOptimizer` has by default."""
-    arguments = signature(KFACOptimizer).parameters
-    names = ("factor_update_interval", "inverse_update_interval")
-    factors, inverses = (arguments[name].default for name in names)
-    return factors, inverses
+    defaults = DEFAULTS["fixed"]
+    return defaults.factor_update_interval, defaults.inverse_update_interval
 
 
 def contestants(workload: str, terms: str) -> list[StepContestant]:

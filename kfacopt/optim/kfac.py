@@ -103,7 +103,7 @@ class _Defaults:
     inverse_update_interval: int
 
 
-_DEFAULTS = {"fixed": _Defaults(0.03, 0.95, 5, 10), "auto": _Defaults(1e-3, 0.8, 1, 5)}
+DEFAULTS = {"fixed": _Defaults(0.03, 0.95, 5, 10), "auto": _Defaults(1e-3, 0.8, 1, 5)}
 
 
 def _check_kept_dtype(name: str, dtype: torch.dtype | None) -> None:
@@ -286,7 +286,7 @@ class KFACOptimizer(Optimizer):
         check_count("mc_samples", mc_samples)
         if fisher_type != "mc" and mc_samples != 1:
             raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {mc_samples}.')
-        defaults = _DEFAULTS["auto" if lr == "auto" else "fixed"]
+        defaults = DEFAULTS["auto" if lr == "auto" else "fixed"]
         damping = defaults.damping if damping is None else damping
         ema_decay = defaults.ema_decay if ema_decay is None else ema_decay
         if factor_update_interval is None:
