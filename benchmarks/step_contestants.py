@@ -19,7 +19,6 @@ from typing import Any
 from torch import nn
 
 from benchmarks import optimizers
-from kfacopt import KFACOptimizer
 from kfacopt.optim.kfac import DEFAULTS
 
 NEVER = 10**9
