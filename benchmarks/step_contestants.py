@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks import optimizers
-from kfacopt.optim.kfac import DEFAULTS
+from kfacopt.optim.settings import DEFAULTS
 
 NEVER = 10**9
 LEARNING_RATE = 1e-5  # the cost does not depend on it, and nothing diverges

@@ -23,7 +23,8 @@ from kfacopt.linalg.inverses import (
     NeumannInverseLinearOperator,
 )
 from kfacopt.linalg.structured import IdentityLinearOperator, SubmatrixLinearOperator
-from kfacopt.optim.kfac import KFACOptimizer, KFACWarning
+from kfacopt.optim.connected import KFACWarning
+from kfacopt.optim.kfac import KFACOptimizer
 
 __version__ = "0.1.0.dev0"
 

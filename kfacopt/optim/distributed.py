@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfacopt.kfac.factors import FactorForm, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.optim.statistics import Moments
+from kfacopt.optim.moments import Moments
 
 
 def data_parallel_wrapper(

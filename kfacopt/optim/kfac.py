@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
-import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
-from torch.nn.parameter import is_lazy
-from torch.optim.optimizer import Optimizer
 
 from kfacopt.argument_checks import (
     check_choice,
@@ -24,108 +19,41 @@ from kfacopt.argument_checks import (
     check_loss,
     check_range,
 )
-from kfacopt.kfac.factors import FactorForm, Factors
-from kfacopt.kfac.layers import KFAC_APPROXES, Block, KFACApprox, Layer, find_layers
+from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.layers import KFAC_APPROXES, KFACApprox, Layer
 from kfacopt.likelihoods import FISHER_TYPES, FisherType, likelihood_of
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
-from kfacopt.optim.distributed import (
-    average_moments,
-    average_second_moments,
-    data_parallel_wrapper,
-    group_of,
-    mean_over_ranks,
-)
+from kfacopt.optim.distributed import mean_over_ranks
 from kfacopt.optim.fallback import adamw_step
-from kfacopt.optim.initial_state import complete_state, is_initialisation, state_shapes
+from kfacopt.optim.initial_state import is_initialisation
 from kfacopt.optim.loss_scale import calling_loss_scale
-from kfacopt.optim.messages import (
-    log_layers,
-    log_new_layer,
-    missing_statistics,
-    uncompiled_cause,
-    user_stacklevel,
-)
-from kfacopt.optim.model_search import find_modules, parameter_names
+from kfacopt.optim.messages import missing_statistics
+from kfacopt.optim.moments import Moments
 from kfacopt.optim.monitoring import Scalars, block_statistics
 from kfacopt.optim.preconditioner import (
     PRECONDITIONERS,
     InverseForm,
     PreconditionerKind,
-    bases_of,
-    discard_unfitting,
-    fold_factors,
-    fold_second_moments,
     has_inverse,
-    inverse_of,
-    precondition,
-    refresh_inverse,
 )
+from kfacopt.optim.preconditioning import PreconditioningOptimizer
 from kfacopt.optim.replay import ObjectiveTerm, undisturbed
 from kfacopt.optim.self_tuning import ClosureLoss, SelfTuning
-from kfacopt.optim.serialization import (
-    check_state_dict,
-    follow_parameters,
-    restore_dtypes,
-    restore_generator,
-    store_generator,
+from kfacopt.optim.settings import (
+    DEFAULTS,
+    CurvatureOptions,
+    Schedule,
+    check_kept_dtype,
+    refuse_flags,
 )
-from kfacopt.optim.statistics import CurvatureOptions, Moments, StatisticsCollector
 from kfacopt.optim.step_rules import apply_step, are_finite, kl_clip_scale
-
-
-class KFACWarning(UserWarning):
-    """Something works otherwise than a reader of the training script would expect."""
-
-
-@dataclass(frozen=True)
-class _Schedule:
-    """Settings that are the same for all parameter groups; see `KFACOptimizer`."""
-
-    inverse: InverseForm
-    ema_decay: float
-    factor_update_interval: int
-    inverse_update_interval: int
-    kl_clip: float | None
-    separate_weight_and_bias: bool
 
 
 def _detached(loss: Any) -> Tensor:
     return torch.as_tensor(loss, dtype=torch.float64).detach()
 
 
-@dataclass(frozen=True)
-class _Defaults:
-    """Settings that suit mini-batches with a given learning rate, or full batches without one."""
-
-    damping: float
-    ema_decay: float
-    factor_update_interval: int
-    inverse_update_interval: int
-
-
-DEFAULTS = {"fixed": _Defaults(0.03, 0.95, 5, 10), "auto": _Defaults(1e-3, 0.8, 1, 5)}
-
-
-def _check_kept_dtype(name: str, dtype: torch.dtype | None) -> None:
-    allowed = (None, torch.bfloat16, torch.float32, torch.float64)
-    if dtype not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {dtype!r}.")
-
-
-def _refuse_flags(**flags: bool) -> None:
-    reasons = {
-        "capturable": "inverses are checked on the host; capture forward and backward pass in a "
-        "CUDA graph, and call step outside of it",
-        "differentiable": "a step is not differentiable; step with kfacopt.KFACLinearOperator's "
-        "inverse on the gradient instead",
-    }
-    for name, value in flags.items():
-        check_flag(name, value)
-        if value:
-            raise ValueError(f"{name} must be False, got True: {reasons[name]}.")
-
-
-class KFACOptimizer(Optimizer):
+class KFACOptimizer(PreconditioningOptimizer):
     r"""Steps along F⁻¹ ∇L, with the Fisher/GGN F approximated by K-FAC.
 
         optimizer = KFACOptimizer(model.parameters())
@@ -280,7 +208,7 @@ class KFACOptimizer(Optimizer):
                 f'"{damping_method}": there are no factors between which damping could be split.'
             )
         for name, dtype in (("factor_dtype", factor_dtype), ("inverse_dtype", inverse_dtype)):
-            _check_kept_dtype(name, dtype)
+            check_kept_dtype(name, dtype)
         check_choice("fisher_type", fisher_type, FISHER_TYPES)
         check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
         check_count("mc_samples", mc_samples)
@@ -304,8 +232,8 @@ class KFACOptimizer(Optimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise ValueError(f"model must be an nn.Module or None, got {type(model).__name__}.")
         check_integer("seed", seed)
-        _refuse_flags(capturable=capturable, differentiable=differentiable)
-        self._schedule = _Schedule(
+        refuse_flags(capturable=capturable, differentiable=differentiable)
+        self._schedule = Schedule(
             InverseForm(preconditioner, damping_method, inverse_dtype),
             float(ema_decay),
             factor_update_interval,
@@ -348,196 +276,7 @@ class KFACOptimizer(Optimizer):
         self._generator = Generator(self._parameters()[0].device).manual_seed(seed)
         self._connect()
 
-    def _start_unconnected(self, model: nn.Module | None) -> None:
-        self._model = None if model is None else weakref.ref(model)
-        self._layers: list[Layer] = []
-        self._blocks: list[Block] = []
-        self._names: dict[int, str] = {}
-        self._collector: StatisticsCollector
-        self._placement: list[tuple[torch.dtype, torch.device]] = []
-        self._warned: set[str] = set()
-        self._skipped_steps = self._num_fallback = 0
-        self._kl_clip_scale: Tensor | None = None
-        self._labels_before: Tensor | None = None
-        self._waiting = False
-        self._ddp_known = False
-        self._ddp_wrapper: weakref.ref[Any] | None = None
-        self._ddp_group: Any = None
-
-    # Groups and modules ------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if any(is_lazy(p) for p in group["params"]):
-            raise ValueError(
-                "params: a parameter is not initialized yet (nn.Lazy...); run a forward pass of "
-                "the model before making the optimizer."
-            )
-        if any(hasattr(p, "placements") for p in group["params"]):  # a DTensor
-            raise ValueError(
-                "params: a parameter is sharded (FSDP, DTensor), which KFACOptimizer does not "
-                "support. Use nn.parallel.DistributedDataParallel."
-            )
-        check_range("lr", group["lr"], 0)
-        check_range("momentum", group["momentum"], 0, 1, upper_open=True)
-        check_range("weight_decay", group["weight_decay"], 0)
-        check_range("damping", group["damping"], 0, lower_open=True)
-        check_range("fallback_lr", group["fallback_lr"], 0)
-        check_flag("maximize", group["maximize"])
-        if group["maximize"] and self._tuning is not None:
-            raise ValueError('maximize must be False for lr="auto", which models the loss it sees.')
-        if group["foreach"] is not None:
-            check_flag("foreach", group["foreach"])
-        group.setdefault("base_lr", group["lr"])
-        group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
-        if self._names:
-            self._collector.active = False
-            self._connect()
-
-    def _reconnect_if_frozen(self) -> bool:
-        """Find the layers anew where parameters were frozen or unfrozen since; tell of new ones."""
-        if [p.requires_grad for p in self._parameters()] == self._trained:
-            return False
-        modules = self._collector.living_modules()
-        self._collector.active = False
-        self._connect(modules)
-        return not all(self._has_statistics(layer) for layer in self._layers)
-
-    def _follow_moved_parameters(self) -> None:
-        """Convert the state where the model was moved to another dtype or device since."""
-        params = self._parameters()
-        if [(p.dtype, p.device) for p in params] == self._placement:
-            return
-        self._placement = [(p.dtype, p.device) for p in params]
-        follow_parameters(self.state, self._curvature.form, self._schedule.inverse)
-        if self._generator.device != params[0].device:
-            self._generator = Generator(params[0].device).manual_seed(self._seed)
-            self._collector.generator = self._generator
-
-    def _parameters(self) -> list[Parameter]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _connect(self, modules: list[tuple[str, nn.Module]] | None = None) -> None:
-        """Find the modules of the parameters and put hooks on them."""
-        params = self._parameters()
-        if modules is None:
-            modules = find_modules(params, None if self._model is None else self._model())
-        layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
-        self._names = parameter_names(modules, params)
-        self._trained = [p.requires_grad for p in params]
-        self._placement = [(p.dtype, p.device) for p in params]
-        self._layers = [layer for layer, _ in layers]
-        self._blocks = [block for layer in self._layers for block in layer.blocks]
-        for layer in self._layers:
-            discard_unfitting(self.state, layer, self._curvature.form)
-        self._collector = StatisticsCollector(layers, modules, self._curvature, self._generator)
-        self._watch(True)
-        covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
-        rest = [self._names[id(p)] for p in params if id(p) not in covered]
-        log_layers(self._layers, rest, self._curvature.form)
-        if not self._layers:
-            self._warn(
-                "no-layers",
-                "none of the parameters is in a layer that K-FAC knows (nn.Linear, nn.Conv2d); "
-                "all are trained by the AdamW fallback.",
-            )
-
-    def _warn(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(
-                f"KFACOptimizer: {message} (Shown once; silence it with "
-                "warnings.simplefilter('ignore', kfacopt.KFACWarning).)",
-                KFACWarning,
-                stacklevel=user_stacklevel(),
-            )
-
-    # State -------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.
-
-        A run that is resumed from it between two steps goes on bit by bit as it would have.
-        """
-        self._complete_state()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; factors keep their own dtype.
-
-        Args:
-            state_dict: What `state_dict` returned, for the same parameters in the same order.
-
-        Raises:
-            ValueError: If it is not a KFACOptimizer's or does not fit the layers.
-        """
-        params = self._parameters()
-        shapes = state_shapes(params, self._layers, self._curvature.form)
-        check_state_dict(state_dict, [(self._names[id(p)], p) for p in params], shapes)
-        super().load_state_dict(state_dict)
-        restore_dtypes(self.state, self.param_groups, state_dict)
-        self._resume()
-
-    def _complete_state(self) -> None:
-        forms = self._curvature.form, self._schedule.inverse
-        tuned = self._tuning is not None
-        complete_state(self.state, self._layers, self.param_groups, *forms, tuned)
-        store_generator(self.state, self._layers, self._generator)
-
-    def _resume(self) -> None:
-        self._collector.clear()
-        restore_generator(self.state, self._generator)
-        new = not all(self._has_statistics(layer) for layer in self._layers)
-        self._watch(new or self._due(self._schedule.factor_update_interval))
-
-    def _watch(self, active: bool) -> None:
-        """Put hooks on the modules or take them off, and tell the collector of the bases."""
-        if active and self._schedule.inverse.corrected:
-            bases = {b: bases_of(self.state.get(b.anchor, {})) for b in self._blocks}
-            self._collector.bases = {b: known for b, known in bases.items() if known is not None}
-        self._collector.collecting = active
-        self._collector.active = active or self._tuning is not None
-        due = self._due(self._schedule.factor_update_interval)
-        self._labels_before = self._generator.get_state() if active and not due else None
-
-    def _has_statistics(self, layer: Layer) -> bool:
-        return bool(self.state.get(layer.anchor, {}).get("factor_updates", 0))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles are made of, the modules included."""
-        store_generator(self.state, self._layers, self._generator)
-        own = {
-            name: getattr(self, name) for name in ("_schedule", "_curvature", "_seed", "_tuning")
-        }
-        return super().__getstate__() | own | {"_modules": self._collector.living_modules()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make a copy that works on copies of the modules."""
-        modules = state.pop("_modules", None)
-        if modules is None:  # Optimizer.load_state_dict comes here with state and groups alone
-            super().__setstate__(state)
-            return
-        self._start_unconnected(None)
-        super().__setstate__(state)
-        self._generator = Generator(self._parameters()[0].device).manual_seed(self._seed)
-        self._connect(modules)
-        self._resume()
-
     # Steps -------------------------------------------------------------------------------------
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, and with them the statistics that wait for the next step."""
-        seen = self._collector.forward_seen  # forward, zero_grad, backward is a usual order, too
-        if not seen:
-            self._reconnect_if_frozen()
-        self._collector.clear()
-        self._collector.forward_seen = seen
-        super().zero_grad(set_to_none)
-
-    def _due(self, interval: int) -> bool:
-        return bool(self.param_groups[0]["num_steps"] % interval == 0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -652,131 +391,6 @@ class KFACOptimizer(Optimizer):
             values = block_statistics(self.state, block, damping[block.anchor], steps)
             result |= {f"{name}/{key}": value for key, value in values.items()}
         return result
-
-    def factors(self, key: str | Parameter) -> Factors:
-        """Return the running averages of a layer's Kronecker factors.
-
-        Args:
-            key: The layer's name, a parameter's name, or a parameter.
-
-        Raises:
-            KeyError: If there is no such layer, or no statistics of it yet.
-        """
-        owners = [layer for layer in self._layers if layer.owns(key, self._names)]
-        if len(owners) > 1:
-            raise KeyError(
-                f"{key!r} names {len(owners)} layers of different models; give a parameter."
-            )
-        if owners and self._has_statistics(owners[0]):
-            state = self.state[owners[0].anchor]
-            return Factors.of(owners[0], state["input_factor"], state["grad_output_factor"])
-        known = [layer.name for layer in self._layers]
-        raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
-
-    def _update_factors(self) -> dict[Layer, Moments]:
-        """Fold the statistics since the last step; return what has no eigenbases yet."""
-        if not self._ddp_known:
-            self._ddp_wrapper, self._ddp_known = data_parallel_wrapper(self._parameters()), True
-        wrapper = None if self._ddp_wrapper is None else self._ddp_wrapper()
-        self._ddp_group = None if wrapper is None else group_of(wrapper)
-        unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
-        ignored = self._collector.unknown_objectives
-        pending = self._collector.finish()
-        form = self._curvature.form
-        if self._ddp_group is not None:
-            pending = average_moments(pending, self._layers, form, self._ddp_group)
-        if pending and ignored and self._curvature.likelihood is None:
-            self._warn(
-                "ignored-loss",
-                f"the objective contains {', '.join(sorted(ignored))}, whose curvature is not "
-                "known: it counts by its gradient alone.",
-            )
-        if not pending:
-            self._report_missing_loss(forward_seen, unknown_losses)
-        if not self._due(self._schedule.factor_update_interval):  # here for new layers alone
-            pending = {la: m for la, m in pending.items() if not self._has_statistics(la)}
-        self._report_uncompiled()
-        loss_scale = calling_loss_scale() ** self._curvature.loss_scale_power
-        for layer, moments in pending.items():
-            state = self.state[layer.anchor]
-            moments.scale_curvature(1 / loss_scale)
-            step = self.param_groups[0]["num_steps"]
-            fold_factors(state, layer, moments, form, self._schedule.ema_decay, step)
-        if not self._schedule.inverse.corrected:
-            return {}
-        bases = self._collector.bases
-        new = dict.fromkeys(b.layer for b in self._blocks if b not in bases)
-        known = [block for block in self._blocks if block.layer not in new]
-        self._update_second_moments(pending, known)
-        return {layer: pending.get(layer, Moments()) for layer in new}
-
-    def _start_second_moments(self, first: dict[Layer, Moments]) -> None:
-        """Fold the second moments of layers whose bases were not known when they were collected."""
-        blocks = [b for la in first for b in la.blocks if has_inverse(self.state[b.anchor])]
-        for layer, moments in first.items():
-            own = {b: bases_of(self.state[b.anchor]) for b in blocks if b.layer is layer}
-            moments.project({b: known for b, known in own.items() if known is not None})
-        self._update_second_moments(first, blocks)
-
-    def _update_second_moments(self, pending: dict[Layer, Moments], blocks: list[Block]) -> None:
-        values = {b: v for moments in pending.values() for b, v in moments.second_moments.items()}
-        if self._ddp_group is not None:
-            values = average_second_moments(values, blocks, self._ddp_group)
-        for block in blocks:
-            moments = pending.get(block.layer)
-            if moments is not None and block in values:
-                state, decay = self.state[block.anchor], self._schedule.ema_decay
-                fold_second_moments(state, values[block], moments.terms, decay)
-
-    def _report_uncompiled(self) -> None:
-        kind = self._collector.uncompiled
-        interval = 1 if self._tuning is not None else self._schedule.factor_update_interval
-        cause = None if kind is None else uncompiled_cause(kind, interval)
-        if cause is not None:
-            self._warn("uncompiled", cause)
-
-    def _report_missing_loss(self, forward_seen: bool, unknown_losses: set[str]) -> None:
-        owned = [p for layer in self._layers for p in (layer.weight, layer.bias)]
-        if not any(p is not None and p.grad is not None for p in owned):
-            return
-        cause = missing_statistics(forward_seen, unknown_losses)
-        if any(self._has_statistics(layer) for layer in self._layers):
-            self._warn("missing-loss", f"{cause} The step uses the curvature of earlier steps.")
-        else:
-            raise RuntimeError(f"KFACOptimizer: {cause}")
-
-    def _update_inverses(self, blocks: Iterable[Block]) -> None:
-        damping = {id(p): g["damping"] for g in self.param_groups for p in g["params"]}
-        for block in blocks:
-            layer_state, state = self.state[block.layer.anchor], self.state[block.anchor]
-            form = self._schedule.inverse
-            if refresh_inverse(state, layer_state, block, damping[id(block.anchor)], form):
-                state["inverse_step"] = self.param_groups[0]["num_steps"]
-
-    def _directions(self, gradients: dict[Parameter, Tensor]) -> dict[Parameter, Tensor]:
-        """Return the preconditioned gradients of the parameters in layers."""
-        directions: dict[Parameter, Tensor] = {}
-        damping = {p: group["damping"] for group in self.param_groups for p in group["params"]}
-        for block in self._blocks:
-            grads = [gradients.get(p) for p in block.parameters]
-            if all(g is None for g in grads):
-                continue
-            inverse = inverse_of(self.state[block.anchor], damping[block.anchor])
-            if inverse is None and self._waiting:
-                log_new_layer(block.layer)
-                continue
-            if inverse is None:
-                self._warn(
-                    f"uncaptured {block.layer.name}",
-                    f"layer {block.layer.name!r} has a gradient but no curvature was captured "
-                    "(its forward pass runs outside the hooks, or the loss on it was not "
-                    "recognised, or was not finite); it gets the AdamW fallback update.",
-                )
-                continue
-            products = precondition(inverse, block, grads)
-            with_grad = zip(block.parameters, products, strict=True)
-            directions.update({p: d for p, d in with_grad if p in gradients})
-        return directions
 
     def _tuned_update(
         self, terms: list[ObjectiveTerm], closure: Callable[[], Any] | None, loss: Any

@@ -20,7 +20,7 @@ from kfacopt.linalg.kronecker import (
     KroneckerEigendecomposition,
     KroneckerProduct,
 )
-from kfacopt.optim.statistics import Moments
+from kfacopt.optim.moments import Moments
 
 State = dict[str, Any]
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,9 +29,9 @@ from kfacopt.kfac.capture import (
     would_be_gradients,
 )
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
-from kfacopt.kfac.factors import FactorForm, grad_output_moment, input_moment
+from kfacopt.kfac.factors import grad_output_moment, input_moment
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.likelihoods import FisherType, Likelihood, UnsupportedLossError, widened
+from kfacopt.likelihoods import UnsupportedLossError, widened
 from kfacopt.optim.activation_checkpointing import refuse_reentrant_checkpointing
 from kfacopt.optim.compilation import (
     is_called_from_compiled_code,
@@ -51,111 +50,9 @@ from kfacopt.optim.loss_probe import (
     record_call,
     unprobe,
 )
+from kfacopt.optim.moments import Moments, UnprojectedGradients
 from kfacopt.optim.replay import LossOrigin, ObjectiveTerm, Surroundings
-
-
-@dataclass
-class UnprojectedGradients:
-    """What second moments will be computed from, once there is a basis to compute them in.
-
-    Attributes:
-        uses: The uses of a layer in one forward pass.
-        grads: For each use the gradient by the layer's output.
-        scale: The factor of the second moments.
-    """
-
-    uses: list[LayerUse]
-    grads: list[Tensor]
-    scale: Tensor | float
-
-
-@dataclass
-class Moments:
-    """What one layer's statistics since the last step add up to.
-
-    Attributes:
-        input_sum: Σ a aᵀ.
-        rows: How many vectors it sums.
-        grad_output_sum: Σ g gᵀ.
-        terms: How many terms of the loss they stem from, a scalar tensor.
-        second_moments: For EKFAC, Λ of each block whose eigenbases were known.
-        unprojected: For EKFAC, what Λ of the layer's other blocks follows from.
-    """
-
-    input_sum: Tensor | float = 0.0
-    rows: int = 0
-    grad_output_sum: Tensor | float = 0.0
-    terms: Tensor | float = 0.0
-    second_moments: dict[Block, Tensor] = field(default_factory=dict)
-    unprojected: list[UnprojectedGradients] = field(default_factory=list)
-
-    def add(self, other: Moments) -> None:
-        """Add another record's sums."""
-        self.input_sum = self.input_sum + other.input_sum
-        self.rows += other.rows
-        self.grad_output_sum = self.grad_output_sum + other.grad_output_sum
-        self.terms = self.terms + other.terms
-        for block, value in other.second_moments.items():
-            self.add_second_moments(block, value)
-        self.unprojected += other.unprojected
-
-    def add_second_moments(self, block: Block, value: Tensor) -> None:
-        """Add to Λ of a block."""
-        known = self.second_moments.get(block)
-        self.second_moments[block] = value if known is None else known + value
-
-    def scale_curvature(self, factor: Tensor | float) -> None:
-        """Multiply all that is quadratic in the gradients."""
-        self.grad_output_sum = self.grad_output_sum * factor
-        self.second_moments = {b: value * factor for b, value in self.second_moments.items()}
-        for entry in self.unprojected:
-            entry.scale = entry.scale * factor
-
-    def project(self, blocks: Mapping[Block, Bases]) -> None:
-        """Compute Λ of blocks whose eigenbases have become known since, and let go of the rest."""
-        for block, bases in blocks.items():
-            for entry in self.unprojected:
-                value = block_second_moments(block, entry.uses, entry.grads, bases)
-                self.add_second_moments(block, value * entry.scale)
-        self.unprojected = []
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A and G."""
-        A, G = (torch.as_tensor(x) for x in (self.input_sum, self.grad_output_sum))
-        return A / self.rows, G
-
-
-@dataclass(frozen=True)
-class CurvatureOptions:
-    """Which curvature is collected.
-
-    Attributes:
-        fisher_type: `"mc"`, `"type-2"` or `"empirical"`.
-        mc_samples: Labels drawn for each datum.
-        form: How factors are formed.
-        likelihood: The stated loss at the model's output; `None` recognises it.
-        corrected: Whether second moments are collected in the layers' eigenbases, too.
-        recording: Whether forward passes and losses are recorded, so that they can be evaluated
-            again.
-    """
-
-    fisher_type: FisherType
-    mc_samples: int
-    form: FactorForm
-    likelihood: Likelihood | None
-    corrected: bool = False
-    recording: bool = False
-
-    @property
-    def loss_scale_power(self) -> int:
-        """How often G carries a factor on the loss that is not the objective's: a loss scale.
-
-        A recognised loss's factor is carried once. A stated loss is not looked at, but the
-        gradients of an empirical Fisher carry the factor, squared.
-        """
-        if self.likelihood is None:
-            return 1
-        return 2 if self.fisher_type == "empirical" else 0
+from kfacopt.optim.settings import CurvatureOptions
 
 
 class StatisticsCollector:

@@ -1,0 +1,236 @@
+"""An optimizer that knows the modules of its parameters, and keeps its state whole."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import Optimizer
+
+from kfacopt.argument_checks import check_flag, check_range
+from kfacopt.kfac.layers import Block, Layer, find_layers
+from kfacopt.optim.initial_state import complete_state, state_shapes
+from kfacopt.optim.messages import log_layers, user_stacklevel
+from kfacopt.optim.model_search import find_modules, parameter_names
+from kfacopt.optim.preconditioner import bases_of, discard_unfitting
+from kfacopt.optim.self_tuning import SelfTuning
+from kfacopt.optim.serialization import (
+    check_state_dict,
+    follow_parameters,
+    restore_dtypes,
+    restore_generator,
+    store_generator,
+)
+from kfacopt.optim.settings import CurvatureOptions, Schedule
+from kfacopt.optim.statistics import StatisticsCollector
+
+
+class KFACWarning(UserWarning):
+    """Something works otherwise than a reader of the training script would expect."""
+
+
+class ConnectedOptimizer(Optimizer):
+    """Finds the layers of its parameters, has hooks on them, and saves and loads its state.
+
+    A base of `KFACOptimizer`, which sets the attributes before it calls the constructor.
+    """
+
+    _schedule: Schedule
+    _curvature: CurvatureOptions
+    _tuning: SelfTuning | None
+    _seed: int
+    _generator: Generator
+
+    def _start_unconnected(self, model: nn.Module | None) -> None:
+        self._model = None if model is None else weakref.ref(model)
+        self._layers: list[Layer] = []
+        self._blocks: list[Block] = []
+        self._names: dict[int, str] = {}
+        self._collector: StatisticsCollector
+        self._placement: list[tuple[torch.dtype, torch.device]] = []
+        self._warned: set[str] = set()
+        self._skipped_steps = self._num_fallback = 0
+        self._kl_clip_scale: Tensor | None = None
+        self._labels_before: Tensor | None = None
+        self._waiting = False
+        self._ddp_known = False
+        self._ddp_wrapper: weakref.ref[Any] | None = None
+        self._ddp_group: Any = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if any(is_lazy(p) for p in group["params"]):
+            raise ValueError(
+                "params: a parameter is not initialized yet (nn.Lazy...); run a forward pass of "
+                "the model before making the optimizer."
+            )
+        if any(hasattr(p, "placements") for p in group["params"]):  # a DTensor
+            raise ValueError(
+                "params: a parameter is sharded (FSDP, DTensor), which KFACOptimizer does not "
+                "support. Use nn.parallel.DistributedDataParallel."
+            )
+        check_range("lr", group["lr"], 0)
+        check_range("momentum", group["momentum"], 0, 1, upper_open=True)
+        check_range("weight_decay", group["weight_decay"], 0)
+        check_range("damping", group["damping"], 0, lower_open=True)
+        check_range("fallback_lr", group["fallback_lr"], 0)
+        check_flag("maximize", group["maximize"])
+        if group["maximize"] and self._tuning is not None:
+            raise ValueError('maximize must be False for lr="auto", which models the loss it sees.')
+        if group["foreach"] is not None:
+            check_flag("foreach", group["foreach"])
+        group.setdefault("base_lr", group["lr"])
+        group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
+        if self._names:
+            self._collector.active = False
+            self._connect()
+
+    def _reconnect_if_frozen(self) -> bool:
+        """Find the layers anew where parameters were frozen or unfrozen since; tell of new ones."""
+        if [p.requires_grad for p in self._parameters()] == self._trained:
+            return False
+        modules = self._collector.living_modules()
+        self._collector.active = False
+        self._connect(modules)
+        return not all(self._has_statistics(layer) for layer in self._layers)
+
+    def _follow_moved_parameters(self) -> None:
+        """Convert the state where the model was moved to another dtype or device since."""
+        params = self._parameters()
+        if [(p.dtype, p.device) for p in params] == self._placement:
+            return
+        self._placement = [(p.dtype, p.device) for p in params]
+        follow_parameters(self.state, self._curvature.form, self._schedule.inverse)
+        if self._generator.device != params[0].device:
+            self._generator = Generator(params[0].device).manual_seed(self._seed)
+            self._collector.generator = self._generator
+
+    def _parameters(self) -> list[Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _connect(self, modules: list[tuple[str, nn.Module]] | None = None) -> None:
+        """Find the modules of the parameters and put hooks on them."""
+        params = self._parameters()
+        if modules is None:
+            modules = find_modules(params, None if self._model is None else self._model())
+        layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
+        self._names = parameter_names(modules, params)
+        self._trained = [p.requires_grad for p in params]
+        self._placement = [(p.dtype, p.device) for p in params]
+        self._layers = [layer for layer, _ in layers]
+        self._blocks = [block for layer in self._layers for block in layer.blocks]
+        for layer in self._layers:
+            discard_unfitting(self.state, layer, self._curvature.form)
+        self._collector = StatisticsCollector(layers, modules, self._curvature, self._generator)
+        self._watch(True)
+        covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
+        rest = [self._names[id(p)] for p in params if id(p) not in covered]
+        log_layers(self._layers, rest, self._curvature.form)
+        if not self._layers:
+            self._warn(
+                "no-layers",
+                "none of the parameters is in a layer that K-FAC knows (nn.Linear, nn.Conv2d); "
+                "all are trained by the AdamW fallback.",
+            )
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(
+                f"KFACOptimizer: {message} (Shown once; silence it with "
+                "warnings.simplefilter('ignore', kfacopt.KFACWarning).)",
+                KFACWarning,
+                stacklevel=user_stacklevel(),
+            )
+
+    # State -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.
+
+        A run that is resumed from it between two steps goes on bit by bit as it would have.
+        """
+        self._complete_state()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; factors keep their own dtype.
+
+        Args:
+            state_dict: What `state_dict` returned, for the same parameters in the same order.
+
+        Raises:
+            ValueError: If it is not a KFACOptimizer's or does not fit the layers.
+        """
+        params = self._parameters()
+        shapes = state_shapes(params, self._layers, self._curvature.form)
+        check_state_dict(state_dict, [(self._names[id(p)], p) for p in params], shapes)
+        super().load_state_dict(state_dict)
+        restore_dtypes(self.state, self.param_groups, state_dict)
+        self._resume()
+
+    def _complete_state(self) -> None:
+        forms = self._curvature.form, self._schedule.inverse
+        tuned = self._tuning is not None
+        complete_state(self.state, self._layers, self.param_groups, *forms, tuned)
+        store_generator(self.state, self._layers, self._generator)
+
+    def _resume(self) -> None:
+        self._collector.clear()
+        restore_generator(self.state, self._generator)
+        new = not all(self._has_statistics(layer) for layer in self._layers)
+        self._watch(new or self._due(self._schedule.factor_update_interval))
+
+    def _watch(self, active: bool) -> None:
+        """Put hooks on the modules or take them off, and tell the collector of the bases."""
+        if active and self._schedule.inverse.corrected:
+            bases = {b: bases_of(self.state.get(b.anchor, {})) for b in self._blocks}
+            self._collector.bases = {b: known for b, known in bases.items() if known is not None}
+        self._collector.collecting = active
+        self._collector.active = active or self._tuning is not None
+        due = self._due(self._schedule.factor_update_interval)
+        self._labels_before = self._generator.get_state() if active and not due else None
+
+    def _has_statistics(self, layer: Layer) -> bool:
+        return bool(self.state.get(layer.anchor, {}).get("factor_updates", 0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles are made of, the modules included."""
+        store_generator(self.state, self._layers, self._generator)
+        own = {
+            name: getattr(self, name) for name in ("_schedule", "_curvature", "_seed", "_tuning")
+        }
+        return super().__getstate__() | own | {"_modules": self._collector.living_modules()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy that works on copies of the modules."""
+        modules = state.pop("_modules", None)
+        if modules is None:  # Optimizer.load_state_dict comes here with state and groups alone
+            super().__setstate__(state)
+            return
+        self._start_unconnected(None)
+        super().__setstate__(state)
+        self._generator = Generator(self._parameters()[0].device).manual_seed(self._seed)
+        self._connect(modules)
+        self._resume()
+
+    # The training loop -------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and with them the statistics that wait for the next step."""
+        seen = self._collector.forward_seen  # forward, zero_grad, backward is a usual order, too
+        if not seen:
+            self._reconnect_if_frozen()
+        self._collector.clear()
+        self._collector.forward_seen = seen
+        super().zero_grad(set_to_none)
+
+    def _due(self, interval: int) -> bool:
+        return bool(self.param_groups[0]["num_steps"] % interval == 0)

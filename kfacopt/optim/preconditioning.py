@@ -1,0 +1,162 @@
+"""An optimizer that keeps running Kronecker factors and damped inverses of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from kfacopt.kfac.factors import Factors
+from kfacopt.kfac.layers import Block, Layer
+from kfacopt.optim.connected import ConnectedOptimizer
+from kfacopt.optim.distributed import (
+    average_moments,
+    average_second_moments,
+    data_parallel_wrapper,
+    group_of,
+)
+from kfacopt.optim.loss_scale import calling_loss_scale
+from kfacopt.optim.messages import log_new_layer, missing_statistics, uncompiled_cause
+from kfacopt.optim.moments import Moments
+from kfacopt.optim.preconditioner import (
+    bases_of,
+    fold_factors,
+    fold_second_moments,
+    has_inverse,
+    inverse_of,
+    precondition,
+    refresh_inverse,
+)
+
+
+class PreconditioningOptimizer(ConnectedOptimizer):
+    """Turns statistics into factors, factors into inverses, and gradients into directions.
+
+    A base of `KFACOptimizer`.
+    """
+
+    def factors(self, key: str | Parameter) -> Factors:
+        """Return the running averages of a layer's Kronecker factors.
+
+        Args:
+            key: The layer's name, a parameter's name, or a parameter.
+
+        Raises:
+            KeyError: If there is no such layer, or no statistics of it yet.
+        """
+        owners = [layer for layer in self._layers if layer.owns(key, self._names)]
+        if len(owners) > 1:
+            raise KeyError(
+                f"{key!r} names {len(owners)} layers of different models; give a parameter."
+            )
+        if owners and self._has_statistics(owners[0]):
+            state = self.state[owners[0].anchor]
+            return Factors.of(owners[0], state["input_factor"], state["grad_output_factor"])
+        known = [layer.name for layer in self._layers]
+        raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
+
+    def _update_factors(self) -> dict[Layer, Moments]:
+        """Fold the statistics since the last step; return what has no eigenbases yet."""
+        if not self._ddp_known:
+            self._ddp_wrapper, self._ddp_known = data_parallel_wrapper(self._parameters()), True
+        wrapper = None if self._ddp_wrapper is None else self._ddp_wrapper()
+        self._ddp_group = None if wrapper is None else group_of(wrapper)
+        unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
+        ignored = self._collector.unknown_objectives
+        pending = self._collector.finish()
+        form = self._curvature.form
+        if self._ddp_group is not None:
+            pending = average_moments(pending, self._layers, form, self._ddp_group)
+        if pending and ignored and self._curvature.likelihood is None:
+            self._warn(
+                "ignored-loss",
+                f"the objective contains {', '.join(sorted(ignored))}, whose curvature is not "
+                "known: it counts by its gradient alone.",
+            )
+        if not pending:
+            self._report_missing_loss(forward_seen, unknown_losses)
+        if not self._due(self._schedule.factor_update_interval):  # here for new layers alone
+            pending = {la: m for la, m in pending.items() if not self._has_statistics(la)}
+        self._report_uncompiled()
+        loss_scale = calling_loss_scale() ** self._curvature.loss_scale_power
+        for layer, moments in pending.items():
+            state = self.state[layer.anchor]
+            moments.scale_curvature(1 / loss_scale)
+            step = self.param_groups[0]["num_steps"]
+            fold_factors(state, layer, moments, form, self._schedule.ema_decay, step)
+        if not self._schedule.inverse.corrected:
+            return {}
+        bases = self._collector.bases
+        new = dict.fromkeys(b.layer for b in self._blocks if b not in bases)
+        known = [block for block in self._blocks if block.layer not in new]
+        self._update_second_moments(pending, known)
+        return {layer: pending.get(layer, Moments()) for layer in new}
+
+    def _start_second_moments(self, first: dict[Layer, Moments]) -> None:
+        """Fold the second moments of layers whose bases were not known when they were collected."""
+        blocks = [b for la in first for b in la.blocks if has_inverse(self.state[b.anchor])]
+        for layer, moments in first.items():
+            own = {b: bases_of(self.state[b.anchor]) for b in blocks if b.layer is layer}
+            moments.project({b: known for b, known in own.items() if known is not None})
+        self._update_second_moments(first, blocks)
+
+    def _update_second_moments(self, pending: dict[Layer, Moments], blocks: list[Block]) -> None:
+        values = {b: v for moments in pending.values() for b, v in moments.second_moments.items()}
+        if self._ddp_group is not None:
+            values = average_second_moments(values, blocks, self._ddp_group)
+        for block in blocks:
+            moments = pending.get(block.layer)
+            if moments is not None and block in values:
+                state, decay = self.state[block.anchor], self._schedule.ema_decay
+                fold_second_moments(state, values[block], moments.terms, decay)
+
+    def _report_uncompiled(self) -> None:
+        kind = self._collector.uncompiled
+        interval = 1 if self._tuning is not None else self._schedule.factor_update_interval
+        cause = None if kind is None else uncompiled_cause(kind, interval)
+        if cause is not None:
+            self._warn("uncompiled", cause)
+
+    def _report_missing_loss(self, forward_seen: bool, unknown_losses: set[str]) -> None:
+        owned = [p for layer in self._layers for p in (layer.weight, layer.bias)]
+        if not any(p is not None and p.grad is not None for p in owned):
+            return
+        cause = missing_statistics(forward_seen, unknown_losses)
+        if any(self._has_statistics(layer) for layer in self._layers):
+            self._warn("missing-loss", f"{cause} The step uses the curvature of earlier steps.")
+        else:
+            raise RuntimeError(f"KFACOptimizer: {cause}")
+
+    def _update_inverses(self, blocks: Iterable[Block]) -> None:
+        damping = {id(p): g["damping"] for g in self.param_groups for p in g["params"]}
+        for block in blocks:
+            layer_state, state = self.state[block.layer.anchor], self.state[block.anchor]
+            form = self._schedule.inverse
+            if refresh_inverse(state, layer_state, block, damping[id(block.anchor)], form):
+                state["inverse_step"] = self.param_groups[0]["num_steps"]
+
+    def _directions(self, gradients: dict[Parameter, Tensor]) -> dict[Parameter, Tensor]:
+        """Return the preconditioned gradients of the parameters in layers."""
+        directions: dict[Parameter, Tensor] = {}
+        damping = {p: group["damping"] for group in self.param_groups for p in group["params"]}
+        for block in self._blocks:
+            grads = [gradients.get(p) for p in block.parameters]
+            if all(g is None for g in grads):
+                continue
+            inverse = inverse_of(self.state[block.anchor], damping[block.anchor])
+            if inverse is None and self._waiting:
+                log_new_layer(block.layer)
+                continue
+            if inverse is None:
+                self._warn(
+                    f"uncaptured {block.layer.name}",
+                    f"layer {block.layer.name!r} has a gradient but no curvature was captured "
+                    "(its forward pass runs outside the hooks, or the loss on it was not "
+                    "recognised, or was not finite); it gets the AdamW fallback update.",
+                )
+                continue
+            products = precondition(inverse, block, grads)
+            with_grad = zip(block.parameters, products, strict=True)
+            directions.update({p: d for p, d in with_grad if p in gradients})
+        return directions
