@@ -64,6 +64,8 @@ class ConnectedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`."""
+        if self._tuning is not None and self.param_groups:
+            param_group.setdefault("damping", self.param_groups[0]["damping"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if any(is_lazy(p) for p in group["params"]):

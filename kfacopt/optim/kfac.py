@@ -50,6 +50,8 @@ from kfacopt.optim.step_rules import apply_step, are_finite, kl_clip_scale
 
 
 def _detached(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor | float | int):
+        raise ValueError(f'closure must return the loss for lr="auto", got {type(loss).__name__}.')
     return torch.as_tensor(loss, dtype=torch.float64).detach()
 
 
@@ -252,7 +254,7 @@ class KFACOptimizer(PreconditioningOptimizer):
                     'loss_func must be None for lr="auto", which evaluates the loss: compute it '
                     "with one of torch's functions on the model's output, so that it is recognised."
                 )
-            self._tuning, lr = SelfTuning(momentum > 0), 1.0
+            self._tuning, lr = SelfTuning(), 1.0
         self._curvature = CurvatureOptions(
             fisher_type,
             mc_samples,

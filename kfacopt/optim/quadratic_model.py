@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from kfacopt.likelihoods import widened
 from kfacopt.optim.loss_calls import LossCall
-from kfacopt.optim.replay import ObjectiveTerm, ReplayedTerm, replay
+from kfacopt.optim.replay import ObjectiveTerm, replay
 
 Direction = Mapping[Parameter, Tensor]
 
@@ -33,6 +33,9 @@ class QuadraticModel:
         damped: d_jᵀ (F + Λ) d_k.
         mismatch: The largest relative deviation of a loss's input z, evaluated again, from what the
             user's own forward pass gave.
+        loss_slopes: The derivatives of the recognised losses along d_k; those of the objective,
+            `slopes`, are the same unless it has other terms, or the gradients were changed.
+        lengths: ‖g‖ ‖d_k‖, which round-off of the slopes is relative to.
     """
 
     loss: float
@@ -40,6 +43,19 @@ class QuadraticModel:
     curvature: list[list[float]]
     damped: list[list[float]]
     mismatch: float
+    loss_slopes: list[float]
+    lengths: list[float]
+
+    def is_complete(self, tolerance: float, factor: float = 1.0) -> bool:
+        """Tell whether the gradient is `factor` times that of the recognised losses.
+
+        Args:
+            tolerance: Of the slopes, relative to ‖g‖ ‖d_k‖.
+            factor: What the gradient may have been clipped by.
+        """
+        noise = tolerance**2 * abs(self.loss)  # a gradient that is all round-off, at a minimum
+        triples = zip(self.slopes, self.loss_slopes, self.lengths, strict=True)
+        return all(abs(g - factor * own) <= tolerance * length + noise for g, own, length in triples)
 
     def minimiser(self, more_damping: float = 1.0) -> list[float]:
         """Return the coefficients c that minimise M; 0 for directions that add nothing.
@@ -114,17 +130,23 @@ def quadratic_model(
     ]
     pairs = [(j, k) for j in range(len(directions)) for k in range(j + 1)]
     loss = torch.stack([_scalar(term.contribution) for term in replayed]).sum() / loss_scale
+    rates = [[_scalar(term.rate) for term, _ in own] for own in evaluations]
     numbers = [
-        [loss, _mismatch(terms, replayed)],
+        [loss, _mismatch(terms, replayed), _dot(grads, grads)],
         [_dot(grads, direction) for direction in directions],
+        [torch.stack(own).sum() / loss_scale for own in rates],
+        [_dot(direction, direction) for direction in directions],
         [_sum_of_products(tangents[j], products[k]) for j, k in pairs],
         [_dot(directions[j], directions[k], damping) for j, k in pairs],
     ]
     fetched = iter(over_ranks(torch.stack([x for group in numbers for x in group])).tolist())
-    (value, mismatch), slopes, curved, damped = ([next(fetched) for _ in g] for g in numbers)
+    (value, mismatch, square), slopes, loss_slopes, squares, curved, damped = (
+        [next(fetched) for _ in group] for group in numbers
+    )
+    lengths = [(square * own) ** 0.5 for own in squares]
     undamped = _symmetric(pairs, curved)
     both = _symmetric(pairs, [c + d for c, d in zip(curved, damped, strict=True)])
-    return QuadraticModel(value, slopes, undamped, both, mismatch)
+    return QuadraticModel(value, slopes, undamped, both, mismatch, loss_slopes, lengths)
 
 
 def evaluate(
@@ -146,9 +168,26 @@ def evaluate(
     return float(over_ranks(total)) / loss_scale
 
 
+@dataclass(frozen=True)
+class _DerivedTerm:
+    """A loss of the objective and its derivative along a direction.
+
+    Attributes:
+        call: What it means, with its input z.
+        contribution: What it adds to the objective.
+        rate: The derivative of that.
+        upstream: The derivative of the objective by the loss.
+    """
+
+    call: LossCall
+    contribution: Tensor
+    rate: Tensor
+    upstream: Tensor
+
+
 def _along(
     terms: Sequence[ObjectiveTerm], direction: Direction
-) -> list[tuple[ReplayedTerm, Tensor]]:
+) -> list[tuple[_DerivedTerm, Tensor]]:
     """Return the losses, and the derivatives of their inputs z along a direction."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         # torch's own forward-mode formulas are scripted when they are first needed.
@@ -159,17 +198,19 @@ def _along(
         }
         result = []
         for term in replay(terms, duals):
-            z, tangent = forward_ad.unpack_dual(term.call.output)
-            plain = ReplayedTerm(
-                LossCall(term.call.likelihood, z, term.call.target),
-                forward_ad.unpack_dual(term.contribution).primal,
-                term.upstream,
-            )
-            result.append((plain, torch.zeros_like(z) if tangent is None else tangent))
+            z, tangent = _unpacked(term.call.output)
+            call = LossCall(term.call.likelihood, z, term.call.target)
+            own = _DerivedTerm(call, *_unpacked(term.contribution), term.upstream)
+            result.append((own, tangent))
         return result
 
 
-def _loss_curvature(term: ReplayedTerm, tangent: Tensor, loss_scale: float) -> Tensor:
+def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
+    primal, tangent = forward_ad.unpack_dual(dual)
+    return primal, torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _loss_curvature(term: _DerivedTerm, tangent: Tensor, loss_scale: float) -> Tensor:
     """Return H ż `[*z.shape]` of a loss, with its factor in the objective."""
     z, likelihood = widened(term.call.output), term.call.likelihood
     upstream = term.upstream / loss_scale
@@ -177,13 +218,16 @@ def _loss_curvature(term: ReplayedTerm, tangent: Tensor, loss_scale: float) -> T
     return likelihood.hessian_product(z, weights, tangent.to(z.dtype))
 
 
-def _mismatch(terms: Sequence[ObjectiveTerm], replayed: Sequence[ReplayedTerm]) -> Tensor:
+def _mismatch(terms: Sequence[ObjectiveTerm], replayed: Sequence[_DerivedTerm]) -> Tensor:
     """Return the largest deviation of any z from its record, relative to the largest entry."""
     deviations = []
     for term, again in zip(terms, replayed, strict=True):
         if term.output.shape != again.call.output.shape:
             return torch.full((), torch.inf, dtype=torch.float64)
         known, found = widened(term.output), widened(again.call.output)
+        if not known.numel():
+            deviations.append(torch.zeros((), dtype=torch.float64, device=known.device))
+            continue
         scale = known.abs().amax().clamp(min=torch.finfo(known.dtype).tiny)
         deviations.append(_scalar((found - known).abs().amax() / scale))
     return torch.stack(deviations).amax()

@@ -2,8 +2,9 @@
 
 While a self-tuning optimizer watches, the calls of outermost modules and the functions that were
 applied to their outputs are recorded, up to the losses. A replay runs the same calls in the same
-order, with tensors of its own in the place of the parameters, with the same random numbers and the
-same autocasting. Buffers (the running statistics of batch norm) are replaced by copies.
+order, with tensors of its own in the place of the parameters and with the same random numbers.
+Buffers (the running statistics of batch norm) are replaced by copies. Nothing is autocast: forward
+mode has no rules for that, and the change of a loss is smaller than bfloat16 resolves.
 
 References:
     Martens & Grosse (2015), https://arxiv.org/abs/1503.05671, sections 6.4 and 6.5, for what the
@@ -38,20 +39,19 @@ class Surroundings:
 
     Attributes:
         random_states: Of torch's global generators: the CPU's, then the devices'.
-        autocast: For each type of device whether autocasting is on, and to which dtype.
+        autocast_dtype: What the forward pass was autocast to, if it was.
     """
 
     random_states: list[Tensor]
-    autocast: dict[str, tuple[bool, torch.dtype]]
+    autocast_dtype: torch.dtype | None
 
     @classmethod
     def now(cls) -> Surroundings:
         """Take note of the present state."""
         devices = random_devices()
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-        types = ("cpu", "cuda") if devices else ("cpu",)
-        autocast = {t: (torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types}
-        return cls(states, autocast)
+        kinds = [kind for kind in _device_types() if torch.is_autocast_enabled(kind)]
+        return cls(states, torch.get_autocast_dtype(kinds[0]) if kinds else None)
 
     def set_random_states(self) -> None:
         """Let torch's global generators draw again what they drew then."""
@@ -59,15 +59,9 @@ class Surroundings:
         for state, device in zip(self.random_states[1:], random_devices(), strict=True):
             torch.cuda.set_rng_state(state, device)
 
-    @contextmanager
-    def autocasting(self) -> Iterator[None]:
-        """Autocast as then."""
-        with ExitStack() as stack:
-            for device_type, (enabled, dtype) in self.autocast.items():
-                stack.enter_context(
-                    torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False)
-                )
-            yield
+
+def _device_types() -> tuple[str, ...]:
+    return ("cpu", "cuda") if random_devices() else ("cpu",)
 
 
 @dataclass(eq=False)
@@ -182,6 +176,9 @@ def replay(terms: Sequence[ObjectiveTerm], values: Mapping[int, Tensor]) -> list
 
     Returns:
         The losses, in the order of `terms`.
+
+    Raises:
+        RuntimeError: If an operation cannot be evaluated again; names it.
     """
     results: dict[Call, list[Tensor]] = {}
     inside = {term.origin.call for term in terms if term.origin.ordinal is not None}
@@ -192,16 +189,39 @@ def replay(terms: Sequence[ObjectiveTerm], values: Mapping[int, Tensor]) -> list
                 tree_map(lambda x: results[x.call][x.leaf] if isinstance(x, Source) else x, tree)
                 for tree in (call.args, call.kwargs)
             )
-            if call.surroundings is None:
-                result = call.function(*args, **kwargs)
-                losses[call] = [(call.function, args, kwargs, result)]
-            else:
-                recorder = LossRecorder() if call in inside else nullcontext()
-                with recorder:
+            recorder = LossRecorder() if call in inside else nullcontext()
+            with recorder, _named_errors(call):
+                if call.surroundings is None:
+                    result = call.function(*args, **kwargs)
+                else:
                     result = _replay_module(call, args, kwargs, values)
-                losses[call] = recorder.calls if isinstance(recorder, LossRecorder) else []
+            own = recorder.calls if isinstance(recorder, LossRecorder) else []
+            losses[call] = own or [(call.function, args, kwargs, result)]
             results[call] = list(tensor_leaves(result))
     return [_replayed_term(term, losses[term.origin.call]) for term in terms]
+
+
+@contextmanager
+def _named_errors(call: Call) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        name = getattr(call.function, "__name__", type(call.function).__name__)
+        raise RuntimeError(
+            f'lr="auto": {name} cannot be evaluated again in forward mode, without gradients '
+            f"({error}). Everything between the model's inputs and the loss must have forward-mode "
+            "derivatives and must not call torch.autograd itself; else give lr a number."
+        ) from error
+
+
+def coarsest_dtype(terms: Sequence[ObjectiveTerm]) -> torch.dtype:
+    """Return the dtype of the least precision in which the losses' inputs were computed."""
+    calls = _in_order(term.origin.call for term in terms)
+    autocast = [c.surroundings.autocast_dtype for c in calls if c.surroundings is not None]
+    dtypes = [*(term.output.dtype for term in terms), *(d for d in autocast if d is not None)]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _replay_module(call: Call, args: Any, kwargs: Any, values: Mapping[int, Tensor]) -> Any:
@@ -214,8 +234,7 @@ def _replay_module(call: Call, args: Any, kwargs: Any, values: Mapping[int, Tens
     for name, buffer in module.named_buffers(remove_duplicate=False):
         own[name] = copies.setdefault(id(buffer), buffer.clone())
     surroundings.set_random_states()
-    with surroundings.autocasting():
-        return functional_call(module, own, args, kwargs)
+    return functional_call(module, own, args, kwargs)
 
 
 def _replayed_term(
@@ -224,7 +243,7 @@ def _replayed_term(
     function, args, kwargs, value = losses[term.origin.ordinal or 0]
     call = recognise_call(function, args, kwargs)
     assert call is not None
-    contribution = (value.detach() * term.upstream.to(value.dtype)).sum()
+    contribution = (value * term.upstream.to(value.dtype)).sum()
     return ReplayedTerm(call, contribution, term.upstream)
 
 
@@ -247,7 +266,11 @@ def _replaying() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluation(replay), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with ExitStack() as stack:
+            for kind in _device_types():
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            for context in (evaluation(replay), torch.no_grad(), sdpa_kernel(SDPBackend.MATH)):
+                stack.enter_context(context)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,10 +32,11 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.optim.quadratic_model import QuadraticModel, evaluate, quadratic_model
-from kfacopt.optim.replay import ObjectiveTerm
+from kfacopt.optim.replay import ObjectiveTerm, coarsest_dtype
 
 DAMPING_INTERVAL = 2
 DAMPING_DECAY = 0.95**5  # ω
+MAX_DAMPING = 1e8
 REJECTION_FACTOR = 4.0  # λ grows by it when a step is undone
 MAX_ATTEMPTS = 12
 
@@ -61,7 +62,7 @@ class TuningStatistics:
         reduction_ratio: ρ; `nan` where it was not evaluated.
         predicted_change: gᵀd + ½ dᵀFd.
         change: L(θ + d) − L(θ); `nan` where it was not evaluated.
-        rejected_steps: How many steps were undone or left out so far.
+        rejected_steps: How many steps were undone so far.
     """
 
     loss: float = math.nan
@@ -85,7 +86,7 @@ def reduction_ratio_damping(damping: float, ratio: float, floor: float) -> float
     if ratio > 0.75:
         return max(DAMPING_DECAY * damping, floor)
     if ratio < 0.25:
-        return damping / DAMPING_DECAY
+        return min(damping / DAMPING_DECAY, MAX_DAMPING)
     return damping
 
 
@@ -110,15 +111,11 @@ class ClosureLoss:
 class SelfTuning:
     """Chooses steps along preconditioned gradients, and keeps what the last one was made of.
 
-    The parameters before a step stay in the optimizer's state: they give the last step d₀, and a
-    step after which the loss turns out infinite or NaN is undone with them, to the bit.
-
-    Args:
-        use_momentum: Whether the last step d₀ is a direction, too.
+    The parameters before a step stay in the optimizer's state: they give the last step d₀.
     """
 
-    def __init__(self, use_momentum: bool) -> None:
-        self._use_momentum = use_momentum
+    def __init__(self) -> None:
+        """Start without a step."""
         self.statistics = TuningStatistics()
 
     def step(
@@ -133,12 +130,14 @@ class SelfTuning:
     ) -> bool:
         """Update parameters in place and adapt the groups' damping.
 
-        A step that does not decrease the objective on its own data is undone, the damping in M
-        raised by `REJECTION_FACTOR`, and α and μ solved for again, up to `MAX_ATTEMPTS` times.
+        A step that does not decrease the objective on its own data is undone, to the bit, the
+        damping raised by `REJECTION_FACTOR`, and α and μ solved for again, up to `MAX_ATTEMPTS`
+        times.
 
         Args:
             states: The optimizer's state by parameter.
-            groups: The parameter groups; `lr` is the factor s, relative between groups.
+            groups: The parameter groups; `lr` is the factor s, relative between groups, and
+                `momentum` 0 leaves the last step out.
             preconditioned: F̂⁻¹g of each parameter.
             terms: The losses of the objective.
             closure: Evaluates the objective where it is more than the losses that were recognised.
@@ -149,53 +148,68 @@ class SelfTuning:
             Whether a step was taken.
 
         Raises:
-            RuntimeError: If the model, evaluated again, gives something else.
+            RuntimeError: If the model, evaluated again, gives something else, or the objective has
+                terms that only a closure could evaluate.
         """
-        factor = {p: group["lr"] for group in groups for p in group["params"]}
-        damping = {p: float(group["damping"]) for group in groups for p in group["params"]}
-        scale, params = max(factor[p] for p in preconditioned), list(preconditioned)
+        settings = {p: group for group in groups for p in group["params"]}
+        params = list(preconditioned)
+        scale = max(settings[p]["lr"] for p in params)
         if scale == 0:
             return True
-        proposal = {p: -(factor[p] / scale) * x for p, x in preconditioned.items()}
-        directions = [proposal, *self._last_step(states, params)]
+        record = self.statistics = TuningStatistics(rejected_steps=self.statistics.rejected_steps)
+        proposal = {p: -(settings[p]["lr"] / scale) * x for p, x in preconditioned.items()}
+        directions = [proposal, *_last_step(states, settings, params)]
         grads = {p: p.grad for p in params if p.grad is not None}
+        damping = {p: float(settings[p]["damping"]) for p in params}
         model = quadratic_model(terms, grads, directions, damping, loss_scale, over_ranks)
-        record, dtype = self.statistics, params[0].dtype
-        record.loss, record.change, record.reduction_ratio = model.loss, math.nan, math.nan
+        record.loss, record.damping = model.loss, groups[0]["damping"]
         if not all(math.isfinite(x) for x in model.scalars()):
-            self.undo_last_step(states, groups)
             return False
-        _check_replay(model, dtype)
-        if closure is not None and not _same(closure.value, model.loss, dtype):
-            record.loss, new_loss = closure.value, closure.evaluate
-        else:
-            new_loss = partial(evaluate, terms, params, loss_scale, over_ranks)
+        objective = _Objective(terms, params, loss_scale, over_ranks)
+        model, new_loss = objective.completed(model, grads, damping, closure)
+        record.loss = model.loss
         before = [p.detach().clone() for p in params]
+        try:
+            coefficients = self._attempt(groups, directions, before, model, new_loss, scale)
+        except BaseException:  # Ctrl-C in a closure, too, must not leave an untested step
+            _put_back(params, before)
+            raise
+        if coefficients is None:
+            return False
+        self._learn(groups, model, coefficients)
+        for p, value in zip(params, before, strict=True):
+            states[p] |= {_PREVIOUS: value, _HAS_PREVIOUS: 1}
+            shrinkage = settings[p]["lr"] * min(abs(record.step_size), 1.0)
+            p.mul_(1 - shrinkage * settings[p]["weight_decay"])
+        return True
+
+    def _attempt(
+        self,
+        groups: Sequence[dict[str, Any]],
+        directions: Sequence[Mapping[Parameter, Tensor]],
+        before: Sequence[Tensor],
+        model: QuadraticModel,
+        new_loss: Callable[[], float],
+        scale: float,
+    ) -> list[float] | None:
+        """Move the parameters to where the loss is less; return the step's coefficients."""
+        record, params = self.statistics, list(directions[0])
         for attempt in range(MAX_ATTEMPTS):
             coefficients = [scale * c for c in model.minimiser(REJECTION_FACTOR**attempt)]
             for direction, c in zip(directions, coefficients, strict=True):
                 steps = [x.to(p.dtype) for p, x in direction.items()]
                 torch._foreach_add_(list(direction), steps, alpha=c)
             record.change = new_loss() - record.loss
-            if record.change <= 0 or _same(record.change + record.loss, record.loss, dtype):
-                break
-            for p, value in zip(params, before, strict=True):
-                p.copy_(value)
-            self._damp_more(groups)
-        else:
-            return False
-        for p, value in zip(params, before, strict=True):
-            states[p] |= {_PREVIOUS: value, _HAS_PREVIOUS: 1}
-        self._learn(groups, model, coefficients)
-        return True
-
-    def _last_step(
-        self, states: MutableMapping[Tensor, Any], params: Sequence[Parameter]
-    ) -> list[dict[Parameter, Tensor]]:
-        if not self._use_momentum:
-            return []
-        known = [p for p in params if states[p].get(_HAS_PREVIOUS)]
-        return [{p: p.detach() - states[p][_PREVIOUS] for p in known}] if known else []
+            if record.change <= 0 or _same(
+                record.change + record.loss, record.loss, before[0].dtype
+            ):
+                return coefficients
+            _put_back(params, before)
+            record.rejected_steps += 1
+            for group in groups:
+                group["damping"] = min(float(group["damping"]) * REJECTION_FACTOR, MAX_DAMPING)
+        record.damping = groups[0]["damping"]
+        return None
 
     def _learn(
         self, groups: Sequence[dict[str, Any]], model: QuadraticModel, coefficients: list[float]
@@ -204,35 +218,100 @@ class SelfTuning:
         record = self.statistics
         record.step_size, record.momentum = (*coefficients, 0.0)[:2]
         record.predicted_change = model.predicted_change(coefficients)
+        dtype = groups[0]["params"][0].dtype
+        # A change that is no more than round-off says nothing about the model.
+        told = not _same(record.loss + record.predicted_change, record.loss, dtype)
         if record.predicted_change < 0:
             record.reduction_ratio = record.change / record.predicted_change
-        if (groups[0]["num_steps"] + 1) % DAMPING_INTERVAL == 0:
+        if told and (groups[0]["num_steps"] + 1) % DAMPING_INTERVAL == 0:
             for group in groups:
-                if group["params"]:
-                    floor = damping_floor(group["params"][0].dtype)
-                    ratio, value = record.reduction_ratio, float(group["damping"])
-                    group["damping"] = reduction_ratio_damping(value, ratio, floor)
+                floor, value = damping_floor(dtype), float(group["damping"])
+                group["damping"] = reduction_ratio_damping(value, record.reduction_ratio, floor)
         record.damping = groups[0]["damping"]
 
-    def undo_last_step(
-        self, states: MutableMapping[Tensor, Any], groups: Sequence[dict[str, Any]]
-    ) -> None:
-        """Go back to the parameters before the last step, and damp the next one more.
 
-        Args:
-            states: The optimizer's state by parameter.
-            groups: The parameter groups.
+def _last_step(
+    states: MutableMapping[Tensor, Any],
+    settings: Mapping[Parameter, dict[str, Any]],
+    params: Sequence[Parameter],
+) -> list[dict[Parameter, Tensor]]:
+    """Return the last step d₀ of the parameters that move and have momentum, if there was one."""
+    known = [
+        p
+        for p in params
+        if states[p].get(_HAS_PREVIOUS) and settings[p]["momentum"] and settings[p]["lr"]
+    ]
+    return [{p: p.detach() - states[p][_PREVIOUS] for p in known}] if known else []
+
+
+def _put_back(params: Sequence[Parameter], values: Sequence[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        p.copy_(value)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """The losses that were recognised, with what it takes to evaluate them."""
+
+    terms: Sequence[ObjectiveTerm]
+    params: Sequence[Parameter]
+    loss_scale: float
+    over_ranks: Callable[[Tensor], Tensor]
+
+    def completed(
+        self,
+        model: QuadraticModel,
+        grads: Mapping[Parameter, Tensor],
+        damping: Mapping[Parameter, float],
+        closure: ClosureLoss | None,
+    ) -> tuple[QuadraticModel, Callable[[], float]]:
+        """Return the model of the whole objective, and what evaluates that.
+
+        The losses are all of it where their slopes along the directions are those of the gradient,
+        or in a fixed proportion to them: then the gradient was clipped, and the losses' own slopes
+        count. Otherwise a closure evaluates the objective.
         """
-        for p, state in states.items():
-            if state.pop(_HAS_PREVIOUS, 0):
-                p.copy_(state.pop(_PREVIOUS))
-        self._damp_more(groups)
+        dtype = coarsest_dtype(self.terms)
+        _check_replay(model, dtype)
+        eps = float(torch.finfo(dtype).eps)
+        replayed = partial(evaluate, self.terms, self.params, self.loss_scale, self.over_ranks)
+        if model.is_complete(eps**0.5):
+            return model, replayed
+        unclipped = replace(model, slopes=model.loss_slopes)
+        if closure is not None:
+            if _same(closure.value, model.loss, dtype):
+                return unclipped, replayed
+            return replace(model, loss=closure.value), closure.evaluate
+        if self._is_clipped(model, grads, damping, eps**0.5):
+            return unclipped, replayed
+        raise RuntimeError(
+            'lr="auto": the objective has terms besides the losses that were recognised (its slope '
+            f"along the step is {model.slopes[0]:.4g}, theirs {model.loss_slopes[0]:.4g}), or uses "
+            "parameters outside of the forward pass of the module that owns them. Give step a "
+            "closure that returns all of the objective (or set weight_decay=, for a penalty on "
+            "the weights); or give lr a number."
+        )
 
-    def _damp_more(self, groups: Sequence[dict[str, Any]]) -> None:
-        for group in groups:
-            group["damping"] = float(group["damping"]) * REJECTION_FACTOR
-        self.statistics.rejected_steps += 1
-        self.statistics.damping = groups[0]["damping"]
+    def _is_clipped(
+        self,
+        model: QuadraticModel,
+        grads: Mapping[Parameter, Tensor],
+        damping: Mapping[Parameter, float],
+        tolerance: float,
+    ) -> bool:
+        """Tell, by one more direction, whether the gradient is a multiple of the losses'."""
+        if model.loss_slopes[0] == 0 or model.slopes[0] / model.loss_slopes[0] <= 0:
+            return False
+        factor = model.slopes[0] / model.loss_slopes[0]
+        probe = {p: g * _alternating_signs(g) for p, g in grads.items()}
+        settings = (damping, self.loss_scale, self.over_ranks)
+        other = quadratic_model(self.terms, grads, [probe], *settings)
+        return model.is_complete(tolerance, factor) and other.is_complete(tolerance, factor)
+
+
+def _alternating_signs(tensor: Tensor) -> Tensor:
+    signs = 1 - 2 * (torch.arange(tensor.numel(), device=tensor.device) % 2)
+    return signs.reshape(tensor.shape).to(tensor.dtype)
 
 
 def _same(one: float, other: float, dtype: torch.dtype) -> bool:
@@ -241,12 +320,13 @@ def _same(one: float, other: float, dtype: torch.dtype) -> bool:
 
 
 def _check_replay(model: QuadraticModel, dtype: torch.dtype) -> None:
-    tolerance = 100 * float(torch.finfo(dtype).eps) ** 0.75
+    tolerance = min(100 * float(torch.finfo(dtype).eps) ** 0.75, 0.5)
     if not model.mismatch <= tolerance:
         raise RuntimeError(
             'lr="auto": the forward pass, evaluated again with the same random numbers, gave '
             f"outputs that differ by {model.mismatch:.2g} of the largest. The model, or what is "
             "done to its outputs before the loss, must depend on its inputs and parameters alone "
             "(no hooks that change outputs, no random generator of its own, no in-place changes "
-            "of inputs or outputs); or give lr a number."
+            "of inputs or outputs), and the parameters must not change between the forward pass "
+            "and step, by another optimizer for instance; or give lr a number."
         )
