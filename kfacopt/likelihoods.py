@@ -341,7 +341,7 @@ class _Elementwise(Likelihood):
         if root.ndim == 0:
             yield root
             return
-        flat = root.reshape(root.shape[0], -1)
+        flat = root.reshape(root.shape[0], root.shape[1:].numel())
         for i in range(flat.shape[1]):
             column = torch.zeros_like(flat)
             column[:, i] = flat[:, i]

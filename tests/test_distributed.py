@@ -58,6 +58,7 @@ def run_rank(rank, folder, options, late):
             factors = train(wrapped, params, X, y, options)
         result = {"params": [p.detach() for p in params], "factors": list(factors)}
         torch.save(result, f"{folder}/rank{rank}.pt")
+        dist.barrier()  # gloo aborts a rank that still talks to one that is gone
     finally:
         dist.destroy_process_group()
 
@@ -125,6 +126,7 @@ def run_micro_batches(rank, folder):
     try:
         results = {kind: train_micro_batches(rank, kind) for kind in ("type-2", "empirical")}
         torch.save(results, f"{folder}/rank{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

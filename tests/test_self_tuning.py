@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -422,25 +423,21 @@ def test_steps_into_nan_are_shortened_or_left_out(bound):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_undoes_the_last_step_and_nothing_is_lost(bad):
+def test_data_that_are_not_finite_change_nothing(bad):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
     optimizer = make(model, ema_decay=0.5)
-    step(model, optimizer, LOSSES["ce"][2])
-    known = [model[0].weight, model[0].bias, model[3].weight, model[3].bias]
-    before = flat(known)
-    step(model, optimizer, LOSSES["ce"][2])
-    norm, factor = flat(model[1].parameters()), optimizer.factors("0").input_factor.clone()
-    damping, rejected = optimizer.param_groups[0]["damping"], statistics(optimizer).rejected_steps
-    with pytest.warns(KFACWarning, match="the step is skipped and the one before it undone"):
+    for _ in range(2):
+        step(model, optimizer, LOSSES["ce"][2])
+    before, factor = flat(model.parameters()), optimizer.factors("0").input_factor.clone()
+    damping = optimizer.param_groups[0]["damping"]
+    with pytest.warns(KFACWarning, match="the step is skipped"):
         step(model, optimizer, lambda m: F.cross_entropy(m(X * bad), LABELS))
-    assert torch.equal(flat(known), before)
-    assert torch.equal(flat(model[1].parameters()), norm)
+    for _ in range(5):
+        step(model, optimizer, lambda m: F.cross_entropy(m(X * bad), LABELS))
+    assert torch.equal(flat(model.parameters()), before)
     assert torch.equal(optimizer.factors("0").input_factor, factor)
-    assert optimizer.param_groups[0]["damping"] > damping
-    assert statistics(optimizer).rejected_steps == rejected + 1
-    step(model, optimizer, lambda m: F.cross_entropy(m(X * bad), LABELS))  # nothing to undo
-    assert torch.equal(flat(known), before)
+    assert optimizer.param_groups[0]["damping"] == damping
     losses = [step(model, optimizer, LOSSES["ce"][2]) for _ in range(20)]
     assert losses[-1] < 0.85 * losses[0]
 
@@ -479,6 +476,176 @@ def test_closures():
         assert returned.item() == step(twin, other, lambda m: F.cross_entropy(m(X), LABELS))
     assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
     assert calls == 3  # all of the objective is recognised: it is replayed
+
+
+PENALTIES = {
+    "by hand": lambda m: 0.1 * sum(p.square().sum() for p in m.parameters()),
+    "past the module": lambda m: F.mse_loss(m(X[:, :4]) + X @ m[0].weight[:3].T, TARGETS),
+    "another loss": lambda m: (m(X) ** 4).mean(),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_terms_that_are_not_seen_need_a_closure(name):
+    model = mlp()
+    with pytest.raises(RuntimeError, match=r'lr="auto": the objective has terms besides .*closure'):
+        step(model, make(model), lambda m: F.mse_loss(m(X), TARGETS) + PENALTIES[name](m))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first-step", "later"])
+def test_clipped_gradients_change_nothing(first):
+    """The step size is that of the objective, not of the gradient's length."""
+    torch.manual_seed(0)
+    model = mlp()
+    twin = copy.deepcopy(model)
+    optimizer, other = make(model), make(twin)
+    if not first:
+        step(model, optimizer, LOSSES["mse-sum"][2])
+        step(twin, other, LOSSES["mse-sum"][2])
+    step(model, optimizer, LOSSES["mse-sum"][2])
+    other.zero_grad()
+    LOSSES["mse-sum"][2](twin).backward()
+    assert nn.utils.clip_grad_norm_(twin.parameters(), 0.1) > 0.2
+    other.step()
+    assert torch.allclose(flat(model.parameters()), flat(twin.parameters()), atol=1e-6)
+    assert math.isclose(
+        statistics(optimizer).reduction_ratio, statistics(other).reduction_ratio, rel_tol=1e-4
+    )
+
+
+def test_gradients_that_were_changed_otherwise_are_refused():
+    model = mlp()
+    optimizer = make(model)
+    optimizer.zero_grad()
+    LOSSES["ce"][2](model).backward()
+    model[0].weight.grad.mul_(0.1)
+    with pytest.raises(RuntimeError, match=r'lr="auto": the objective has terms besides'):
+        optimizer.step()
+
+
+def test_a_closure_that_returns_a_part_of_what_it_differentiates():
+    """All of the objective is recognised, so that its own value is not needed."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = make(model)
+
+    def closure():
+        optimizer.zero_grad()
+        for half in (slice(0, 3), slice(3, 6)):
+            loss = F.cross_entropy(model(X[half]), LABELS[half]) / 2
+            loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+        record = statistics(optimizer)
+        assert record.rejected_steps == 0
+        assert 0.2 < record.reduction_ratio < 2
+
+
+def test_closures_without_a_loss_and_interrupted_ones():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = make(model)
+    with pytest.raises(ValueError, match=r"closure must return the loss .* got NoneType"):
+        optimizer.step(lambda: F.cross_entropy(model(X), LABELS).backward())
+    before, calls = flat(model.parameters()), []
+
+    def closure():
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), LABELS) + model[0].weight.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert torch.equal(flat(model.parameters()), before)
+
+
+def test_weight_decay_groups_and_momentum():
+    torch.manual_seed(0)
+    start = mlp()
+    results = {}
+    for decay in (0.0, 0.5):
+        model = copy.deepcopy(start)
+        optimizer = make(model, weight_decay=decay)
+        step(model, optimizer, LOSSES["ce"][2])
+        results[decay] = flat(model.parameters()), min(abs(statistics(optimizer).step_size), 1.0)
+    (plain, size), (decayed, _) = results[0.0], results[0.5]
+    assert torch.allclose(decayed, (1 - 0.5 * size) * plain, atol=TOLERANCE)
+
+    model = copy.deepcopy(start)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = KFACOptimizer(groups, lr="auto", fisher_type="type-2")
+    for _ in range(3):
+        step(model, optimizer, LOSSES["ce"][2])
+    assert statistics(optimizer).momentum != 0
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.0
+    step(model, optimizer, LOSSES["ce"][2])
+    assert statistics(optimizer).momentum == 0
+    optimizer.param_groups[0] |= {"lr": 0.0, "momentum": 0.9}
+    before = flat(model[0].parameters())
+    step(model, optimizer, LOSSES["ce"][2])
+    assert torch.equal(flat(model[0].parameters()), before)
+    optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+    dampings = [group["damping"] for group in optimizer.param_groups]
+    assert dampings[2] == dampings[0] != 1e-3
+
+
+def test_damping_does_not_drift_where_changes_are_round_off():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).float()
+    optimizer = make(model, damping=1e-3)
+    x, y = torch.randn(20, 4).float(), torch.randn(20, 3).float()
+    for _ in range(100):
+        step(model, optimizer, lambda m: F.mse_loss(m(x), y))
+    assert optimizer.param_groups[0]["damping"] <= 1e-3
+
+
+def test_norms_under_autocast():
+    """Forward mode has no rules for autocasting: replays are in full precision."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).float()
+    optimizer = make(model)
+
+    def loss_of(m):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(m(X.float()), LABELS)
+
+    losses = [step(model, optimizer, loss_of) for _ in range(20)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_what_autograd_does_inside_is_named():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def loss_of(m):
+        x = X.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+        return F.mse_loss(m(x) + slope[:, :1], TARGETS[:, :1])
+
+    with pytest.raises(RuntimeError, match=r'lr="auto": .*'):
+        step(model, make(model), loss_of)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_empty_batch_changes_nothing(reduction):
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = make(model)
+    step(model, optimizer, LOSSES["mse-sum"][2])
+    before = flat(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KFACWarning)
+        step(model, optimizer, lambda m: F.mse_loss(m(X[:0]), TARGETS[:0], reduction=reduction))
+    assert torch.isfinite(flat(model.parameters())).all()
+    assert torch.allclose(flat(model.parameters()), before, atol=1e-3)
+    step(model, optimizer, LOSSES["mse-sum"][2])
+    assert statistics(optimizer).change < 0
 
 
 def test_a_closure_knows_terms_that_are_not_recognised():

@@ -87,7 +87,8 @@ class KFACOptimizer(PreconditioningOptimizer):
             chooses step size, momentum and damping in every step, for large or full batches:
             see `kfacopt.optim.self_tuning`. The groups' `lr` is then 1, and what schedulers make of
             it multiplies the steps; `momentum=0` leaves momentum out, `damping` is where the
-            adaptation starts, and `kl_clip` is not used.
+            adaptation starts, `weight_decay` counts per step of size 1, and `kl_clip` is not used.
+            An objective with terms that are not recognised needs `step(closure)`.
         momentum: μ in [0, 1), on the preconditioned step.
         weight_decay: λ ≥ 0, decoupled.
         damping: δ > 0, in units of F; 0.03, or 1e-3 (where it starts) for `lr="auto"`.
@@ -131,8 +132,8 @@ class KFACOptimizer(PreconditioningOptimizer):
         differentiable: Only `False`.
 
     A step whose gradients have NaN or infinite entries is skipped as a whole, as a `GradScaler`
-    would: it changes neither parameters nor state, is warned of once, and counted by `statistics`
-    (with `lr="auto"` the step before it is undone).
+    would: it changes neither parameters nor state, is warned of once, and counted by
+    `statistics`.
 
     Raises:
         ValueError: If an argument is out of its range, or no module owns the parameters.
@@ -160,9 +161,10 @@ class KFACOptimizer(PreconditioningOptimizer):
         - Martens & Grosse (2015), https://arxiv.org/abs/1503.05671.
         - Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636.
 
-    Deviations from Martens & Grosse (2015): fixed damping and learning rate with the KL clip of Ba
-    et al. (2017) instead of their self-tuning rules (sections 6 and 7); factored damping without
-    the search for its best split; averages are bias-corrected.
+    Deviations from Martens & Grosse (2015): with a number for `lr`, fixed damping and the KL clip
+    of Ba et al. (2017) instead of their sections 6 and 7 (for `lr="auto"` see
+    `kfacopt.optim.self_tuning`); factored damping without the search for its best split; averages
+    are bias-corrected.
     """
 
     def __init__(
@@ -350,14 +352,10 @@ class KFACOptimizer(PreconditioningOptimizer):
         names = [self._names[id(p)] for p, grad in grads.items() if not bool(grad.isfinite().all())]
         self._skipped_steps += 1
         self._collector.clear()
-        undone = ""
-        if self._tuning is not None:
-            undone = " and the one before it undone"
-            self._tuning.undo_last_step(self.state, self.param_groups)
         self._warn(
             "skipped",
-            f"the step is skipped{undone}: gradients have NaN or infinite entries "
-            f"({', '.join(names)}). statistics()['skipped_steps'] counts such steps.",
+            f"the step is skipped: gradients have NaN or infinite entries ({', '.join(names)}). "
+            "statistics()['skipped_steps'] counts such steps.",
         )
         return False
 
