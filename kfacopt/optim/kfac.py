@@ -97,7 +97,7 @@ class KFACOptimizer(Optimizer):
     For every `nn.Linear` and `nn.Conv2d` layer with inputs a and output gradients g, F ≈ G ⊗ A (see
     `kfacopt.KFACLinearOperator`); with Ā and Ḡ their running averages and ∇ the layer's gradient,
 
-        Δ = (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + ν Δ,    θ ← (1 − lr λ) θ − lr m,
+        Δ = (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr ν Δ,    θ ← (1 − lr λ) θ − m,
 
     with the damping δ, momentum μ, weight decay λ and ν = min(1, √(κ / (lr² Σ⟨Δ, ∇⟩))). All other
     parameters are trained by AdamW with `fallback_lr`.

@@ -44,7 +44,10 @@ def apply_step(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """Update parameters in place: m ← μ m + Δ, θ ← (1 − lr λ) θ − lr m.
+    """Update parameters in place: m ← μ m + lr Δ, θ ← (1 − lr λ) θ − m.
+
+    The learning rate is inside m: with θ ← θ − lr m a rate that rises, as in a warm-up, would
+    multiply steps that the KL clip bounded for the rate of their own time.
 
     The weight decay λ is decoupled from the preconditioner (Loshchilov & Hutter, 2019; Zhang et
     al., 2019, https://arxiv.org/abs/1810.12281, on why that helps K-FAC).
@@ -63,6 +66,7 @@ def apply_step(
     if momentum:
         buffers = list(momentum_buffers)
         torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, steps)
-        steps = buffers
-    torch._foreach_add_(list(params), steps, alpha=-lr)
+        torch._foreach_add_(buffers, steps, alpha=lr)
+        torch._foreach_sub_(list(params), buffers)
+    else:
+        torch._foreach_add_(list(params), steps, alpha=-lr)
