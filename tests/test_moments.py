@@ -31,7 +31,8 @@ CONVOLUTIONS = {
     "1x1-strided": ({"kernel_size": 1, "stride": 2}, (5, 6), True),
     "1x3-strided": ({"kernel_size": (1, 3), "stride": (3, 2), "dilation": (2, 1)}, (8, 7), True),
     "stride": ({"kernel_size": 3, "stride": 2, "padding": 1}, (8, 7), False),
-    "higher-than-output": ({"kernel_size": (4, 2)}, (6, 5), False),
+    "as-high-as-output": ({"kernel_size": (4, 2)}, (7, 5), True),
+    "higher-than-output": ({"kernel_size": (4, 2)}, (5, 5), False),
 }
 
 

@@ -122,22 +122,29 @@ class Block:
         """The side of the block's A: the layer's, or 1 for a bias."""
         return self.layer.d_in if self.weight is not None else 1
 
-    def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Bring tensors `[*lead, *p.shape]`, one per parameter, to `[*lead, B, d_out, d_in]`."""
+    def to_columns(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Bring tensors `[*lead, *p.shape]`, one per parameter, to `[*lead, B, d_out, width]`."""
         groups, columns = self.layer.groups, []
         for parameter, tensor in zip(self.parameters, tensors, strict=True):
             lead = tensor.shape[: tensor.ndim - parameter.ndim]
             columns.append(tensor.reshape(*lead, groups, parameter.shape[0] // groups, -1))
+        return columns
+
+    def from_columns(self, columns: Sequence[Tensor]) -> list[Tensor]:
+        """Invert `to_columns`."""
+        return [
+            x.reshape(*x.shape[:-3], *p.shape)
+            for x, p in zip(columns, self.parameters, strict=True)
+        ]
+
+    def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Bring tensors `[*lead, *p.shape]`, one per parameter, to `[*lead, B, d_out, d_in]`."""
+        columns = self.to_columns(tensors)
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         """Invert `to_matrix`: `[*lead, B, d_out, d_in]` to tensors `[*lead, *p.shape]`."""
-        widths = [p[0].numel() for p in self.parameters]
-        lead = matrix.shape[:-3]
-        pieces = matrix.split(widths, dim=-1)
-        return [
-            piece.reshape(*lead, *p.shape) for piece, p in zip(pieces, self.parameters, strict=True)
-        ]
+        return self.from_columns(matrix.split([p[0].numel() for p in self.parameters], dim=-1))
 
     def input_factor(self, layer_factor: Tensor) -> Tensor:
         """Return the block's A: the layer's, or 1 for a bias, whose input is the constant 1."""

@@ -621,7 +621,8 @@ class KFACOptimizer(Optimizer):
             lrs = [lr[p] for p in directions]
             values = list(directions.values())
             scale = kl_clip_scale(grads, values, lrs, self._schedule.kl_clip)
-            directions = {p: d * scale.to(d.device, d.dtype) for p, d in directions.items()}
+            for d in directions.values():
+                d.mul_(scale.to(d.device, d.dtype))
         for group in self.param_groups:
             own = [p for p in group["params"] if p in directions]
             if own:

@@ -297,5 +297,8 @@ def precondition(
         torch.zeros_like(p, dtype=dtype) if g is None else g.to(dtype)
         for p, g in zip(block.parameters, grads, strict=True)
     ]
-    pieces = block.from_matrix(inverse.apply(block.to_matrix(filled)))
+    if isinstance(inverse, KroneckerProduct):
+        pieces = block.from_columns(inverse.apply_columns(block.to_columns(filled)))
+    else:
+        pieces = block.from_matrix(inverse.apply(block.to_matrix(filled)))
     return [piece.to(p.dtype) for piece, p in zip(pieces, block.parameters, strict=True)]

@@ -28,7 +28,10 @@ def kl_clip_scale(
     References:
         Ba, Grosse & Martens (2017), https://openreview.net/forum?id=SkkTMpjex, section 5.
     """
-    products = [lr**2 * torch.sum(g * d) for g, d, lr in zip(grads, directions, lrs, strict=True)]
+    products = [
+        lr**2 * torch.dot(g.flatten(), d.flatten())
+        for g, d, lr in zip(grads, directions, lrs, strict=True)
+    ]
     device, dtype = products[0].device, torch.promote_types(products[0].dtype, torch.float32)
     total = torch.stack([p.to(device, dtype) for p in products]).sum()
     # A non-positive sum (round-off, or a preconditioner of an earlier step) does not clip.
