@@ -99,9 +99,12 @@ def bordered(moment: Tensor, sums: Tensor, count: int, constant: float) -> Tenso
     corner = moment.new_full((moment.shape[0], 1), count * constant**2)
     if is_diagonal(moment):
         return torch.cat([moment, corner], dim=-1)
-    side = constant * sums
-    above = torch.cat([moment, side.unsqueeze(-1)], dim=-1)
-    return torch.cat([above, torch.cat([side, corner], dim=-1).unsqueeze(-2)], dim=-2)
+    B, d = sums.shape
+    out = moment.new_empty(B, d + 1, d + 1)
+    out[:, :d, :d] = moment
+    border = torch.cat([constant * sums, corner], dim=-1)
+    out[:, d], out[:, :, d] = border, border
+    return out
 
 
 def _bias_constant(layer: Layer, use: LayerUse) -> float:

@@ -95,7 +95,8 @@ def damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
     """Return (factor + damping · I)⁻¹ by a Cholesky decomposition.
 
     Args:
-        factor: `[B, d, d]` or, diagonal, `[B, d]`; symmetric positive semi-definite.
+        factor: `[B, d, d]` or, diagonal, `[B, d]`; symmetric positive semi-definite, of which the
+            lower triangle is read.
         damping: `[B]`, in units of the factor.
 
     Returns:
@@ -109,14 +110,14 @@ def damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
         if not bool((shifted > 0).all()) or not bool(shifted.isfinite().all()):
             raise DecompositionError("the damped diagonal factor is not positive and finite")
         return shifted.reciprocal()
-    symmetric = (factor + factor.mT) / 2
     for dtype in (factor.dtype, torch.float64):
-        shifted = symmetric.to(dtype, copy=True)
+        shifted = factor.to(dtype, copy=True)
         shifted.diagonal(dim1=-2, dim2=-1).add_(damping.to(dtype).unsqueeze(-1))
         root, info = torch.linalg.cholesky_ex(shifted)
         if not bool(info.any()):
             inverse = torch.cholesky_inverse(root).to(factor.dtype)
-            if bool(inverse.isfinite().all()):
+            # Its entries are at most as large as those of its diagonal.
+            if bool(inverse.diagonal(dim1=-2, dim2=-1).isfinite().all()):
                 return inverse
     raise DecompositionError(
         "the damped factor is not positive definite, also in float64; raise the damping"
