@@ -1,10 +1,13 @@
 """Second moments without copies of the rows that they sum, against these copies in float64."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kfacopt import KFACLinearOperator, KFACOptimizer
 from kfacopt.kfac import patches
 from kfacopt.linalg import gram
 
@@ -78,3 +81,66 @@ def test_gram(d, transposed):
     expected = torch.einsum("bni,bnj->bij", rows, rows)
     found = gram.gram(rows)
     assert torch.allclose(found, expected, rtol=RELATIVE_TOLERANCE, atol=RELATIVE_TOLERANCE)
+
+
+# Part of a batch --------------------------------------------------------------------------------
+
+
+def small_network():
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 2, groups=1), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3, bias=False)
+    )
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
+def test_factors_of_part_of_a_batch_are_unbiased(approx, fisher_type):
+    """Each step's factors are those of one of the six pairs of four data; all pairs occur."""
+    model, X, y = small_network(), torch.randn(4, 2, 3, 2), torch.tensor([0, 2, 1, 0])
+    params, options = list(model.parameters()), {"fisher_type": fisher_type, "kfac_approx": approx}
+    options["separate_weight_and_bias"] = False
+
+    def factors_of(X, y):
+        operator = KFACLinearOperator(model, nn.CrossEntropyLoss(), params, [(X, y)], **options)
+        return torch.cat([f.flatten() for n in ("0", "3") for f in operator.factors(n)])
+
+    pairs = [list(pair) for pair in itertools.combinations(range(4), 2)]
+    of_pairs = torch.stack([factors_of(X[pair], y[pair]) for pair in pairs])
+    assert torch.allclose(of_pairs.mean(0), factors_of(X, y))  # equally likely, so unbiased
+    optimizer = KFACOptimizer(
+        params,
+        lr=0.0,
+        ema_decay=0.0,
+        fisher_type=fisher_type,
+        kfac_approx=approx,
+        factor_batch_fraction=0.5,
+        factor_update_interval=1,
+    )
+    drawn = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), y).backward()
+        optimizer.step()
+        found = torch.cat([f.flatten() for n in ("0", "3") for f in optimizer.factors(n)])
+        same = [torch.allclose(found, pair) for pair in of_pairs]
+        assert sum(same) == 1
+        drawn.append(same.index(True))
+    assert set(drawn) == set(range(6))
+
+
+def test_part_of_a_batch_for_ekfac_and_for_a_single_datum():
+    model, X, y = small_network(), torch.randn(2, 3, 2), torch.tensor([1])
+    steps = []
+    for fraction in (1.0, 0.25):
+        torch.manual_seed(0)
+        optimizer = KFACOptimizer(
+            model.parameters(),
+            lr=0.0,
+            preconditioner="ekfac",
+            fisher_type="type-2",
+            factor_batch_fraction=fraction,
+        )
+        F.cross_entropy(model(X.expand(4, 2, 3, 2)), y.expand(4)).backward()
+        optimizer.step()
+        steps.append(optimizer.state[model[0].weight]["second_moments"])
+    assert torch.allclose(*steps)  # all data are the same: one of four tells what all do

@@ -435,6 +435,7 @@ BAD = {
     "mc_samples": 0,
     "kfac_approx": "both",
     "ema_decay": 1.0,
+    "factor_batch_fraction": 0.0,
     "factor_update_interval": 0,
     "inverse_update_interval": 2.5,
     "kl_clip": 0.0,

@@ -32,6 +32,7 @@ from kfacopt.kfac.capture import (
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.factors import FactorForm, grad_output_moment, input_moment
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.kfac.subsampling import data_count, draw_subset, restricted_grad, restricted_use
 from kfacopt.likelihoods import FisherType, Likelihood, UnsupportedLossError, widened
 from kfacopt.optim.empirical import EmpiricalPass
 from kfacopt.optim.hooks import gradient_hooks, module_hooks, remove_hooks
@@ -136,6 +137,7 @@ class CurvatureOptions:
         corrected: Whether second moments are collected in the layers' eigenbases, too.
         recording: Whether forward passes and losses are recorded, so that they can be evaluated
             again.
+        batch_fraction: The share of a batch's data that factors are summed over.
     """
 
     fisher_type: FisherType
@@ -144,6 +146,7 @@ class CurvatureOptions:
     likelihood: Likelihood | None
     corrected: bool = False
     recording: bool = False
+    batch_fraction: float = 1.0
 
     @property
     def loss_scale_power(self) -> int:
@@ -235,6 +238,7 @@ class StatisticsCollector:
         self._candidates: dict[Layer, Moments] = {}
         self._empirical: list[EmpiricalPass] = []
         self._counted: set[LayerUse] = set()
+        self._subsets: dict[int, Tensor] = {}  # of the data that factors are summed over, by N
 
     # Hooks -----------------------------------------------------------------------------------
 
@@ -444,6 +448,11 @@ class StatisticsCollector:
         self, layer: Layer, own: list[LayerUse], grads: list[Tensor], scale: Tensor | float
     ) -> None:
         """Count the gradients by the outputs of a layer's uses in one forward pass."""
+        kept = [self._subset(use) for use in own]
+        grads = [
+            g if k is None else restricted_grad(g, k) for g, k in zip(grads, kept, strict=True)
+        ]
+        own = self._restricted(own)
         candidate = self._candidate(layer)
         moment = grad_output_moment(layer, own, grads, self._options.form)
         candidate.grad_output_sum += moment.mul_(scale)
@@ -461,10 +470,24 @@ class StatisticsCollector:
         new = [u for u in uses if u not in self._counted]
         self._counted.update(new)
         for layer, own in group_by_layer(new).items():
-            moment, rows = input_moment(layer, own, self._options.form)
+            moment, rows = input_moment(layer, self._restricted(own), self._options.form)
             candidate = self._candidate(layer)
             candidate.input_sum += moment
             candidate.rows += rows
+
+    def _subset(self, use: LayerUse) -> Tensor | None:
+        """Return which data of a use count, the same for all uses by as many data."""
+        count = data_count(use)
+        if self._options.batch_fraction == 1 or count is None:
+            return None
+        if count not in self._subsets:
+            fraction = self._options.batch_fraction
+            self._subsets[count] = draw_subset(count, fraction, self._generator)
+        return self._subsets[count]
+
+    def _restricted(self, uses: list[LayerUse]) -> list[LayerUse]:
+        kept = [(use, self._subset(use)) for use in uses]
+        return [use if k is None else restricted_use(use, k) for use, k in kept]
 
     def _candidate(self, layer: Layer) -> Moments:
         return self._candidates.setdefault(layer, Moments())
