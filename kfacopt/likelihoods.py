@@ -48,6 +48,20 @@ def _uniform_draw(output: Tensor, generator: Generator) -> Tensor:
     return draw.to(output.device)
 
 
+def _draw_labels(probabilities: Tensor, generator: Generator) -> Tensor:
+    """Draw a class `[n]` from each row of `[n, classes]`, on the generator's device.
+
+    On the CPU by the inverse distribution function, in float64 so that rare classes keep their
+    probability: `torch.multinomial` draws an exponential variable for every class there.
+    """
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    cdf = probabilities.to(torch.float64).cumsum(-1)
+    draw = torch.rand(cdf.shape[0], 1, generator=generator, dtype=torch.float64) * cdf[:, -1:]
+    labels = torch.searchsorted(cdf, draw, right=True)[:, 0]
+    return labels.clamp_(max=cdf.shape[-1] - 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Likelihood(ABC):
     """A loss as a negative log-likelihood at its input z `[N, ...]`.
@@ -247,9 +261,9 @@ class _Categorical(Likelihood):
         axis = self._class_axis(probabilities)
         rows = probabilities.movedim(axis, -1)
         flat = rows.reshape(-1, rows.shape[-1]).to(generator.device)
-        if not bool(flat.isfinite().all()):
+        if not bool(flat.sum().isfinite()):
             return torch.full_like(probabilities, torch.nan)
-        labels = torch.multinomial(flat, 1, generator=generator)[:, 0].to(rows.device)
+        labels = _draw_labels(flat, generator).to(rows.device)
         one_hot = F.one_hot(labels, rows.shape[-1]).to(rows.dtype)
         return one_hot.reshape(rows.shape).movedim(-1, axis)
 

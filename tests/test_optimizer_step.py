@@ -161,11 +161,49 @@ def test_momentum_decay_and_clip():
         clipped.append(nu)
         expected = []
         for p, b, d in zip(params, buffers, directions, strict=True):
-            b.mul_(momentum).add_(nu * d)
-            expected.append((1 - lr * decay) * p.detach() - lr * b)
+            b.mul_(momentum).add_(lr * nu * d)
+            expected.append((1 - lr * decay) * p.detach() - b)
         optimizer.step()
         assert_same(params, expected)
     assert min(clipped) < 1
+
+
+def test_the_clip_bounds_steps_of_a_rising_learning_rate():
+    """A step is Σ_i μ^i of clipped ones, each of at most √κ in the norm of F + δI: ≤ √κ / (1 − μ).
+
+    With θ ← θ − lr m the earlier ones would be multiplied by the rise of lr since their own time.
+    """
+    torch.manual_seed(0)
+    model, momentum, clip, damping = nn.Linear(10, 3), 0.9, 1e-6, 0.1
+    params, bound = list(model.parameters()), math.sqrt(1e-6) / (1 - 0.9)
+    optimizer = KFACOptimizer(
+        params,
+        **(PLAIN | {"momentum": momentum, "kl_clip": clip}),
+        damping=damping,
+        damping_method="exact",
+        fisher_type="type-2",
+    )
+    options = {"fisher_type": "type-2", "separate_weight_and_bias": False}
+    outside, lengths, outside_lengths = torch.zeros(33), [], []
+    for lr in (1e-4, 1e-3, 1e-2, 1e-1):
+        optimizer.param_groups[0]["lr"] = lr
+        data = [(X, LABELS)]
+        fisher = KFACLinearOperator(model, nn.CrossEntropyLoss(), params, data, **options)
+        damped = fisher @ torch.eye(33) + damping * torch.eye(33)
+        optimizer.zero_grad()
+        grads = gradients(model, F.cross_entropy(model(X), LABELS))
+        g = torch.cat([grad.flatten() for grad in grads])
+        direction = torch.linalg.solve(damped, g)
+        nu = min(1.0, math.sqrt(clip / (lr**2 * direction @ g)))
+        outside = momentum * outside + nu * direction
+        before = torch.cat([p.detach().flatten() for p in params])
+        optimizer.step()
+        step = before - torch.cat([p.detach().flatten() for p in params])
+        lengths.append(float((step @ damped @ step).sqrt()))
+        outside_lengths.append(lr * float((outside @ damped @ outside).sqrt()))
+    assert max(lengths) < bound
+    assert max(lengths) > bound / 10
+    assert max(outside_lengths) > 2 * bound
 
 
 def test_groups_have_their_own_settings():
@@ -398,6 +436,7 @@ BAD = {
     "mc_samples": 0,
     "kfac_approx": "both",
     "ema_decay": 1.0,
+    "factor_batch_fraction": 0.0,
     "factor_update_interval": 0,
     "inverse_update_interval": 2.5,
     "kl_clip": 0.0,

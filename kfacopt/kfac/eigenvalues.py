@@ -46,7 +46,7 @@ def block_second_moments(
     for use, grad in zip(uses, grads, strict=True):
         g = layer_grad_outputs(use.module, grad.to(dtype))
         if block.weight is not None:
-            a = input_rows(block.layer, use, reduce=False)[0]
+            a = input_rows(block.layer, use)
         else:  # 1 where the module adds this b; modules may share W alone
             own = use.module._parameters.get("bias") is block.bias
             a = g.new_full((*g.shape[:-1], 1), float(own))

@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.kfac.layers import KFACApprox, Layer, layer_grad_outputs, layer_inputs
+from kfacopt.kfac.patches import patch_moment, patch_sums
+from kfacopt.linalg.gram import gram
+from kfacopt.linalg.kronecker import is_diagonal
 
 
 class Factors(NamedTuple):
@@ -74,27 +77,77 @@ def factor_dtype(dtype: torch.dtype) -> torch.dtype:
 def second_moment(x: Tensor, diagonal: bool) -> Tensor:
     """Return Σ_{n,s} x xᵀ `[B, d, d]`, or its diagonal `[B, d]`, of x `[B, N, S, d]`."""
     rows = x.flatten(1, 2)
-    return rows.square().sum(1) if diagonal else rows.mT @ rows
+    return rows.square().sum(1) if diagonal else gram(rows)
 
 
-def input_rows(layer: Layer, use: LayerUse, reduce: bool) -> tuple[Tensor, int]:
-    """Return a layer's input in one use, `[B, N, S, d_in]`, with the constant of a joint bias.
+def _total(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).sum(0)
+
+
+def bordered(moment: Tensor, sums: Tensor, count: int, constant: float) -> Tensor:
+    """Return Σ x xᵀ of vectors x = (a, c) from that of a.
 
     Args:
-        layer: The layer.
-        use: The use.
-        reduce: Whether to average over the positions, which leaves S = 1.
+        moment: Σ a aᵀ, `[B, d, d]`, or its diagonal `[B, d]`.
+        sums: Σ a, `[B, d]`.
+        count: How many vectors are summed.
+        constant: c.
 
     Returns:
-        a, and the number S of positions before averaging.
+        `[B, d + 1, d + 1]`, or the diagonal `[B, d + 1]`.
     """
-    x = use.checked_input().to(factor_dtype(layer.anchor.dtype))
-    a, positions = layer_inputs(use.module, x, reduce)
+    corner = moment.new_full((moment.shape[0], 1), count * constant**2)
+    if is_diagonal(moment):
+        return torch.cat([moment, corner], dim=-1)
+    B, d = sums.shape
+    out = moment.new_empty(B, d + 1, d + 1)
+    out[:, :d, :d] = moment
+    border = torch.cat([constant * sums, corner], dim=-1)
+    out[:, d], out[:, :, d] = border, border
+    return out
+
+
+def _bias_constant(layer: Layer, use: LayerUse) -> float:
+    """Return the constant of a joint bias: a module that shares W but not b adds nothing to b."""
+    return float(use.module._parameters.get("bias") is layer.bias)
+
+
+def _input(layer: Layer, use: LayerUse) -> Tensor:
+    return use.checked_input().to(factor_dtype(layer.anchor.dtype))
+
+
+def input_rows(layer: Layer, use: LayerUse) -> Tensor:
+    """Return a layer's input in one use, `[B, N, S, d_in]`, with the constant of a joint bias."""
+    a, _ = layer_inputs(use.module, _input(layer, use), reduce=False)
     if layer.joint:
-        # A module that shares W but not b adds nothing to b's side.
-        constant = float(use.module._parameters.get("bias") is layer.bias)
-        a = torch.cat([a, a.new_full((*a.shape[:-1], 1), constant)], dim=-1)
-    return a, positions
+        a = torch.cat([a, a.new_full((*a.shape[:-1], 1), _bias_constant(layer, use))], dim=-1)
+    return a
+
+
+def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int]:
+    """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
+    x, module = _input(layer, use), use.module
+    if not diagonal and isinstance(module, nn.Conv2d):
+        moment = patch_moment(module, x)
+        if moment is not None:
+            sums, positions = patch_sums(module, x)
+            count = positions * sums.shape[0]
+            if layer.joint:
+                of_all = sums.sum(0).reshape(layer.groups, -1)
+                moment = bordered(moment, of_all, count, _bias_constant(layer, use))
+            return moment, count
+    return _rows_moment(layer, layer_inputs(module, x, False)[0], diagonal, [use], [1.0])
+
+
+def _rows_moment(
+    layer: Layer, a: Tensor, diagonal: bool, uses: Sequence[LayerUse], weights: Sequence[float]
+) -> tuple[Tensor, int]:
+    """Return Σ a aᵀ of rows `[B, N, S, d]` that are weighted sums over uses, and their number."""
+    moment, count = second_moment(a, diagonal), a.shape[1] * a.shape[2]
+    if layer.joint:
+        constant = sum(w * _bias_constant(layer, u) for u, w in zip(uses, weights, strict=True))
+        moment = bordered(moment, a.sum((1, 2)), count, constant)
+    return moment, count
 
 
 def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tuple[Tensor, int]:
@@ -108,16 +161,35 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
     Returns:
         The sum `[B, d_in, d_in]` (or its diagonal), and how many vectors it sums.
     """
-    dtype = factor_dtype(layer.anchor.dtype)
     if layer.weight is None:
+        dtype = factor_dtype(layer.anchor.dtype)
         return torch.ones(layer.groups, 1, 1, dtype=dtype, device=layer.anchor.device), 1
-    rows, positions = zip(*(input_rows(layer, use, form.reduce) for use in uses), strict=True)
-    if form.reduce and len({a.shape[1] for a in rows}) == 1:
-        weights = [count / sum(positions) for count in positions]
-        rows = (torch.stack([w * a for w, a in zip(weights, rows, strict=True)]).sum(0),)
     diagonal = form.diagonal(layer.d_in)
-    moment = torch.stack([second_moment(a, diagonal) for a in rows]).sum(0)
-    return moment, sum(a.shape[1] * a.shape[2] for a in rows)
+    if not form.reduce:
+        moments = [_expanded_moment(layer, use, diagonal) for use in uses]
+    else:
+        means = [layer_inputs(use.module, _input(layer, use), True) for use in uses]
+        if len({a.shape[1] for a, _ in means}) == 1:
+            total = sum(positions for _, positions in means)
+            weights = [positions / total for _, positions in means]
+            rows = _total([w * a for w, (a, _) in zip(weights, means, strict=True)])
+            return _rows_moment(layer, rows, diagonal, uses, weights)
+        moments = [
+            _rows_moment(layer, a, diagonal, [use], [1.0])
+            for use, (a, _) in zip(uses, means, strict=True)
+        ]
+    return _total([moment for moment, _ in moments]), sum(count for _, count in moments)
+
+
+def _convolution_grad_moment(layer: Layer, g: Tensor) -> Tensor:
+    """Return Σ g gᵀ `[B, d_out, d_out]` of g `[N, C, OH, OW]` without a copy of g.
+
+    One product for each datum; where these have more entries than g, a transposed copy is cheaper.
+    """
+    channels: Tensor = g.unflatten(1, (layer.groups, layer.d_out)).flatten(3)  # [N, B, C/B, S]
+    if layer.d_out > channels.shape[-1]:
+        return gram(channels.permute(1, 0, 3, 2).flatten(1, 2))
+    return (channels @ channels.mT).sum(0)
 
 
 def grad_output_moment(
@@ -131,14 +203,17 @@ def grad_output_moment(
         grads: For each use the gradient by the layer's output.
         form: How factors are formed.
     """
-    dtype = factor_dtype(layer.anchor.dtype)
-    rows = [layer_grad_outputs(use.module, g.to(dtype)) for use, g in zip(uses, grads, strict=True)]
+    dtype, diagonal = factor_dtype(layer.anchor.dtype), form.diagonal(layer.d_out)
+    grads = [g.to(dtype) for g in grads]
+    whole = not form.reduce and not diagonal
+    if whole and all(isinstance(u.module, nn.Conv2d) for u in uses) and grads[0].ndim == 4:
+        return _total([_convolution_grad_moment(layer, g) for g in grads])
+    rows = [layer_grad_outputs(use.module, g) for use, g in zip(uses, grads, strict=True)]
     if form.reduce:
         rows = [g.sum(2, keepdim=True) for g in rows]
         if len({g.shape[1] for g in rows}) == 1:
-            rows = [torch.stack(rows).sum(0)]
-    diagonal = form.diagonal(layer.d_out)
-    return torch.stack([second_moment(g, diagonal) for g in rows]).sum(0)
+            rows = [_total(rows)]
+    return _total([second_moment(g, diagonal) for g in rows])
 
 
 def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -> None:

@@ -12,8 +12,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from kfacopt.kfac.patches import patch_sums, patches
 
 KFACApprox = Literal["expand", "reduce"]
 KFAC_APPROXES: tuple[KFACApprox, ...] = ("expand", "reduce")
@@ -121,22 +122,29 @@ class Block:
         """The side of the block's A: the layer's, or 1 for a bias."""
         return self.layer.d_in if self.weight is not None else 1
 
-    def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Bring tensors `[*lead, *p.shape]`, one per parameter, to `[*lead, B, d_out, d_in]`."""
+    def to_columns(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Bring tensors `[*lead, *p.shape]`, one per parameter, to `[*lead, B, d_out, width]`."""
         groups, columns = self.layer.groups, []
         for parameter, tensor in zip(self.parameters, tensors, strict=True):
             lead = tensor.shape[: tensor.ndim - parameter.ndim]
             columns.append(tensor.reshape(*lead, groups, parameter.shape[0] // groups, -1))
+        return columns
+
+    def from_columns(self, columns: Sequence[Tensor]) -> list[Tensor]:
+        """Invert `to_columns`."""
+        return [
+            x.reshape(*x.shape[:-3], *p.shape)
+            for x, p in zip(columns, self.parameters, strict=True)
+        ]
+
+    def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Bring tensors `[*lead, *p.shape]`, one per parameter, to `[*lead, B, d_out, d_in]`."""
+        columns = self.to_columns(tensors)
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         """Invert `to_matrix`: `[*lead, B, d_out, d_in]` to tensors `[*lead, *p.shape]`."""
-        widths = [p[0].numel() for p in self.parameters]
-        lead = matrix.shape[:-3]
-        pieces = matrix.split(widths, dim=-1)
-        return [
-            piece.reshape(*lead, *p.shape) for piece, p in zip(pieces, self.parameters, strict=True)
-        ]
+        return self.from_columns(matrix.split([p[0].numel() for p in self.parameters], dim=-1))
 
     def input_factor(self, layer_factor: Tensor) -> Tensor:
         """Return the block's A: the layer's, or 1 for a bias, whose input is the constant 1."""
@@ -194,20 +202,6 @@ def find_layers(
 # Inputs and output gradients -----------------------------------------------------------------
 
 
-def _convolution_patches(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return a view `[N, C, OH, OW, KH, KW]` of the padded input that the kernel sees."""
-    if x.ndim == 3:
-        x = x.unsqueeze(0)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    if any(module._reversed_padding_repeated_twice):
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    for axis in (0, 1):
-        kernel, dilation = module.kernel_size[axis], module.dilation[axis]
-        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, module.stride[axis])
-        x = x[..., ::dilation]
-    return x
-
-
 def _rows(x: Tensor) -> Tensor:
     """Bring `[N, ..., d]` or `[d]` to `[N, S, d]`; N may be 0, where -1 could not be inferred."""
     if x.ndim == 1:
@@ -227,13 +221,16 @@ def layer_inputs(module: nn.Module, x: Tensor, reduce: bool) -> tuple[Tensor, in
         a, and the number S of positions before averaging.
     """
     if isinstance(module, nn.Conv2d):
-        patches = _convolution_patches(module, x)
-        positions = patches.shape[2] * patches.shape[3]
         if reduce:
-            patches = patches.mean((2, 3), keepdim=True)
-        # [N, C, OH, OW, KH, KW] -> [B, N, OH OW, C/B KH KW], the order of the weight's entries
-        patches = patches.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 4, 2, 5, 6)
-        return patches.flatten(4).flatten(2, 3), positions
+            sums, positions = patch_sums(module, x)
+            means = (sums / positions).unflatten(1, (module.groups, -1))
+            return means.flatten(2).transpose(0, 1).unsqueeze(2), positions
+        kernel_sees = patches(module, x)
+        positions = kernel_sees.shape[2] * kernel_sees.shape[3]
+        # [N, C, OH, OW, KH, KW] -> [B, C/B KH KW, N, OH OW], d in the order of the weight's
+        # entries; S comes last in memory, as long runs are fast to copy.
+        grouped = kernel_sees.unflatten(1, (module.groups, -1)).permute(1, 2, 5, 6, 0, 3, 4)
+        return grouped.flatten(5).flatten(1, 3).permute(0, 2, 3, 1), positions
     rows = _rows(x)
     positions = rows.shape[1]
     return (rows.mean(1, keepdim=True) if reduce else rows).unsqueeze(0), positions

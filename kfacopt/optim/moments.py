@@ -50,9 +50,12 @@ class Moments:
 
     def add(self, other: Moments) -> None:
         """Add another record's sums."""
-        self.input_sum = self.input_sum + other.input_sum
+        if not self.rows and isinstance(self.grad_output_sum, float):  # empty: no copies
+            self.input_sum, self.grad_output_sum = other.input_sum, other.grad_output_sum
+        else:
+            self.input_sum = self.input_sum + other.input_sum
+            self.grad_output_sum = self.grad_output_sum + other.grad_output_sum
         self.rows += other.rows
-        self.grad_output_sum = self.grad_output_sum + other.grad_output_sum
         self.terms = self.terms + other.terms
         for block, value in other.second_moments.items():
             self.add_second_moments(block, value)
@@ -65,6 +68,8 @@ class Moments:
 
     def scale_curvature(self, factor: Tensor | float) -> None:
         """Multiply all that is quadratic in the gradients."""
+        if isinstance(factor, float) and factor == 1:
+            return
         self.grad_output_sum = self.grad_output_sum * factor
         self.second_moments = {b: value * factor for b, value in self.second_moments.items()}
         for entry in self.unprojected:

@@ -19,6 +19,7 @@ from kfacopt.linalg.kronecker import (
     DecompositionError,
     KroneckerEigendecomposition,
     KroneckerProduct,
+    is_diagonal,
 )
 from kfacopt.optim.moments import Moments
 
@@ -125,10 +126,11 @@ def _fold_finite(
     state: State,
     weight_key: str,
     values: dict[str, Tensor],
+    checked: Iterable[Tensor],
     terms: Tensor | float,
     ema_decay: float,
 ) -> Tensor:
-    """Move running averages of one weight to include new values, unless any is not finite.
+    """Move running averages of one weight to include new values, if what is checked is finite.
 
     Nothing is synchronised with the device: values that are not finite get the weight 0.
 
@@ -138,7 +140,7 @@ def _fold_finite(
     total = state[weight_key]
     weight = torch.as_tensor(terms).to(total)
     finite = weight.isfinite() & (weight > 0)
-    for value in values.values():
+    for value in checked:
         finite = finite & value.isfinite().all()
     weight = torch.where(finite, weight, 0.0)
     total.copy_(torch.where(finite, ema_decay * total + weight, total))
@@ -164,7 +166,9 @@ def fold_factors(
     initialise_factors(state, layer, form)
     A, G = moments.factors()
     values = {"input_factor": A, "grad_output_factor": G}
-    folded = _fold_finite(state, "factor_weight", values, moments.terms, ema_decay)
+    # Sums of squares: |Σ x_i x_j|² ≤ Σ x_i² Σ x_j², so that the diagonals tell.
+    checked = [x if is_diagonal(x) else x.diagonal(dim1=-2, dim2=-1) for x in values.values()]
+    folded = _fold_finite(state, "factor_weight", values, checked, moments.terms, ema_decay)
     state["factor_updates"] += 1
     state["skipped_updates"] += ~folded
     state["factor_step"].copy_(torch.where(folded, step, state["factor_step"]))
@@ -181,7 +185,8 @@ def fold_second_moments(
         terms: The number of terms of the loss that it stems from.
         ema_decay: The decay of earlier ones.
     """
-    _fold_finite(state, "second_moment_weight", {"second_moments": value}, terms, ema_decay)
+    values = {"second_moments": value}
+    _fold_finite(state, "second_moment_weight", values, [value], terms, ema_decay)
 
 
 def bases_of(state: State) -> Bases | None:
@@ -320,5 +325,8 @@ def precondition(
         torch.zeros_like(p, dtype=dtype) if g is None else g.to(dtype)
         for p, g in zip(block.parameters, grads, strict=True)
     ]
-    pieces = block.from_matrix(inverse.apply(block.to_matrix(filled)))
+    if isinstance(inverse, KroneckerProduct):
+        pieces = block.from_columns(inverse.apply_columns(block.to_columns(filled)))
+    else:
+        pieces = block.from_matrix(inverse.apply(block.to_matrix(filled)))
     return [piece.to(p.dtype) for piece, p in zip(pieces, block.parameters, strict=True)]

@@ -49,6 +49,7 @@ class CurvatureOptions:
         corrected: Whether second moments are collected in the layers' eigenbases, too.
         recording: Whether forward passes and losses are recorded, so that they can be evaluated
             again.
+        batch_fraction: The share of a batch's data that factors are summed over.
     """
 
     fisher_type: FisherType
@@ -57,6 +58,7 @@ class CurvatureOptions:
     likelihood: Likelihood | None
     corrected: bool = False
     recording: bool = False
+    batch_fraction: float = 1.0
 
     @property
     def loss_scale_power(self) -> int:

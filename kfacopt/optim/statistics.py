@@ -31,6 +31,7 @@ from kfacopt.kfac.capture import (
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.factors import grad_output_moment, input_moment
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.kfac.subsampling import data_count, draw_subset, restricted_grad, restricted_use
 from kfacopt.likelihoods import UnsupportedLossError, widened
 from kfacopt.optim.activation_checkpointing import refuse_reentrant_checkpointing
 from kfacopt.optim.compilation import (
@@ -144,6 +145,7 @@ class StatisticsCollector:
         self._candidates: dict[Layer, Moments] = {}
         self._empirical: list[EmpiricalPass] = []
         self._counted: set[LayerUse] = set()
+        self._subsets: dict[int, Tensor] = {}  # of the data that factors are summed over, by N
 
     def _rewind(self, state: Tensor | None) -> None:
         if state is not None:
@@ -380,9 +382,14 @@ class StatisticsCollector:
         self, layer: Layer, own: list[LayerUse], grads: list[Tensor], scale: Tensor | float
     ) -> None:
         """Count the gradients by the outputs of a layer's uses in one forward pass."""
+        kept = [self._subset(use) for use in own]
+        grads = [
+            g if k is None else restricted_grad(g, k) for g, k in zip(grads, kept, strict=True)
+        ]
+        own = self._restricted(own)
         candidate = self._candidate(layer)
         moment = grad_output_moment(layer, own, grads, self._options.form)
-        candidate.grad_output_sum += moment * scale
+        candidate.grad_output_sum += moment.mul_(scale)
         if not self._options.corrected:
             return
         if any(block not in self.bases for block in layer.blocks):
@@ -397,10 +404,24 @@ class StatisticsCollector:
         new = [u for u in uses if u not in self._counted]
         self._counted.update(new)
         for layer, own in group_by_layer(new).items():
-            moment, rows = input_moment(layer, own, self._options.form)
+            moment, rows = input_moment(layer, self._restricted(own), self._options.form)
             candidate = self._candidate(layer)
             candidate.input_sum += moment
             candidate.rows += rows
+
+    def _subset(self, use: LayerUse) -> Tensor | None:
+        """Return which data of a use count, the same for all uses by as many data."""
+        count = data_count(use)
+        if self._options.batch_fraction == 1 or count is None:
+            return None
+        if count not in self._subsets:
+            fraction = self._options.batch_fraction
+            self._subsets[count] = draw_subset(count, fraction, self.generator)
+        return self._subsets[count]
+
+    def _restricted(self, uses: list[LayerUse]) -> list[LayerUse]:
+        kept = [(use, self._subset(use)) for use in uses]
+        return [use if k is None else restricted_use(use, k) for use, k in kept]
 
     def _candidate(self, layer: Layer) -> Moments:
         return self._candidates.setdefault(layer, Moments())

@@ -45,7 +45,10 @@ def kl_clip_scale(
     References:
         Ba, Grosse & Martens (2017), https://openreview.net/forum?id=SkkTMpjex, section 5.
     """
-    products = [lr**2 * torch.sum(g * d) for g, d, lr in zip(grads, directions, lrs, strict=True)]
+    products = [
+        lr**2 * torch.dot(g.flatten(), d.flatten())
+        for g, d, lr in zip(grads, directions, lrs, strict=True)
+    ]
     device, dtype = products[0].device, torch.promote_types(products[0].dtype, torch.float32)
     total = torch.stack([p.to(device, dtype) for p in products]).sum()
     # A non-positive sum (round-off, or a preconditioner of an earlier step) does not clip.
@@ -62,7 +65,10 @@ def apply_step(
     weight_decay: float,
     foreach: bool = True,
 ) -> None:
-    """Update parameters in place: m ← μ m + Δ, θ ← (1 − lr λ) θ − lr m.
+    """Update parameters in place: m ← μ m + lr Δ, θ ← (1 − lr λ) θ − m.
+
+    The learning rate is inside m: with θ ← θ − lr m a rate that rises, as in a warm-up, would
+    multiply steps that the KL clip bounded for the rate of their own time.
 
     The weight decay λ is decoupled from the preconditioner (Loshchilov & Hutter, 2019; Zhang et
     al., 2019, https://arxiv.org/abs/1810.12281, on why that helps K-FAC).
@@ -87,6 +93,7 @@ def apply_step(
     if momentum:
         buffers = list(momentum_buffers)
         torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, steps)
-        steps = buffers
-    torch._foreach_add_(list(params), steps, alpha=-lr)
+        torch._foreach_add_(buffers, steps, alpha=lr)
+        torch._foreach_sub_(list(params), buffers)
+    else:
+        torch._foreach_add_(list(params), steps, alpha=-lr)

@@ -1,0 +1,54 @@
+"""Statistics on part of a batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor, nn
+
+from kfacopt.kfac.capture import LayerUse
+
+
+def data_count(use: LayerUse) -> int | None:
+    """Return N of a use's input; `None` if it is a single datum without an axis N."""
+    single = 3 if isinstance(use.module, nn.Conv2d) else 1
+    return None if use.input.ndim == single else use.input.shape[0]
+
+
+def draw_subset(count: int, fraction: float, generator: Generator) -> Tensor:
+    """Draw ⌈fraction · N⌉ of N data, each subset of that size with the same probability.
+
+    Args:
+        count: N.
+        fraction: In (0, 1].
+        generator: Draws.
+
+    Returns:
+        Their indices.
+    """
+    size = math.ceil(fraction * count)
+    return torch.randperm(count, generator=generator, device=generator.device)[:size]
+
+
+def restricted_use(use: LayerUse, kept: Tensor) -> LayerUse:
+    """Return the use of a layer by part of the data alone.
+
+    Args:
+        use: A use.
+        kept: Indices of the data.
+    """
+    x = use.checked_input()
+    part = x[kept.to(x.device)]
+    return replace(use, input=part, version=part._version)
+
+
+def restricted_grad(grad: Tensor, kept: Tensor) -> Tensor:
+    """Return √(N / n) g of n of N data: Σ g gᵀ is then, on average over subsets, that of all.
+
+    Args:
+        grad: g, `[N, ...]`.
+        kept: Indices of the n data.
+    """
+    return grad[kept.to(grad.device)] * math.sqrt(grad.shape[0] / max(len(kept), 1))
