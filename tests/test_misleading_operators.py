@@ -186,6 +186,52 @@ def test_a_single_datum_without_an_axis():
     assert error.norm() < 0.1 * (ggn @ torch.eye(12)).norm()
 
 
+class Padded(nn.Module):
+    """Sums embeddings of which row 8 is padding."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.table, self.layer = nn.Parameter(torch.randn(9, 3)), nn.Linear(3, 2)
+        if kind is not None:
+            self.table = None
+            self.layer_of_rows = kind(9, 3, padding_idx=8)
+            nn.init.normal_(self.layer_of_rows.weight)
+
+    def forward(self, X):
+        if self.table is None:
+            rows = self.layer_of_rows(X)
+        else:
+            rows = F.embedding(X, self.table, padding_idx=-1)
+        return self.layer(rows.sum(1).tanh())
+
+
+class DoubledTangent(torch.autograd.Function):
+    """The identity, with a wrong rule in forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * tangent
+
+
+class Misled(nn.Module):
+    def forward(self, X):
+        return DoubledTangent.apply(X).tanh()
+
+
 class TestLayers:
     """Layers of which torch has a wrong rule for one of the ways to a derivative."""
 
@@ -212,6 +258,33 @@ class TestLayers:
         (u,) = torch.autograd.grad(summed(z, data[0][1]), z)
         G = (u.reshape(-1, 1) * expected).reshape(3, 2, -1).sum(1)
         assert_matrix(ef, G.T @ G)
+
+    @pytest.mark.parametrize("kind", [nn.Embedding, None], ids=["layer", "function"])
+    def test_padding_that_the_first_vectors_or_batches_do_not_meet(self, kind):
+        model = Padded(kind)
+        params = list(model.parameters())
+        size = sum(p.numel() for p in params)
+        first, second = torch.tensor([[1, 2], [3, 1]]), torch.tensor([[8, 2], [8, 4], [1, 8]])
+        data = [(first, torch.tensor([0, 1])), (second, torch.tensor([1, 0, 1]))]
+        J = kfacopt.JacobianLinearOperator(model, params, data, cache_bytes=0)
+        ggn = kfacopt.GGNLinearOperator(model, nn.CrossEntropyLoss(), params, data, cache_bytes=0)
+        hessian = kfacopt.HessianLinearOperator(
+            model, nn.CrossEntropyLoss(), params, data, cache_bytes=0
+        )
+        for operator in (J, ggn, hessian):
+            operator @ torch.zeros(size, 16)
+            operator @ torch.eye(size)[:, 24:]  # all but the first weights
+        assert_matrix(J, dense_jacobian(model, params, data))
+        assert_matrix(ggn, dense_ggn(model, nn.CrossEntropyLoss(), params, data))
+        assert_matrix(hessian, dense_hessian(model, nn.CrossEntropyLoss(), params, data))
+
+    def test_a_wrong_rule_that_the_first_vectors_do_not_meet(self):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), Misled(), nn.Linear(4, 2))
+        params, data = list(model.parameters()), [batch()]
+        J = kfacopt.JacobianLinearOperator(model, params, data, cache_bytes=0)
+        J @ torch.eye(26)[:, 16:]  # the last layer's parameters
+        assert_matrix(J, dense_jacobian(model, params, data))
 
     def test_prelu(self):
         torch.manual_seed(0)

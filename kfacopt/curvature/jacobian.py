@@ -21,7 +21,7 @@ from kfacopt.curvature.network import (
     leading_columns,
 )
 from kfacopt.data import Batch, check_batches
-from kfacopt.linalg.operator import Shapes
+from kfacopt.linalg.tensor_lists import Shapes
 
 
 class JacobianLinearOperator(NetworkLinearOperator[Linearization]):

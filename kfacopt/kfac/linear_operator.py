@@ -59,7 +59,8 @@ from kfacopt.linalg.kronecker import (
     KroneckerEigendecomposition,
     KroneckerProduct,
 )
-from kfacopt.linalg.operator import LinearOperator, split_rows
+from kfacopt.linalg.operator import LinearOperator
+from kfacopt.linalg.tensor_lists import split_rows
 
 
 class KroneckerBlockLinearOperator(LinearOperator):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kfacopt.argument_checks import as_integer, as_real, check_flag
 from kfacopt.linalg.conjugate_gradients import CGReport, conjugate_gradients
-from kfacopt.linalg.operator import LinearOperator, is_tensor_list, stack_rows
+from kfacopt.linalg.operator import LinearOperator
 from kfacopt.linalg.structured import check_square, operator_from
+from kfacopt.linalg.tensor_lists import is_tensor_list, stack_rows
 
 
 class CGConvergenceWarning(RuntimeWarning):
@@ -56,11 +57,11 @@ class CGInverseLinearOperator(LinearOperator):
     def __init__(self, A: Any) -> None:
         self._A = operator_from(A)
         check_square(self._A)
-        self._operands = (self._A,)
         # Conjugate gradients in half precision would be noise; products with A stay in A's dtype.
         dtype = torch.promote_types(self._A.torch_dtype, torch.float32)
         shapes = (self._A.out_shapes, self._A.in_shapes)
         super().__init__(self._A.shape, dtype, self._A.device, *shapes)
+        self._derive_from(self._A)
         self.last_solve: CGReport | None = None
         self.set_cg_hyperparameters()
 
@@ -297,10 +298,9 @@ class NeumannInverseLinearOperator(LinearOperator):
     ) -> None:
         self._A = operator_from(A)
         check_square(self._A)
-        self._operands = (self._A,)
         shapes = (self._A.out_shapes, self._A.in_shapes)
         super().__init__(self._A.shape, self._A.torch_dtype, self._A.device, *shapes)
-        self.self_adjoint = self._A.self_adjoint
+        self._derive_from(self._A)
         self.set_neumann_hyperparameters(num_terms, scale, check_nan)
 
     def set_neumann_hyperparameters(
@@ -321,6 +321,15 @@ class NeumannInverseLinearOperator(LinearOperator):
         if as_real("scale", scale) == 0:
             raise ValueError(f"scale must be a finite number other than 0, got {scale!r}.")
         self._options: tuple[int, float, bool] = (num_terms, float(scale), check_nan)
+
+    @property
+    def self_adjoint(self) -> bool:
+        """Whether A is known to be symmetric."""
+        return self._A.self_adjoint
+
+    def sources(self) -> list[Any]:
+        """Return what A is computed from, and the series' hyperparameters."""
+        return [*super().sources(), *self._options]
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return neumann_series(self._A._matmat_tensor, X, *self._options)
