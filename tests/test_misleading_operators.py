@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfacopt
+import kfacopt.experimental
 from kfacopt.likelihoods import UnsupportedLossError
 from kfacopt.linalg.structured import DenseLinearOperator
 
@@ -74,9 +75,10 @@ def test_a_parameter_reached_past_its_name():
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
-def test_targets_that_would_be_broadcast_are_refused():
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_targets_that_would_be_broadcast_are_refused(reduction):
     model, data = nn.Linear(3, 1), [(torch.rand(6, 3), torch.rand(6))]
-    params = list(model.parameters())
+    params, loss_func = list(model.parameters()), nn.MSELoss(reduction=reduction)
     for kind in (
         kfacopt.HessianLinearOperator,
         kfacopt.GGNLinearOperator,
@@ -84,8 +86,13 @@ def test_targets_that_would_be_broadcast_are_refused():
         kfacopt.FisherMCLinearOperator,
         kfacopt.KFACLinearOperator,
     ):
+        average = {"loss_average": None} if kind is kfacopt.KFACLinearOperator else {}
+        options = average if reduction == "sum" else {}
         with pytest.raises(ValueError, match=r"shape \(6, 1\) and the target \(6,\)"):
-            kind(model, nn.MSELoss(), params, data) @ torch.ones(4)
+            kind(model, loss_func, params, data, **options) @ torch.ones(4)
+    args = model, loss_func, ("", "output", 0), data
+    with pytest.raises(ValueError, match=r"shape \(6, 1\) and the target \(6,\)"):
+        kfacopt.experimental.ActivationHessianLinearOperator(*args) @ torch.ones(6)
 
 
 def test_inference_mode():
@@ -294,6 +301,34 @@ class TestLayers:
         assert_matrix(kfacopt.JacobianLinearOperator(model, params, data), expected)
         ggn = kfacopt.GGNLinearOperator(model, nn.MSELoss(), params, data)
         assert_matrix(ggn, dense_ggn(model, nn.MSELoss(), params, data))
+
+
+class WeaklyMixing(nn.Module):
+    """Adds a small part of the batch's mean."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.share = share
+
+    def forward(self, X):
+        h = self.norm(self.first(X)).tanh()
+        return self.last(h + self.share * h.mean(0))
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-4, 1e-5, 0.0])
+@pytest.mark.parametrize("kind", [kfacopt.GGNLinearOperator, kfacopt.EFLinearOperator])
+def test_data_that_are_weakly_mixed_in_float32(kind, share):
+    """Rows of single data are not used unless they are right to round-off."""
+    exact_model, X, y = WeaklyMixing(share), torch.randn(30, 6), torch.randint(3, (30,))
+    model, loss_func = copy.deepcopy(exact_model).float(), nn.CrossEntropyLoss()
+    operator = kind(model, loss_func, list(model.parameters()), [(X.float(), y)])
+    exact = kind(exact_model, loss_func, list(exact_model.parameters()), [(X, y)], cache_bytes=0)
+    identity = torch.eye(operator.shape[1])
+    expected = exact @ identity
+    for _ in range(PRODUCTS):
+        error = (operator @ identity.float()).double() - expected
+        assert error.abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_predictions_that_are_not_finite_pass_the_check_and_show():

@@ -55,8 +55,10 @@ def summed_loss(loss_func: Any, output: Tensor, X: Any, y: Any) -> Tensor:
         y: The targets.
 
     Raises:
-        ValueError: If the loss is no scalar.
+        ValueError: If the loss is no scalar, or a likelihood refuses the targets.
     """
+    if has_likelihood(loss_func):
+        likelihood_of(loss_func).check_target(output, y)
     by_mean = getattr(loss_func, "reduction", None) == "mean"
     if by_mean and has_likelihood(loss_func):
         # Not the mean times Z: that is 0/0 for a batch whose targets are all ignored.

@@ -86,9 +86,9 @@ class HutchPPTraceEstimator:
     sample, which costs 2 basis_dim + 1 products (in two passes and one); each further one costs one
     product. It is drawn anew where A has changed: a tensor's values, or of an operator of ours the
     parameters, buffers and settings of model and loss, and its own. Of data, arrays and SciPy
-    operators that is not seen; make a new estimator where they change. Its memory is basis_dim vectors and a copy of what it
-    watches. At equal cost, `basis_dim` is to be a third of the number of vectors that Hutchinson's
-    estimator would take.
+    operators that is not seen; make a new estimator where they change. Its memory is basis_dim
+    vectors and a copy of what it watches. At equal cost, `basis_dim` is to be a third of the number
+    of vectors that Hutchinson's estimator would take.
 
     Args:
         A: A square matrix `[D, D]`: one of our operators, a SciPy operator, an array or a tensor.
