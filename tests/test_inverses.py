@@ -372,6 +372,14 @@ def test_cg_with_parameter_lists():
         inverse.set_cg_hyperparameters(x0=[torch.ones(3), *x[1:]])
 
 
+def test_a_singular_system_without_a_solution_says_so():
+    inverse = CGInverseLinearOperator(torch.tensor([1.0, 2.0, 0.0]).diag())
+    with pytest.raises(
+        (FloatingPointError, NotPositiveDefiniteError), match=r"(singular|positive).*damping"
+    ):
+        inverse @ torch.ones(3)
+
+
 # Neumann series -----------------------------------------------------------------------------------
 
 

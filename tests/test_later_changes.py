@@ -320,6 +320,36 @@ class TestSubmatrix:
             part.set_submatrix([0, 1], [0, 1])
 
 
+def test_jacobians_of_empty_batches():
+    model, full = network(), batch()
+    params, empty = list(model.parameters()), (torch.zeros(0, 3), torch.zeros(0, 2))
+    expected = dense_jacobian(model, params, [full])
+    J = kfacopt.JacobianLinearOperator(model, params, [empty, full, empty])
+    JT = kfacopt.TransposedJacobianLinearOperator(model, params, [empty, full, empty])
+    for _ in range(PRODUCTS):
+        assert torch.allclose(J @ torch.eye(26), expected, atol=TOLERANCE)
+        assert torch.allclose(JT @ torch.eye(12), expected.T, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("error", [IndexError, AssertionError, KeyError, TypeError])
+def test_models_that_refuse_a_single_datum(error):
+    class Refusing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, X):
+            if len(X) == 1:
+                raise error("several data, please")
+            return X @ self.weight.T
+
+    model, data = Refusing(), [batch()]
+    params = list(model.parameters())
+    J = kfacopt.JacobianLinearOperator(model, params, data)
+    for _ in range(PRODUCTS + 1):
+        assert torch.allclose(J @ torch.eye(6), dense_jacobian(model, params, data))
+
+
 class Remembering(nn.Module):
     """Assigns a buffer and an attribute anew in each forward."""
 

@@ -257,7 +257,7 @@ class GradientPlan:
                 pieces = vmap(of_datum)(self._X, u.movedim(1, 0))
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # noqa: BLE001 - whatever a model raises that is given a single datum
+            except Exception:  # whatever a model raises that is given a single datum
                 return None  # batch norm, `squeeze` of the axis of data, what is not vectorised, …
         shapes = [primals[i].shape for i in self._rest]
         if any(p.shape != (N, R, *shape) for p, shape in zip(pieces, shapes, strict=True)):

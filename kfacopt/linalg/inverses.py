@@ -89,7 +89,7 @@ class CGInverseLinearOperator(LinearOperator):
                 pays for the parameters of one layer. For whole networks it lacks the blocks between
                 layers: with one hidden layer and a damping of 1e-2 to 1e-5 it took more iterations
                 at initialization (digits, 64-16-10: 61 became 74 at 1e-3), and slightly fewer after
-                training (194 became 184 at 1e-4). Count `last_solve.iterations` before relying on it.
+                training (194 became 184 at 1e-4). `last_solve.iterations` tells.
             callback: Called after each iteration with the iterate, `[D]` or, for several columns,
                 `[D, K]`: arrays where arrays are multiplied, tensors otherwise.
             atol: The absolute tolerance. Default: 0.
@@ -278,8 +278,8 @@ def _check_shrinking(first: Tensor, previous: Tensor, last: Tensor, scale: float
             f"The Neumann series does not converge in {int(stuck.sum())} of {len(sizes[0])} "
             f"columns: its last term is {(now / size)[stuck].max().item():.2g} times its first, "
             f"and {factors.max().item():.6g} times the one before. An eigenvalue of A is near 0 "
-            f"(add damping, raise scale={scale:g} or num_terms) or near 2 / scale (decrease scale); or "
-            "use CGInverseLinearOperator. check_nan=False silences this.",
+            f"(add damping, raise scale={scale:g} or num_terms) or near 2 / scale (decrease scale); "
+            "or use CGInverseLinearOperator. check_nan=False silences this.",
             NeumannConvergenceWarning,
             stacklevel=2,
         )
