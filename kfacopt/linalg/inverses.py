@@ -278,7 +278,7 @@ def _check_shrinking(first: Tensor, previous: Tensor, last: Tensor, scale: float
             f"The Neumann series does not converge in {int(stuck.sum())} of {len(sizes[0])} "
             f"columns: its last term is {(now / size)[stuck].max().item():.2g} times its first, "
             f"and {factors.max().item():.6g} times the one before. An eigenvalue of A is near 0 "
-            f"(add damping, raise scale={scale:g} or num_terms) or near 2 / scale (decrease scale); "
+            f"(add damping, raise scale={scale:g} or num_terms) or near 2 / scale (decrease it); "
             "or use CGInverseLinearOperator. check_nan=False silences this.",
             NeumannConvergenceWarning,
             stacklevel=2,
