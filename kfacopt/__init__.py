@@ -20,6 +20,7 @@ from kfacopt.linalg.conjugate_gradients import NotPositiveDefiniteError
 from kfacopt.linalg.inverses import (
     CGConvergenceWarning,
     CGInverseLinearOperator,
+    NeumannConvergenceWarning,
     NeumannInverseLinearOperator,
 )
 from kfacopt.linalg.structured import IdentityLinearOperator, SubmatrixLinearOperator
@@ -46,6 +47,7 @@ __all__ = [
     "KFACWarning",
     "LanczosApproximateLogSpectrumCached",
     "LanczosApproximateSpectrumCached",
+    "NeumannConvergenceWarning",
     "NeumannInverseLinearOperator",
     "NotPositiveDefiniteError",
     "SubmatrixLinearOperator",

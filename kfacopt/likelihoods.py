@@ -72,6 +72,14 @@ class Likelihood(ABC):
 
     reduction: str
 
+    def check_target(self, output: Tensor, target: Tensor | None) -> None:  # noqa: B027
+        """Raise a `ValueError` for a target that torch's loss accepts, but that is no target of z.
+
+        Args:
+            output: z, `[N, ...]`.
+            target: The loss's target, or `None` where it is unknown.
+        """
+
     @abstractmethod
     def term_weights(self, output: Tensor, target: Tensor | None) -> Tensor:
         """Return the weight of each term in the *summed* loss: class weights, 0 if ignored.
@@ -365,8 +373,8 @@ class _Elementwise(Likelihood):
 class SquaredError(_Elementwise):
     """MSE: ℓ = (z − y)², ∇²ℓ = 2; the negative log-likelihood of y ~ N(z, 1/2)."""
 
-    @staticmethod
-    def _check_target(output: Tensor, target: Tensor | None) -> None:
+    def check_target(self, output: Tensor, target: Tensor | None) -> None:
+        """Raise a `ValueError` if predictions and targets have different shapes."""
         if isinstance(target, Tensor) and target.shape != output.shape:
             raise ValueError(
                 f"MSE: the prediction has the shape {tuple(output.shape)} and the target "
@@ -375,12 +383,12 @@ class SquaredError(_Elementwise):
 
     def term_weights(self, output: Tensor, target: Tensor | None) -> Tensor:
         """Return the elementwise `weight` of the loss, or ones."""
-        self._check_target(output, target)
+        self.check_target(output, target)
         return torch.ones_like(output) if self.weight is None else self.weight.to(output)
 
     def normalizer(self, output: Tensor, target: Tensor | None) -> Tensor:
         """Return the number of entries of z, or the sum of the elementwise weights."""
-        self._check_target(output, target)
+        self.check_target(output, target)
         if self.weight is None:
             return super().normalizer(output, target)
         return self.weight.to(output).sum()

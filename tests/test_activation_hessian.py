@@ -5,6 +5,7 @@ import pytest
 import torch
 from curvature_cases import DTYPE, close, columns_for
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from kfacopt.experimental import ActivationHessianLinearOperator
 
@@ -119,3 +120,11 @@ class TestActivationHessian:
         data = [(torch.randn(4, 3), torch.randn(4, 3))]
         with pytest.raises(ValueError, match="ran 2 times"):
             ActivationHessianLinearOperator(Twice(), nn.MSELoss(), ("layer", "output", 0), data)
+
+
+def test_construction_leaves_the_global_generator_as_it_was():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    loader = DataLoader(TensorDataset(torch.randn(5, 3), torch.randn(5, 2)), batch_size=5)
+    before = torch.get_rng_state()
+    ActivationHessianLinearOperator(model, nn.MSELoss(), ("0", "output", 0), loader)
+    assert torch.equal(torch.get_rng_state(), before)

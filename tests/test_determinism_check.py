@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 import kfacopt
 
@@ -85,6 +85,12 @@ def test_drop_last(model, dataset, shuffle):
         make(model, DataLoader(dataset, batch_size=4, drop_last=True, shuffle=shuffle))
 
 
+def test_drop_last_of_a_batch_sampler(model, dataset):
+    batches = BatchSampler(SequentialSampler(dataset), 4, drop_last=True)
+    with pytest.raises(RuntimeError, match="drop_last=True leaves out 2 of 10 data"):
+        make(model, DataLoader(dataset, batch_sampler=batches))
+
+
 def test_generator(model, dataset):
     with pytest.raises(RuntimeError, match="A generator can be read once only"):
         make(model, (batch for batch in [dataset[:]]))
@@ -107,3 +113,36 @@ def test_progress_bar(model, dataset, capsys):
     assert capsys.readouterr().err == ""
     kfacopt.EFLinearOperator(*args, progressbar=True) @ torch.ones(15)
     assert "EFLinearOperator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", ["inputs", "targets"])
+def test_small_entries_that_change_beside_large_ones(model, changed):
+    X, y = torch.randn(10, 4).double(), torch.randn(10, 3).double()
+    X[:, 0], y[0] = 1e6, 1e6
+    data_model = model.double()
+
+    class Noisy:
+        def __iter__(self):
+            noise = 1e-3 * torch.randn(2)
+            x_noise, y_noise = noise * torch.tensor([changed == "inputs", changed == "targets"])
+            return iter([(X + x_noise * (X < 1e3), y + y_noise * (y < 1e3))])
+
+    params = list(data_model.parameters())
+    with pytest.raises(RuntimeError, match="data: not deterministic"):
+        kfacopt.GGNLinearOperator(data_model, nn.MSELoss(), params, Noisy())
+
+
+def test_the_last_bits_of_float32_predictions_may_differ(model):
+    class Rounding(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.layer, self.size = model, size
+
+        def forward(self, X):
+            z = self.layer(X)
+            return z * (1 + self.size * torch.randn_like(z))
+
+    data = [(torch.randn(10, 4), torch.randint(3, (10,)))]
+    make(Rounding(1e-7), data)
+    with pytest.raises(RuntimeError, match="model_func: not deterministic"):
+        make(Rounding(1e-2), data)

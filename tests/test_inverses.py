@@ -16,6 +16,7 @@ from kfacopt import (
     GGNLinearOperator,
     IdentityLinearOperator,
     KFACLinearOperator,
+    NeumannConvergenceWarning,
     NeumannInverseLinearOperator,
     NotPositiveDefiniteError,
 )
@@ -371,6 +372,14 @@ def test_cg_with_parameter_lists():
         inverse.set_cg_hyperparameters(x0=[torch.ones(3), *x[1:]])
 
 
+def test_a_singular_system_without_a_solution_says_so():
+    inverse = CGInverseLinearOperator(torch.tensor([1.0, 2.0, 0.0]).diag())
+    with pytest.raises(
+        (FloatingPointError, NotPositiveDefiniteError), match=r"(singular|positive).*damping"
+    ):
+        inverse @ torch.ones(3)
+
+
 # Neumann series -----------------------------------------------------------------------------------
 
 
@@ -412,8 +421,33 @@ def test_neumann_divergence_names_the_knob(num_terms):
 def test_neumann_does_not_call_a_null_space_divergence():
     A = torch.tensor([1.0, 0.0]).diag()
     inverse = NeumannInverseLinearOperator(A, num_terms=9)
-    assert torch.allclose(inverse @ torch.ones(2), torch.tensor([1.0, 10.0]))
+    with pytest.warns(NeumannConvergenceWarning, match=r"in 1 of 1 columns: .*add damping"):
+        product = inverse @ torch.ones(2)
+    assert torch.allclose(product, torch.tensor([1.0, 10.0]))
     assert torch.equal(inverse @ torch.zeros(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("largest", [2.0, 2.0001, 2.5])
+@pytest.mark.parametrize("num_terms", [100, 101])
+def test_neumann_divergence_beside_a_part_that_converges(largest, num_terms):
+    """The norm of a column hides a part that does not shrink behind one that did."""
+    values = torch.cat([torch.linspace(0.5, 1.4, SIZE - 1), torch.tensor([largest])])
+    basis = torch.linalg.qr(torch.randn(SIZE, SIZE)).Q
+    for A in (torch.tensor([0.5, largest]).diag(), basis * values @ basis.T):
+        inverse = NeumannInverseLinearOperator(A, num_terms=num_terms)
+        with pytest.raises(ValueError, match=r"diverges.*decrease scale=1"):
+            inverse @ torch.ones(len(A))
+        inverse.set_neumann_hyperparameters(num_terms, scale=0.9 * 2 / largest)
+        error = inverse @ torch.ones(len(A)) - torch.linalg.solve(A, torch.ones(len(A)))
+        assert error.abs().max() < 1e-3
+
+
+def test_neumann_series_that_converge_slowly_are_summed():
+    A = torch.tensor([1.0, 0.01]).diag()
+    product = NeumannInverseLinearOperator(A) @ torch.ones(2)
+    assert torch.allclose(product, torch.tensor([1.0, (1 - 0.99**101) / 0.01]))
+    with pytest.warns(NeumannConvergenceWarning, match=r"last term is 0\.7 times its first"):
+        NeumannInverseLinearOperator(torch.tensor([1.0, 1e-4]).diag()) @ torch.ones(2)
 
 
 @pytest.mark.parametrize(

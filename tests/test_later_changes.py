@@ -1,5 +1,9 @@
 """What happens to data, parameters and model after an operator was made, or inside a forward."""
 
+import functools
+import types
+
+import numpy as np
 import pytest
 import torch
 from dense_curvature import hessian as dense_hessian
@@ -177,6 +181,173 @@ class TestData:
             assert torch.allclose(operator @ torch.ones(26), expected, atol=TOLERANCE)
         with pytest.raises(ValueError, match="a mean over no terms"):
             kind(model, loss_func, params, [empty]) @ torch.ones(26)
+
+
+class Settings:
+    def __init__(self):
+        self.scale, self.inner = 1.0, None
+
+
+class Configured(nn.Module):
+    """Reads settings from places of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.config = Settings()
+        self.config.inner = Settings()
+        self.mask, self.factor = np.ones(4), np.float32(1)
+        self.tensors, self.table = [torch.ones(4)], {"long": [torch.ones(2000)]}
+        self.unseen_layers = [nn.Linear(4, 4)]
+        self.activation = functools.partial(nn.functional.elu, alpha=1.0)
+
+    def forward(self, X):
+        h = self.layer(X) * self.config.scale * self.config.inner.scale
+        h = h * torch.from_numpy(self.mask) * float(self.factor) * self.tensors[0]
+        h = self.activation(h * self.table["long"][0][1000])
+        return self.last(self.unseen_layers[0](h))
+
+
+def change(path, value):
+    def apply(model):
+        holder = model
+        for name in path[:-1]:
+            holder = getattr(holder, name)
+        setattr(holder, path[-1], value)
+
+    return apply
+
+
+SETTINGS = {
+    "an object's attribute": change(["config", "scale"], 2.0),
+    "an object inside of it": change(["config", "inner", "scale"], 2.0),
+    "another object": change(["config", "inner"], types.SimpleNamespace(scale=3.0)),
+    "an array in place": lambda model: model.mask.__setitem__(0, 2.0),
+    "another array": change(["mask"], np.arange(4.0)),
+    "a number of NumPy": change(["factor"], np.float32(3)),
+    "a listed tensor in place": lambda model: model.tensors[0].mul_(1.001),
+    "another listed tensor": lambda model: model.tensors.__setitem__(0, torch.full((4,), 1.001)),
+    "a long tensor in a dict": lambda model: model.table["long"][0].__setitem__(1000, 2.0),
+    "a layer in a plain list": lambda model: model.unseen_layers[0].weight.data.mul_(2),
+    "a bound argument": change(["activation"], functools.partial(nn.functional.elu, alpha=0.1)),
+}
+
+
+@pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
+def test_settings_that_kept_terms_depend_on(change):
+    torch.manual_seed(0)
+    model, loss_func, data = Configured(), nn.MSELoss(), [batch(), batch(2)]
+    params = list(model.parameters())
+    operator = kfacopt.GGNLinearOperator(model, loss_func, params, data)
+    estimator = kfacopt.HutchPPTraceEstimator(operator, basis_dim=operator.shape[0])
+    identity = torch.eye(operator.shape[0])
+    for _ in range(PRODUCTS):
+        before = operator @ identity
+    estimator.sample()
+    change(model)
+    expected = kfacopt.GGNLinearOperator(model, loss_func, params, data, cache_bytes=0) @ identity
+    assert not torch.allclose(before, expected, rtol=1e-4)
+    assert torch.allclose(operator @ identity, expected, atol=TOLERANCE)
+    assert torch.allclose(estimator.sample(), expected.trace())
+
+
+def test_terms_are_never_trusted_where_settings_are_too_many():
+    torch.manual_seed(0)
+    model, data = network(), [batch()]
+    calls = []
+    model.log = [[i] for i in range(100_000)]
+    operator = kfacopt.GGNLinearOperator(model, nn.MSELoss(), list(model.parameters()), data)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for count in range(1, 4):
+        operator @ torch.ones(26)
+        assert len(calls) == count
+
+
+def test_hutchpp_after_changes_of_anything_but_parameters():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    for _ in range(3):
+        model(3 * torch.randn(6, 3) + 1)
+    loss_func, params = nn.MSELoss(), list(model.parameters())
+    ggn = kfacopt.GGNLinearOperator(model.eval(), loss_func, params, [batch()])
+    part = kfacopt.SubmatrixLinearOperator(ggn, range(9), range(9))
+    damped = part + 0.1 * kfacopt.IdentityLinearOperator(part)
+    options = {"scale": 0.1, "check_nan": False}
+    inverse = kfacopt.NeumannInverseLinearOperator(ggn, num_terms=3, **options)
+    changes = [
+        model.train,
+        lambda: setattr(loss_func, "reduction", "sum"),
+        lambda: part.set_submatrix(range(3, 12), range(3, 12)),
+        lambda: inverse.set_neumann_hyperparameters(num_terms=2, **options),
+    ]
+    matrices = {A: kfacopt.HutchPPTraceEstimator(A, A.shape[0]) for A in (ggn, part, damped)}
+    matrices[inverse] = kfacopt.HutchPPTraceEstimator(inverse, inverse.shape[0])
+    for change in [lambda: None, *changes]:
+        change()
+        for A, estimator in matrices.items():
+            assert torch.allclose(estimator.sample(), (A @ torch.eye(A.shape[0])).trace())
+
+
+class TestSubmatrix:
+    def test_what_is_derived_from_it_follows(self):
+        model = network()
+        ggn = kfacopt.GGNLinearOperator(model, nn.MSELoss(), list(model.parameters()), [batch()])
+        dense = ggn @ torch.eye(26)
+        part = kfacopt.SubmatrixLinearOperator(ggn, [0, 1], [0, 1])
+        derived = {"scaled": 2 * part, "sum": part + part, "negative": -2 * -part}
+        transposed = {name: A.T for name, A in derived.items()}
+        twice = part.T.T + part
+        for rows, columns in ([[0, 1], [0, 1]], [[0, 1], [2, 3]], [[4, 5], [4, 5]]):
+            part.set_submatrix(rows, columns)
+            expected = 2 * dense[rows][:, columns]
+            for name, A in derived.items():
+                assert torch.allclose(A @ torch.eye(2), expected)
+                assert torch.allclose(A.T @ torch.eye(2), expected.T)
+                assert torch.allclose(transposed[name] @ torch.eye(2), expected.T)
+                assert torch.allclose(torch.eye(2) @ A, expected)
+            assert torch.allclose(twice @ torch.eye(2), expected)
+            assert torch.allclose((part.T**2) @ torch.eye(2), ((expected / 2) @ (expected / 2)).T)
+
+    def test_what_is_derived_from_it_does_not_fit_another_shape(self):
+        part = kfacopt.SubmatrixLinearOperator(torch.rand(4, 4), [0, 1], [0, 1])
+        inverse = kfacopt.NeumannInverseLinearOperator(part)
+        for A in (part.T, 2 * part, part + part, part @ part, part**2, inverse, 3 * part.T):
+            part.set_submatrix([0], [0, 1, 2])
+            for x in (torch.ones(2), np.ones(2), np.ones(1), torch.ones(3)):
+                with pytest.raises(ValueError, match=r"shape \(2, 2\) .* is \(1, 3\) now"):
+                    A @ x
+                with pytest.raises(ValueError, match=r"shape \(2, 2\) .* is \(1, 3\) now"):
+                    x @ A
+            part.set_submatrix([0, 1], [0, 1])
+
+
+def test_jacobians_of_empty_batches():
+    model, full = network(), batch()
+    params, empty = list(model.parameters()), (torch.zeros(0, 3), torch.zeros(0, 2))
+    expected = dense_jacobian(model, params, [full])
+    J = kfacopt.JacobianLinearOperator(model, params, [empty, full, empty])
+    JT = kfacopt.TransposedJacobianLinearOperator(model, params, [empty, full, empty])
+    for _ in range(PRODUCTS):
+        assert torch.allclose(J @ torch.eye(26), expected, atol=TOLERANCE)
+        assert torch.allclose(JT @ torch.eye(12), expected.T, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("error", [IndexError, AssertionError, KeyError, TypeError])
+def test_models_that_refuse_a_single_datum(error):
+    class Refusing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, X):
+            if len(X) == 1:
+                raise error("several data, please")
+            return X @ self.weight.T
+
+    model, data = Refusing(), [batch()]
+    params = list(model.parameters())
+    J = kfacopt.JacobianLinearOperator(model, params, data)
+    for _ in range(PRODUCTS + 1):
+        assert torch.allclose(J @ torch.eye(6), dense_jacobian(model, params, data))
 
 
 class Remembering(nn.Module):

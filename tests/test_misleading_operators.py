@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfacopt
+import kfacopt.experimental
 from kfacopt.likelihoods import UnsupportedLossError
 from kfacopt.linalg.structured import DenseLinearOperator
 
@@ -74,9 +75,10 @@ def test_a_parameter_reached_past_its_name():
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
-def test_targets_that_would_be_broadcast_are_refused():
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_targets_that_would_be_broadcast_are_refused(reduction):
     model, data = nn.Linear(3, 1), [(torch.rand(6, 3), torch.rand(6))]
-    params = list(model.parameters())
+    params, loss_func = list(model.parameters()), nn.MSELoss(reduction=reduction)
     for kind in (
         kfacopt.HessianLinearOperator,
         kfacopt.GGNLinearOperator,
@@ -84,8 +86,13 @@ def test_targets_that_would_be_broadcast_are_refused():
         kfacopt.FisherMCLinearOperator,
         kfacopt.KFACLinearOperator,
     ):
+        average = {"loss_average": None} if kind is kfacopt.KFACLinearOperator else {}
+        options = average if reduction == "sum" else {}
         with pytest.raises(ValueError, match=r"shape \(6, 1\) and the target \(6,\)"):
-            kind(model, nn.MSELoss(), params, data) @ torch.ones(4)
+            kind(model, loss_func, params, data, **options) @ torch.ones(4)
+    args = model, loss_func, ("", "output", 0), data
+    with pytest.raises(ValueError, match=r"shape \(6, 1\) and the target \(6,\)"):
+        kfacopt.experimental.ActivationHessianLinearOperator(*args) @ torch.ones(6)
 
 
 def test_inference_mode():
@@ -186,6 +193,52 @@ def test_a_single_datum_without_an_axis():
     assert error.norm() < 0.1 * (ggn @ torch.eye(12)).norm()
 
 
+class Padded(nn.Module):
+    """Sums embeddings of which row 8 is padding."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.table, self.layer = nn.Parameter(torch.randn(9, 3)), nn.Linear(3, 2)
+        if kind is not None:
+            self.table = None
+            self.layer_of_rows = kind(9, 3, padding_idx=8)
+            nn.init.normal_(self.layer_of_rows.weight)
+
+    def forward(self, X):
+        if self.table is None:
+            rows = self.layer_of_rows(X)
+        else:
+            rows = F.embedding(X, self.table, padding_idx=-1)
+        return self.layer(rows.sum(1).tanh())
+
+
+class DoubledTangent(torch.autograd.Function):
+    """The identity, with a wrong rule in forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * tangent
+
+
+class Misled(nn.Module):
+    def forward(self, X):
+        return DoubledTangent.apply(X).tanh()
+
+
 class TestLayers:
     """Layers of which torch has a wrong rule for one of the ways to a derivative."""
 
@@ -213,6 +266,33 @@ class TestLayers:
         G = (u.reshape(-1, 1) * expected).reshape(3, 2, -1).sum(1)
         assert_matrix(ef, G.T @ G)
 
+    @pytest.mark.parametrize("kind", [nn.Embedding, None], ids=["layer", "function"])
+    def test_padding_that_the_first_vectors_or_batches_do_not_meet(self, kind):
+        model = Padded(kind)
+        params = list(model.parameters())
+        size = sum(p.numel() for p in params)
+        first, second = torch.tensor([[1, 2], [3, 1]]), torch.tensor([[8, 2], [8, 4], [1, 8]])
+        data = [(first, torch.tensor([0, 1])), (second, torch.tensor([1, 0, 1]))]
+        J = kfacopt.JacobianLinearOperator(model, params, data, cache_bytes=0)
+        ggn = kfacopt.GGNLinearOperator(model, nn.CrossEntropyLoss(), params, data, cache_bytes=0)
+        hessian = kfacopt.HessianLinearOperator(
+            model, nn.CrossEntropyLoss(), params, data, cache_bytes=0
+        )
+        for operator in (J, ggn, hessian):
+            operator @ torch.zeros(size, 16)
+            operator @ torch.eye(size)[:, 24:]  # all but the first weights
+        assert_matrix(J, dense_jacobian(model, params, data))
+        assert_matrix(ggn, dense_ggn(model, nn.CrossEntropyLoss(), params, data))
+        assert_matrix(hessian, dense_hessian(model, nn.CrossEntropyLoss(), params, data))
+
+    def test_a_wrong_rule_that_the_first_vectors_do_not_meet(self):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), Misled(), nn.Linear(4, 2))
+        params, data = list(model.parameters()), [batch()]
+        J = kfacopt.JacobianLinearOperator(model, params, data, cache_bytes=0)
+        J @ torch.eye(26)[:, 16:]  # the last layer's parameters
+        assert_matrix(J, dense_jacobian(model, params, data))
+
     def test_prelu(self):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2))
@@ -221,6 +301,34 @@ class TestLayers:
         assert_matrix(kfacopt.JacobianLinearOperator(model, params, data), expected)
         ggn = kfacopt.GGNLinearOperator(model, nn.MSELoss(), params, data)
         assert_matrix(ggn, dense_ggn(model, nn.MSELoss(), params, data))
+
+
+class WeaklyMixing(nn.Module):
+    """Adds a small part of the batch's mean."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.share = share
+
+    def forward(self, X):
+        h = self.norm(self.first(X)).tanh()
+        return self.last(h + self.share * h.mean(0))
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-4, 1e-5, 0.0])
+@pytest.mark.parametrize("kind", [kfacopt.GGNLinearOperator, kfacopt.EFLinearOperator])
+def test_data_that_are_weakly_mixed_in_float32(kind, share):
+    """Rows of single data are not used unless they are right to round-off."""
+    exact_model, X, y = WeaklyMixing(share), torch.randn(30, 6), torch.randint(3, (30,))
+    model, loss_func = copy.deepcopy(exact_model).float(), nn.CrossEntropyLoss()
+    operator = kind(model, loss_func, list(model.parameters()), [(X.float(), y)])
+    exact = kind(exact_model, loss_func, list(exact_model.parameters()), [(X, y)], cache_bytes=0)
+    identity = torch.eye(operator.shape[1])
+    expected = exact @ identity
+    for _ in range(PRODUCTS):
+        error = (operator @ identity.float()).double() - expected
+        assert error.abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_predictions_that_are_not_finite_pass_the_check_and_show():

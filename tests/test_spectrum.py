@@ -336,8 +336,22 @@ def test_bad_matrices_and_shifts():
             function(np.ones((2, 3)), 1)
     with pytest.raises(ValueError, match="epsilon must be finite and at least 0"):
         lanczos_approximate_log_spectrum(np.eye(SMALL), 5, epsilon=-1.0)
-    with pytest.raises(ValueError, match="epsilon must be positive"):
-        lanczos_approximate_log_spectrum(np.zeros((SMALL, SMALL)), 5, epsilon=0.0)
+    halves = with_eigenvalues([0.0] * (LARGE // 2) + [1.0] * (LARGE // 2))
+    for singular in (np.zeros((SMALL, SMALL)), halves):
+        with pytest.raises(ValueError, match="epsilon must be positive"):
+            lanczos_approximate_log_spectrum(singular, 5, epsilon=0.0)
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 1e-3, 1e6])
+@pytest.mark.parametrize("spread", [0.0, 1e-15])
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_the_log_spectrum_of_a_multiple_of_the_identity(value, spread, size):
+    """The ends differ by round-off; the grid is not as narrow as that."""
+    matrix = np.diag(value * (1 + spread * np.random.default_rng(0).random(size)))
+    grid, density = lanczos_approximate_log_spectrum(matrix, min(size, 20))
+    assert len(np.unique(grid)) == len(grid)
+    assert mass(grid, density) == pytest.approx(1.0, abs=MASS_TOLERANCE)
+    assert grid[np.argmax(grid * density)] == pytest.approx(abs(value) + 1e-5, rel=1e-2)
     with pytest.raises(ValueError, match=r"boundaries are those of \|A\|"):
         lanczos_approximate_log_spectrum(np.eye(SMALL), 5, boundaries=(-1.0, None))
     for size in (SMALL, LARGE):

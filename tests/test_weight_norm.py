@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import kfacopt
-from kfacopt.curvature.weight_norm import normalized_weight
+from kfacopt.curvature.differentiable_functions import normalized_weight
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from kfacopt.curvature.network import (
     NetworkLinearOperator,
     leading_columns,
 )
-from kfacopt.data import Batch, show_progress
+from kfacopt.data import Batch, evaluation, show_progress
+from kfacopt.likelihoods import has_likelihood, likelihood_of
 
 IO_TYPES = ("input", "output")
 
@@ -106,7 +107,8 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
                 f"model_func must be an nn.Module with named layers, got {model_func!r}."
             )
         self._activation = _checked_activation(model_func, activation)
-        batches = list(islice(show_progress(data, False, ""), 2))
+        with evaluation(model_func):  # a DataLoader draws from torch's generator
+            batches = list(islice(show_progress(data, False, ""), 2))
         if len(batches) != 1:
             number = "none" if not batches else "more"
             raise ValueError(f"data must have exactly one batch for a Hessian by Z, got {number}.")
@@ -148,6 +150,8 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
                 f"operator was made, it has {kind} now; make a new operator."
             )
         assert self._loss_func is not None
+        if has_likelihood(self._loss_func):
+            likelihood_of(cast(nn.Module, self._loss_func)).check_target(output, y)
         loss = self._loss_func(output, y)
         if loss.numel() != 1:
             raise ValueError(

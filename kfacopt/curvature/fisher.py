@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from kfacopt.argument_checks import check_count, check_integer
+from kfacopt.argument_checks import as_integer, check_count
 from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE
 from kfacopt.curvature.outer_products import OuterProductLinearOperator
 from kfacopt.data import Batch
@@ -81,7 +81,7 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         check_count("mc_samples", mc_samples)
-        check_integer("seed", seed)
+        seed = as_integer("seed", seed, -(2**63), 2**64 - 1)
         likelihood_of(loss_func)  # refuses what is not supported, by name
         super().__init__(
             model_func,

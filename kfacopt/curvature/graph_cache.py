@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from kfacopt.data import Batch
-from kfacopt.linalg.snapshots import Snapshot
+from kfacopt.linalg.snapshots import Observation, Snapshot
 
 T = TypeVar("T")
 
@@ -21,66 +20,34 @@ T = TypeVar("T")
 class NetworkState:
     """What the outputs of modules depend on: their tensors and their settings.
 
-    Tensors are compared by identity, version and value: a write through `.data` leaves the
-    version as it was, and a write of the same values changes it. Settings are the numbers,
-    strings, booleans, functions and containers among a module's attributes, hooks included.
+    Tensors are compared by version too: a write of the same values changes it, and with it what
+    graphs that saved the tensor allow.
 
     Args:
-        modules: The modules.
-        tensors: Further tensors.
+        roots: The modules, and further tensors.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
-        self._settings = _settings(modules)
-        self._tensors = _tensors(modules, tensors)
-        self._versions = [t._version for t in self._tensors]
-        self._values = Snapshot(self._tensors)
+    def __init__(self, roots: Sequence[Any]) -> None:
+        self._snapshot = Snapshot([*roots, *_autocast()])
+        self.renew_versions()
 
     def renew_versions(self) -> None:
         """Accept the present versions, after writes that are known to have been undone."""
-        self._versions = [t._version for t in self._tensors]
+        self._versions = _versions(self._snapshot.tensors)
 
-    def holds(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
+    def holds(self, roots: Sequence[Any]) -> bool:
         """Tell whether modules and tensors are still as they were."""
-        present = _tensors(modules, tensors)
-        if len(present) != len(self._tensors) or _settings(modules) != self._settings:
-            return False
-        pairs = list(zip(present, self._tensors, strict=True))
-        if any(a is not b for a, b in pairs):
-            return False
-        if [t._version for t in present] != self._versions:
-            return False
-        return self._values.holds(present)
+        present = Observation([*roots, *_autocast()])
+        return _versions(present.tensors) == self._versions and self._snapshot.is_like(present)
 
 
-_TENSORS_AND_MODULES = ("_parameters", "_buffers", "_modules")
-
-
-def _settings(modules: Sequence[nn.Module]) -> list[Any]:
-    simple = (bool, int, float, str)
+def _autocast() -> tuple[bool, torch.dtype]:
     device = "cuda" if torch.cuda.is_initialized() else "cpu"
-    autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-    found: list[Any] = [autocast]
-    for module in chain.from_iterable(m.modules() for m in modules):
-        found.append(id(module))
-        # Functions and containers by what they print, which is their address or their contents.
-        found += [
-            (k, v if isinstance(v, simple) else repr(v))
-            for k, v in vars(module).items()
-            if isinstance(v, simple)
-            or (callable(v) and not isinstance(v, nn.Module))
-            or (isinstance(v, list | tuple | dict) and k not in _TENSORS_AND_MODULES)
-        ]
-    return found
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def _tensors(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> list[Tensor]:
-    found = list(tensors)
-    for module in modules:
-        found += [*module.parameters(), *module.buffers()]
-        for part in module.modules():
-            found += [v for v in vars(part).values() if isinstance(v, Tensor)]
-    return found
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 @contextmanager
@@ -137,15 +104,14 @@ class GraphCache(Generic[T]):
         self._terms, self._state = [], None
 
     @contextmanager
-    def use(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Iterator[None]:
+    def use(self, roots: Sequence[Any]) -> Iterator[None]:
         """Use the cache within a pass over the data; stale terms are dropped first.
 
         Args:
-            modules: What the terms depend on. Writes to it in the context must have been undone
-                at its end.
-            tensors: Further tensors that they depend on.
+            roots: The modules and tensors that the terms depend on. Writes to them in the context
+                must have been undone at its end.
         """
-        if self._state is not None and not self._state.holds(modules, tensors):
+        if self._state is not None and not self._state.holds(roots):
             self.clear()
         try:
             yield
@@ -155,7 +121,7 @@ class GraphCache(Generic[T]):
         if self._state is not None:
             self._state.renew_versions()
         elif self._terms:
-            self._state = NetworkState(modules, tensors)
+            self._state = NetworkState(roots)
 
     def get(self, index: int, batch: Batch) -> T | None:
         """Return the term of a batch, if it is kept and the batch is still the same."""

@@ -21,7 +21,7 @@ from kfacopt.curvature.network import (
     leading_columns,
 )
 from kfacopt.data import Batch, check_batches
-from kfacopt.linalg.operator import Shapes
+from kfacopt.linalg.tensor_lists import Shapes
 
 
 class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
@@ -122,7 +122,9 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
 
         def add(term: Linearization) -> None:
             chunks = [term.jvp([c[chunk] for c in columns]) for chunk in self._chunks(X.shape[1])]
-            width = term.output.numel()
+            if not (width := term.output.numel()):
+                rows.append(X.new_zeros(0, X.shape[1]))
+                return
             empty = X.new_zeros(0, width)
             rows.append(torch.cat([empty, *(c.reshape(-1, width) for c in chunks)]).mT)
 
@@ -133,7 +135,7 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
     def _pull_back(self, U: Tensor) -> Tensor:
         """Return Jᵀ U `[D, K]` for `U` `[N C, K]`."""
         sizes = [torch.Size(shape).numel() for shape in self._params]
-        total = U.new_empty(U.shape[1], sum(sizes))  # [K, D]
+        total = U.new_zeros(U.shape[1], sum(sizes))  # [K, D]
         start = 0
 
         def add(term: Linearization) -> None:
@@ -141,6 +143,8 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
             stop = start + term.output.numel()
             if stop > len(U):
                 self._check_rows(stop)
+            if stop == start:
+                return
             for chunk in self._chunks(U.shape[1]):
                 cotangents = U[start:stop, chunk].mT.contiguous().reshape(-1, *term.output.shape)
                 add_rows(total, chunk, term.vjp(cotangents), first=start == 0)

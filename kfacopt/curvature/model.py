@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.argument_checks import check_params
-from kfacopt.curvature.weight_norm import DifferentiableWeightNorm
+from kfacopt.curvature.differentiable_functions import DifferentiableFunctions
 from kfacopt.data import evaluation
 
 
@@ -145,8 +145,9 @@ class ParametrizedModel:
     def evaluation(self) -> Iterator[None]:
         """Run passes that leave no trace, on kernels that can be differentiated twice.
 
-        Fused weight normalisation has a wrong double derivative. Fused attention and the fast path
-        of `nn.TransformerEncoderLayer` have neither forward-mode nor double derivatives, cuDNN's
+        Fused weight normalisation has a wrong double derivative, an embedding with a padding index
+        a wrong forward mode. Fused attention and the fast path of
+        `nn.TransformerEncoderLayer` have neither forward-mode nor double derivatives, cuDNN's
         recurrent layers have no double derivatives. A plain function's layers are not seen; where
         it uses recurrent layers on CUDA, run products under
         `torch.backends.cudnn.flags(enabled=False)`.
@@ -154,7 +155,7 @@ class ParametrizedModel:
         with ExitStack() as stack:
             stack.enter_context(evaluation(self.function))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(DifferentiableWeightNorm())
+            stack.enter_context(DifferentiableFunctions())
             stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
             mha.set_fastpath_enabled(False)
             modules = self.module.modules() if self.module is not None else ()

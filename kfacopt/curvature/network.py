@@ -14,7 +14,8 @@ from kfacopt.argument_checks import as_integer
 from kfacopt.curvature.graph_cache import GraphCache, measure_saved_bytes
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.data import Batch, check_batches, run_determinism_check, show_progress, to_device
-from kfacopt.linalg.operator import LinearOperator, Shapes, split_rows
+from kfacopt.linalg.operator import LinearOperator
+from kfacopt.linalg.tensor_lists import Shapes, split_rows
 
 CHUNK_SIZE = 16
 CACHE_BYTES = 2**30
@@ -79,7 +80,7 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
     def _visit_terms(self, action: Callable[[T], None]) -> None:
         """Call `action`, which takes products, with each term in data order."""
         self._model.refresh()
-        kept = nullcontext() if self._cache is None else self._cache.use(*self._seen())
+        kept = nullcontext() if self._cache is None else self._cache.use(self._seen())
         index = -1
         with kept, self._model.evaluation():
             for index, (X, y) in enumerate(self._batches()):
@@ -89,15 +90,14 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
                     self._visit_kept_term(self._cache, index, (X, y), action)
         check_batches(index + 1)
 
-    def tensors(self) -> list[Tensor]:
-        """Return θ, and the parameters and buffers of model and loss."""
+    def sources(self) -> list[Any]:
+        """Return θ, model and loss."""
         self._model.refresh()
-        modules, leaves = self._seen()
-        return list({id(t): t for t in [*leaves, *_tensors_in(modules)]}.values())
+        return self._seen()
 
-    def _seen(self) -> tuple[list[nn.Module], list[Tensor]]:
-        """Return the modules and tensors that terms depend on."""
-        return self._modules, self._model.leaves
+    def _seen(self) -> list[Any]:
+        """Return what terms depend on, but for the data."""
+        return [*self._model.leaves, self._model.function, self._loss_func]
 
     def _visit_kept_term(
         self, cache: GraphCache[T], index: int, batch: Batch, action: Callable[[T], None]

@@ -55,8 +55,10 @@ def summed_loss(loss_func: Any, output: Tensor, X: Any, y: Any) -> Tensor:
         y: The targets.
 
     Raises:
-        ValueError: If the loss is no scalar.
+        ValueError: If the loss is no scalar, or a likelihood refuses the targets.
     """
+    if has_likelihood(loss_func):
+        likelihood_of(loss_func).check_target(output, y)
     by_mean = getattr(loss_func, "reduction", None) == "mean"
     if by_mean and has_likelihood(loss_func):
         # Not the mean times Z: that is 0/0 for a batch whose targets are all ignored.
@@ -92,10 +94,13 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
             it: a batch's activations, and the parameters, exist this many times over.
         cache_bytes: How many bytes of activations, or of Jacobians of single data where these are
             small, are kept from one product to the next, so that only what depends on the vector
-            is computed. For data in a list and for modules as
-            model and loss, and as long as no parameter, buffer, setting or batch changes. The
-            first product keeps nothing; the graph of a backward pass that a later product needs
-            in addition is not counted. 0 switches it off.
+            is computed. For data in a list and for modules as model and loss, and as long as no
+            parameter, buffer, batch, hook or setting changes: what is found among the attributes
+            of modules, in containers, NumPy arrays and plain objects. Attributes of classes, what
+            functions and hooks close over or read from their module, and writes through `.data`
+            to tensors outside of modules are not seen: switch it off with 0 where those change.
+            The first product keeps nothing; the graph of a backward pass that a later product
+            needs in addition is not counted.
 
     Raises:
         RuntimeError: If the check for deterministic behavior fails.

@@ -201,7 +201,8 @@ class LanczosApproximateSpectrumCached(_LanczosRuns):
         Arguments, result and errors are those of `lanczos_approximate_spectrum`.
         """
         _check_density_arguments(num_repeats, num_points, kappa, margin)
-        center, half_width = _grid_of(self._boundaries, margin, self._round_off)
+        size = max(abs(end) for end in self._boundaries)
+        center, half_width = _grid_of(self._boundaries, margin, self._round_off, size)
         t = np.linspace(-1.0, 1.0, num_points)
         density = np.zeros(num_points)
         for nodes, weights in self._runs(num_repeats):
@@ -260,10 +261,12 @@ class LanczosApproximateLogSpectrumCached(_LanczosRuns):
         """
         _check_density_arguments(num_repeats, num_points, kappa, margin, epsilon)
         lower, upper = self._boundaries
-        if lower + epsilon == 0:
+        smallest = 0.0 if self._given[0] is not None else self._round_off * upper
+        if epsilon == 0 and lower <= smallest:
             raise ValueError("epsilon must be positive as |A| has the eigenvalue 0, got 0.")
         log_boundaries = (math.log(lower + epsilon), math.log(upper + epsilon))
-        center, half_width = _grid_of(log_boundaries, margin, self._round_off)
+        # A relative error of λ is an absolute one of log λ.
+        center, half_width = _grid_of(log_boundaries, margin, self._round_off, 1.0)
         t = np.linspace(-1.0, 1.0, num_points)
         grid = np.exp(center + half_width * t)
         density = np.zeros(num_points)
@@ -275,12 +278,18 @@ class LanczosApproximateLogSpectrumCached(_LanczosRuns):
 
 
 def _grid_of(
-    boundaries: tuple[float, float], margin: float, round_off: float
+    boundaries: tuple[float, float], margin: float, round_off: float, size: float
 ) -> tuple[float, float]:
-    """Return the centre and half the width of a grid, margins included."""
+    """Return the centre and half the width of a grid, margins included.
+
+    Args:
+        boundaries: The ends of the spectrum.
+        margin: What is added to each side, relative to their distance.
+        round_off: The relative accuracy of eigenvalues.
+        size: What it is relative to, and the width of the grid where the ends are equal but for it.
+    """
     lower, upper = boundaries
     center, width = (lower + upper) / 2, upper - lower
-    size = max(abs(lower), abs(upper))
     if width <= round_off * size:
         width = size or 1.0
     return center, width * (0.5 + margin)

@@ -84,11 +84,11 @@ class HutchPPTraceEstimator:
     Unbiased for any Q, as tr(P A P) = tr(A) − tr(Qᵀ A Q); exact if `basis_dim` is D, and for a
     symmetric A of rank at most `basis_dim` whose range A S spans. Q is drawn once, with the first
     sample, which costs 2 basis_dim + 1 products (in two passes and one); each further one costs one
-    product. It is drawn anew where A's values have changed: those of a tensor, or of the parameters
-    and buffers behind an operator of ours. Of data, arrays and SciPy operators that is not seen;
-    make a new estimator where they change. Its memory is basis_dim vectors and a copy of what it
-    watches. At equal cost, `basis_dim` is to be a third of the number of vectors that Hutchinson's
-    estimator would take.
+    product. It is drawn anew where A has changed: a tensor's values, or of an operator of ours the
+    parameters, buffers and settings of model and loss, and its own. Of data, arrays and SciPy
+    operators that is not seen; make a new estimator where they change. Its memory is basis_dim
+    vectors and a copy of what it watches. At equal cost, `basis_dim` is to be a third of the number
+    of vectors that Hutchinson's estimator would take.
 
     Args:
         A: A square matrix `[D, D]`: one of our operators, a SciPy operator, an array or a tensor.
@@ -148,8 +148,8 @@ class HutchPPTraceEstimator:
             ValueError: If the distribution is neither of the two.
         """
         checked = check_distribution(distribution)
-        if self._subspace is None or not self._drawn_at.holds(self._A.tensors()):
-            self._drawn_at = Snapshot(self._A.tensors())
+        if self._subspace is None or not self._drawn_at.holds(self._A.sources()):
+            self._drawn_at = Snapshot(self._A.sources())
             self._subspace = self._draw_subspace(generator)
         basis, subspace_trace = self._subspace
         v = random_vectors(self._A, 1, checked, generator)

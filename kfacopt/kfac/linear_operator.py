@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ from kfacopt.linalg.kronecker import (
     KroneckerEigendecomposition,
     KroneckerProduct,
 )
-from kfacopt.linalg.operator import LinearOperator, split_rows
+from kfacopt.linalg.operator import LinearOperator
+from kfacopt.linalg.tensor_lists import split_rows
 
 
 class KroneckerBlockLinearOperator(LinearOperator):
@@ -224,7 +225,11 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         check_evaluation(data, progressbar, check_deterministic)
         check_flag("separate_weight_and_bias", separate_weight_and_bias)
         check_loss(loss_func)
-        params = check_params(params)
+        if isinstance(params := check_params(params), Mapping):
+            raise ValueError(
+                "params: K-FAC is about layers and takes a list of model_func's own parameters; a "
+                "dict of other tensors is not supported."
+            )
         self._likelihood = likelihood_of(loss_func)
         _check_options(self._likelihood, fisher_type, mc_samples, kfac_approx, loss_average, seed)
         if not isinstance(model_func, nn.Module):

@@ -136,7 +136,10 @@ def _check_positive(values: Tensor, name: str, formula: str, way_out: str) -> No
     if bool((values > 0).all()):
         return
     if not bool(values.isfinite().all()):
-        raise FloatingPointError(f"{name}: {formula} is NaN or infinite in conjugate gradients.")
+        raise FloatingPointError(
+            f"{name}: {formula} is NaN or infinite in conjugate gradients. Its products have such "
+            f"entries; or it is singular and no x solves A x = b. {way_out}"
+        )
     raise NotPositiveDefiniteError(
         f"{name} is not positive definite (or not in {values.dtype}): conjugate gradients found "
         f"{formula} = {values.min().item():.3g}. {way_out}"

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kfacopt.argument_checks import as_integer, as_real, check_flag
 from kfacopt.linalg.conjugate_gradients import CGReport, conjugate_gradients
-from kfacopt.linalg.operator import LinearOperator, is_tensor_list, stack_rows
+from kfacopt.linalg.operator import LinearOperator
 from kfacopt.linalg.structured import check_square, operator_from
+from kfacopt.linalg.tensor_lists import is_tensor_list, stack_rows
 
 
 class CGConvergenceWarning(RuntimeWarning):
@@ -56,11 +57,11 @@ class CGInverseLinearOperator(LinearOperator):
     def __init__(self, A: Any) -> None:
         self._A = operator_from(A)
         check_square(self._A)
-        self._operands = (self._A,)
         # Conjugate gradients in half precision would be noise; products with A stay in A's dtype.
         dtype = torch.promote_types(self._A.torch_dtype, torch.float32)
         shapes = (self._A.out_shapes, self._A.in_shapes)
         super().__init__(self._A.shape, dtype, self._A.device, *shapes)
+        self._derive_from(self._A)
         self.last_solve: CGReport | None = None
         self.set_cg_hyperparameters()
 
@@ -85,8 +86,10 @@ class CGInverseLinearOperator(LinearOperator):
             maxiter: The largest number of iterations. Default: 10 D.
             M: A preconditioner, symmetric positive definite, M ≈ A⁻¹, in any form that A may have;
                 for instance `KFACLinearOperator(...).inverse(damping, method="exact")`. K-FAC
-                pays for the parameters of one layer, and for shallow networks with little damping;
-                in deep ones the blocks between layers, which it lacks, can cost more than it gains.
+                pays for the parameters of one layer. For whole networks it lacks the blocks between
+                layers: with one hidden layer and a damping of 1e-2 to 1e-5 it took more iterations
+                at initialization (digits, 64-16-10: 61 became 74 at 1e-3), and slightly fewer after
+                training (194 became 184 at 1e-4). `last_solve.iterations` tells.
             callback: Called after each iteration with the iterate, `[D]` or, for several columns,
                 `[D, K]`: arrays where arrays are multiplied, tensors otherwise.
             atol: The absolute tolerance. Default: 0.
@@ -214,6 +217,14 @@ def _kernel(A: LinearOperator) -> Callable[[Tensor], Tensor]:
     return multiply
 
 
+class NeumannConvergenceWarning(RuntimeWarning):
+    """The terms of a Neumann series did not become smaller."""
+
+
+# A series whose terms shrink by less a product does not get anywhere.
+_LEAST_SHRINKAGE = 1e-3
+
+
 def neumann_series(
     multiply: Callable[[Tensor], Tensor], X: Tensor, num_terms: int, scale: float, check_nan: bool
 ) -> Tensor:
@@ -224,30 +235,54 @@ def neumann_series(
         X: `[D, N]`.
         num_terms: K, the number of products.
         scale: α.
-        check_nan: Raise an error where the series diverges.
+        check_nan: Raise an error where the series diverges, and warn where it does not shrink.
 
     Raises:
         ValueError: If `check_nan` is set and a term is not finite, or the last term is larger than
-            the first one and still growing.
+            the one before, or its negative.
     """
-    term, total = X, X.clone()
-    norms = [X.norm(dim=0)]
+    previous, term, total = X, X, X.clone()
     for k in range(1, num_terms + 1):
-        term = term - scale * multiply(term)
+        previous, term = term, term - scale * multiply(term)
         total += term
-        if not check_nan:
-            continue
-        norms = [norms[0], norms[-1], term.norm(dim=0)]
-        if not bool(norms[-1].isfinite().all()):
+        if check_nan and not bool(term.isfinite().all()):
             _raise_diverged(f"term {k} has NaN or infinite entries", scale)
     if check_nan and num_terms > 0:
-        first, previous, last = norms
-        # Terms of constant size (A x = 0) are not growth, whatever rounding says.
-        growing = (last > 1.001 * first) & (last > previous)
-        if bool(growing.any()):
-            factor = (last / first)[growing].max().item()
-            _raise_diverged(f"its last term is {factor:.2g} times its first and grows", scale)
+        _check_shrinking(X, previous, term, scale)
     return scale * total
+
+
+def _check_shrinking(first: Tensor, previous: Tensor, last: Tensor, scale: float) -> None:
+    """Judge a series by its last two terms: other parts of X than those that stay have decayed."""
+    sizes = [x.norm(dim=0) for x in (first, previous, last)]
+    matters = sizes[2] > torch.finfo(last.dtype).eps ** 0.5 * sizes[0]
+    if not bool(matters.any()):
+        return
+    size, before, now = (x[matters] for x in sizes)
+    factors = now / before
+    round_off = 100 * torch.finfo(last.dtype).eps  # terms of constant size (A x = 0) are no growth
+    if bool((factors > 1 + round_off).any()):
+        largest = factors.argmax()
+        share = (now / size)[largest].item()
+        _raise_diverged(
+            f"its last term, {share:.2g} times its first, is {factors[largest].item():.6g} times "
+            "the one before and grows",
+            scale,
+        )
+    cosines = (last * previous).sum(0)[matters] / (now * before)
+    if bool(((factors > 1 - round_off) & (cosines < -1 + round_off)).any()):
+        _raise_diverged("its terms only change their sign", scale)
+    stuck = factors > 1 - _LEAST_SHRINKAGE
+    if bool(stuck.any()):
+        warnings.warn(
+            f"The Neumann series does not converge in {int(stuck.sum())} of {len(sizes[0])} "
+            f"columns: its last term is {(now / size)[stuck].max().item():.2g} times its first, "
+            f"and {factors.max().item():.6g} times the one before. An eigenvalue of A is near 0 "
+            f"(add damping, raise scale={scale:g} or num_terms) or near 2 / scale (decrease it); "
+            "or use CGInverseLinearOperator. check_nan=False silences this.",
+            NeumannConvergenceWarning,
+            stacklevel=2,
+        )
 
 
 def _raise_diverged(symptom: str, scale: float) -> None:
@@ -277,7 +312,9 @@ class NeumannInverseLinearOperator(LinearOperator):
         num_terms: K.
         scale: α.
         check_nan: Raise an error where the series diverges, that is, where terms become NaN or
-            infinite, or where the last one is larger than the first and still growing.
+            infinite, or where the last one is larger than that before, or its negative; warn with
+            a `NeumannConvergenceWarning` where it is hardly smaller. What grows is not seen as
+            long as it is small beside a part that still shrinks.
 
     Raises:
         ValueError: If A is not square, or complex, or an argument has no valid value.
@@ -297,10 +334,9 @@ class NeumannInverseLinearOperator(LinearOperator):
     ) -> None:
         self._A = operator_from(A)
         check_square(self._A)
-        self._operands = (self._A,)
         shapes = (self._A.out_shapes, self._A.in_shapes)
         super().__init__(self._A.shape, self._A.torch_dtype, self._A.device, *shapes)
-        self.self_adjoint = self._A.self_adjoint
+        self._derive_from(self._A)
         self.set_neumann_hyperparameters(num_terms, scale, check_nan)
 
     def set_neumann_hyperparameters(
@@ -321,6 +357,15 @@ class NeumannInverseLinearOperator(LinearOperator):
         if as_real("scale", scale) == 0:
             raise ValueError(f"scale must be a finite number other than 0, got {scale!r}.")
         self._options: tuple[int, float, bool] = (num_terms, float(scale), check_nan)
+
+    @property
+    def self_adjoint(self) -> bool:
+        """Whether A is known to be symmetric."""
+        return self._A.self_adjoint
+
+    def sources(self) -> list[Any]:
+        """Return what A is computed from, and the series' hyperparameters."""
+        return [*super().sources(), *self._options]
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return neumann_series(self._A._matmat_tensor, X, *self._options)

@@ -13,8 +13,7 @@ from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
 from torch import Tensor
 
 from kfacopt.argument_checks import as_real
-
-Shapes = Sequence[tuple[int, ...]]
+from kfacopt.linalg.tensor_lists import Shapes, is_tensor_list, split_rows, stack_rows
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:
@@ -22,33 +21,6 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype:
     if dtype == torch.bfloat16:
         return np.dtype(np.float32)
     return torch.empty(0, dtype=dtype).numpy().dtype
-
-
-def stack_rows(
-    tensors: Sequence[Tensor], shapes: Shapes, name: str = "x"
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Stack tensors `[*shape]` or `[*shape, K]` into `[D, K]`; return it and the trailing axes."""
-    if len(tensors) != len(shapes):
-        raise ValueError(
-            f"{name}: the operator has {len(shapes)} parameter tensors, the list has "
-            f"{len(tensors)}."
-        )
-    trailing = tuple(tensors[0].shape[len(shapes[0]) :]) if tensors else ()
-    for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
-        if len(trailing) > 1 or tuple(tensor.shape) != (*shape, *trailing):
-            raise ValueError(
-                f"{name}[{i}] must have the shape {tuple(shape)} of parameter {i}, or that with "
-                f"one more axis for columns, the same for all; got {tuple(tensor.shape)}."
-            )
-    columns = trailing[0] if trailing else 1
-    return torch.cat([t.reshape(-1, columns) for t in tensors]), trailing
-
-
-def split_rows(matrix: Tensor, shapes: Shapes) -> list[Tensor]:
-    """Split `[D, K]` into tensors `[*shape, K]`, the inverse of stacking flattened parameters."""
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    pieces = matrix.split(sizes)
-    return [p.reshape(*s, matrix.shape[1]) for p, s in zip(pieces, shapes, strict=True)]
 
 
 class LinearOperator(SciPyLinearOperator):
@@ -72,9 +44,6 @@ class LinearOperator(SciPyLinearOperator):
         out_shapes: The same for the M rows.
     """
 
-    self_adjoint = False
-    _operands: tuple[LinearOperator, ...] = ()
-
     def __init__(
         self,
         shape: tuple[int, int],
@@ -86,10 +55,33 @@ class LinearOperator(SciPyLinearOperator):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: an operator must be real and floating, got {dtype}.")
         super().__init__(numpy_dtype(dtype), shape)
+        self._derive_from()
         self.torch_dtype = dtype
         self.device = torch.device(device)
         self.in_shapes = in_shapes
         self.out_shapes = out_shapes
+
+    @property
+    def self_adjoint(self) -> bool:
+        """Whether the matrix is known to be symmetric."""
+        return False
+
+    def _derive_from(self, *operands: LinearOperator) -> None:
+        """Note the operators that products are computed by."""
+        self._operands = operands
+        self._operand_shapes = [A.shape for A in operands]
+        # Not where rows and columns may be chosen anew, of the operator or what it is made of.
+        self._is_fixed: bool = all(A._is_fixed for A in operands)
+
+    def _check_operands(self) -> None:
+        """Raise if an operand has another shape than when this operator was derived from it."""
+        for A, before in zip(self._operands, self._operand_shapes, strict=True):
+            if A.shape != before:
+                raise ValueError(
+                    f"{type(self).__name__} was made of an operator of shape {tuple(before)} that "
+                    f"is {tuple(A.shape)} now (set_submatrix); derive it anew."
+                )
+            A._check_operands()
 
     @abstractmethod
     def _matmat_tensor(self, X: Tensor) -> Tensor:
@@ -101,17 +93,18 @@ class LinearOperator(SciPyLinearOperator):
             return self._matmat_tensor(X)
         raise NotImplementedError(f"{type(self).__name__} has no products with its transpose.")
 
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors that the matrix is computed from, as far as the operator knows.
+    def sources(self) -> list[Any]:
+        """Return what the matrix is computed from: tensors, modules, numbers.
 
-        A change of their values changes the matrix. What a SciPy operator or a plain function
-        depends on is not known.
+        A change of them, as `kfacopt.linalg.snapshots` sees it, changes the matrix. What a SciPy
+        operator or a plain function depends on is not known.
         """
-        return [t for A in self._operands for t in A.tensors()]
+        return [x for A in self._operands for x in A.sources()]
 
     # NumPy ---------------------------------------------------------------------------------
 
     def _through_torch(self, kernel: Callable[[Tensor], Tensor], X: np.ndarray) -> np.ndarray:
+        self._check_operands()
         if X.dtype.kind not in "biufc":
             raise TypeError(f"x: an array of numbers is needed, got dtype {X.dtype}.")
         if X.dtype.kind == "c":
@@ -190,6 +183,7 @@ class LinearOperator(SciPyLinearOperator):
 
     def dot(self, x: Any) -> Any:
         """Multiply onto an array, a tensor, a list of tensors, an operator or a scalar."""
+        self._check_operands()
         if isinstance(x, Tensor):
             if x.ndim == 0:
                 return ScaledLinearOperator(self, x.item())
@@ -210,6 +204,7 @@ class LinearOperator(SciPyLinearOperator):
         return self._rdot(x)
 
     def _rdot(self, x: Any) -> Any:
+        self._check_operands()
         if isinstance(x, Tensor):
             if x.ndim == 1:
                 return self._apply_tensor(self._rmatmat_tensor, x, self.shape[0])
@@ -242,7 +237,8 @@ class LinearOperator(SciPyLinearOperator):
     # Arithmetic ----------------------------------------------------------------------------
 
     def _adjoint(self) -> LinearOperator:
-        return self if self.self_adjoint else AdjointLinearOperator(self)
+        lasting = self.self_adjoint and self._is_fixed
+        return self if lasting else AdjointLinearOperator(self)
 
     _transpose = _adjoint
 
@@ -286,11 +282,6 @@ class LinearOperator(SciPyLinearOperator):
     def __pow__(self, exponent: Any) -> LinearOperator:
         """Raise to a non-negative integer power."""
         return PowerLinearOperator(self, exponent)
-
-
-def is_tensor_list(x: Any) -> bool:
-    """Tell whether `x` is a non-empty list (or tuple) of tensors."""
-    return isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(t, Tensor) for t in x)
 
 
 def _is_torch(x: Any) -> bool:
@@ -337,7 +328,13 @@ class AdjointLinearOperator(LinearOperator):
         """Represent the transpose of `A`."""
         rows, columns = A.shape
         super().__init__((columns, rows), A.torch_dtype, A.device, A.out_shapes, A.in_shapes)
-        self._A, self._operands = A, (A,)
+        self._A = A
+        self._derive_from(A)
+
+    @property
+    def self_adjoint(self) -> bool:
+        """Whether A is known to be symmetric."""
+        return self._A.self_adjoint
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._A._rmatmat_tensor(X)
@@ -359,8 +356,13 @@ class ScaledLinearOperator(LinearOperator):
         if isinstance(alpha, complex | np.complexfloating):
             raise ValueError(f"alpha: operators are scaled by real numbers, got {alpha}.")
         super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes)
-        self.self_adjoint = A.self_adjoint
-        self._A, self._alpha, self._operands = A, as_real("alpha", alpha), (A,)
+        self._A, self._alpha = A, as_real("alpha", alpha)
+        self._derive_from(A)
+
+    @property
+    def self_adjoint(self) -> bool:
+        """Whether A is known to be symmetric."""
+        return self._A.self_adjoint
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._A._matmat_tensor(X) * self._alpha
@@ -385,8 +387,12 @@ class SumLinearOperator(LinearOperator):
         in_shapes = A.in_shapes if A.in_shapes is not None else B.in_shapes
         out_shapes = A.out_shapes if A.out_shapes is not None else B.out_shapes
         super().__init__(A.shape, _common_dtype(A, B), A.device, in_shapes, out_shapes)
-        self.self_adjoint = A.self_adjoint and B.self_adjoint
-        self._operands = (A, B)
+        self._derive_from(A, B)
+
+    @property
+    def self_adjoint(self) -> bool:
+        """Whether A and B are known to be symmetric."""
+        return all(A.self_adjoint for A in self._operands)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         first, second = (A._matmat_tensor(X.to(A.torch_dtype)) for A in self._operands)
@@ -416,7 +422,7 @@ class ProductLinearOperator(LinearOperator):
             in_shapes = A.in_shapes
         shape = (A.shape[0], B.shape[1])
         super().__init__(shape, _common_dtype(A, B), A.device, in_shapes, out_shapes)
-        self._operands = (A, B)
+        self._derive_from(A, B)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         A, B = self._operands
@@ -437,8 +443,13 @@ class PowerLinearOperator(LinearOperator):
         if not isinstance(exponent, int | np.integer) or exponent < 0:
             raise ValueError(f"exponent must be an integer of at least 0, got {exponent!r}.")
         super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes)
-        self.self_adjoint = A.self_adjoint
-        self._A, self._exponent, self._operands = A, int(exponent), (A,)
+        self._A, self._exponent = A, int(exponent)
+        self._derive_from(A)
+
+    @property
+    def self_adjoint(self) -> bool:
+        """Whether A is known to be symmetric."""
+        return self._A.self_adjoint
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._repeat(self._A._matmat_tensor, X)

@@ -41,7 +41,7 @@ class DenseLinearOperator(LinearOperator):
         super().__init__((rows, columns), matrix.dtype, matrix.device)
         self._matrix = matrix
 
-    def tensors(self) -> list[Tensor]:
+    def sources(self) -> list[Any]:
         """Return the matrix."""
         return [self._matrix]
 
@@ -104,12 +104,21 @@ class SubmatrixLinearOperator(LinearOperator):
 
     def __init__(self, A: Any, row_idxs: Sequence[int], col_idxs: Sequence[int]) -> None:
         self._A = operator_from(A)
-        self._operands = (self._A,)
         super().__init__(self._A.shape, self._A.torch_dtype, self._A.device)
+        self._derive_from(self._A)
+        self._is_fixed = False
         self.set_submatrix(row_idxs, col_idxs)
+
+    @property
+    def self_adjoint(self) -> bool:
+        """Whether A is known to be symmetric, and rows and columns are the same."""
+        return self._is_principal and self._A.self_adjoint
 
     def set_submatrix(self, row_idxs: Sequence[int], col_idxs: Sequence[int]) -> None:
         """Choose rows and columns anew; sets the operator's shape.
+
+        Operators that were derived from this one follow, unless the shape is another one: their
+        products then raise an error.
 
         Args:
             row_idxs: The rows, as for the class.
@@ -121,9 +130,13 @@ class SubmatrixLinearOperator(LinearOperator):
         rows = _checked_indices(row_idxs, self._A.shape[0], "row_idxs")
         columns = _checked_indices(col_idxs, self._A.shape[1], "col_idxs")
         self.shape = (len(rows), len(columns))
-        self.self_adjoint = self._A.self_adjoint and rows == columns
+        self._is_principal = rows == columns
         self._rows = torch.tensor(rows, dtype=torch.long, device=self.device)
         self._columns = torch.tensor(columns, dtype=torch.long, device=self.device)
+
+    def sources(self) -> list[Any]:
+        """Return what A is computed from, and the indices."""
+        return [*super().sources(), self._rows, self._columns]
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         padded = X.new_zeros(self._A.shape[1], X.shape[1]).index_copy_(0, self._columns, X)
