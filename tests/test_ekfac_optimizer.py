@@ -60,6 +60,26 @@ def test_second_moments_are_averaged_in_one_basis():
     assert torch.allclose(state["second_moments"][0], average, rtol=1e-6)
 
 
+def test_a_step_that_changes_the_bases_takes_its_second_moments_in_the_new_ones():
+    model = nn.Sequential(nn.Linear(10, 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = make(model, lr=0.3)
+    bases = []
+    for i in range(4):
+        x = (X * (1 + i) + 0.3 * i).sin()
+        z = model(x).detach()
+        inputs = torch.cat([model[:2](x).detach(), torch.ones(len(x), 1)], 1)
+        step(model, optimizer, x, LABELS)
+        state = optimizer.state[model[2].weight]
+        Q_G, Q_A = state["grad_output_basis"][0], state["input_basis"][0]
+        expected = torch.zeros(3, 5)
+        for a, p in zip(inputs, z.softmax(1), strict=True):
+            H = (torch.diag(p) - torch.outer(p, p)) / len(x)
+            expected += torch.outer((Q_G.T @ H @ Q_G).diagonal(), (Q_A.T @ a).square())
+        assert torch.allclose(state["second_moments"][0], expected, atol=TOLERANCE)
+        bases.append(Q_A.clone())
+    assert not torch.allclose(bases[-1], bases[0], atol=0.1)
+
+
 def test_a_change_of_basis_keeps_what_the_second_moments_say():
     """With factors and weights set by hand, so that the third step changes the basis alone."""
     model = network()

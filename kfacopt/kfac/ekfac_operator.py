@@ -33,6 +33,10 @@ class EKFACLinearOperator(KFACLinearOperator):
     eigenvectors, K-FAC's included, is nearer to the GGN's block in the Frobenius norm. Where K-FAC
     is exact they are equal.
 
+    A datum n is an entry of the leading axis of a layer's input: in a model that puts the sequence
+    first (`batch_first=False`), or flattens it into the data, the gradients of positions are not
+    added up as those of one datum, and Λ is no longer that diagonal.
+
     The bases and Λ are computed, in two passes over the data, in the first product. If the
     parameters change, make a new operator.
 

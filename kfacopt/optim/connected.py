@@ -193,7 +193,9 @@ class ConnectedOptimizer(Optimizer):
     def _watch(self, active: bool) -> None:
         """Put hooks on the modules or take them off, and tell the collector of the bases."""
         if active and self._schedule.inverse.corrected:
-            bases = {b: bases_of(self.state.get(b.anchor, {})) for b in self._blocks}
+            # Where the next step changes the bases, its second moments wait for the new ones.
+            stay = not self._due(self._schedule.inverse_update_interval)
+            bases = {b: bases_of(self.state.get(b.anchor, {})) for b in self._blocks if stay}
             self._collector.bases = {b: known for b, known in bases.items() if known is not None}
         self._collector.collecting = active
         self._collector.active = active or self._tuning is not None
