@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from kfacopt.argument_checks import check_flag, check_range
 from kfacopt.kfac.layers import Block, Layer, find_layers
+from kfacopt.optim.distributed import WrapperWatch
 from kfacopt.optim.initial_state import complete_state, state_shapes
 from kfacopt.optim.messages import log_layers, user_stacklevel
 from kfacopt.optim.model_search import find_modules, parameter_names
@@ -58,8 +59,7 @@ class ConnectedOptimizer(Optimizer):
         self._kl_clip_scale: Tensor | None = None
         self._labels_before: Tensor | None = None
         self._waiting = False
-        self._ddp_known = False
-        self._ddp_wrapper: weakref.ref[Any] | None = None
+        self._ddp = WrapperWatch()
         self._ddp_group: Any = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,7 +130,8 @@ class ConnectedOptimizer(Optimizer):
         self._blocks = [block for layer in self._layers for block in layer.blocks]
         for layer in self._layers:
             discard_unfitting(self.state, layer, self._curvature.form)
-        self._collector = StatisticsCollector(layers, modules, self._curvature, self._generator)
+        settings = (self._curvature, self._generator, self._ddp)
+        self._collector = StatisticsCollector(layers, modules, *settings)
         self._watch(True)
         covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
         rest = [self._names[id(p)] for p in params if id(p) not in covered]

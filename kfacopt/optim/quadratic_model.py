@@ -55,7 +55,9 @@ class QuadraticModel:
         """
         noise = tolerance**2 * abs(self.loss)  # a gradient that is all round-off, at a minimum
         triples = zip(self.slopes, self.loss_slopes, self.lengths, strict=True)
-        return all(abs(g - factor * own) <= tolerance * length + noise for g, own, length in triples)
+        return all(
+            abs(g - factor * own) <= tolerance * length + noise for g, own, length in triples
+        )
 
     def minimiser(self, more_damping: float = 1.0) -> list[float]:
         """Return the coefficients c that minimise M; 0 for directions that add nothing.
