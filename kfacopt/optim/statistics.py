@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from kfacopt.optim.activation_checkpointing import refuse_reentrant_checkpointin
 from kfacopt.optim.compilation import (
     is_called_from_compiled_code,
     leave_hooks_uncompiled,
+    parts_uncompiled,
     run_uncompiled,
 )
 from kfacopt.optim.distributed import WrapperWatch
@@ -90,6 +92,7 @@ class StatisticsCollector:
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._task = -1  # of the user's backward pass that runs
         self._mode: LossCallMode | None = None
+        self._eager_parts: AbstractContextManager[None] = nullcontext()
         leave_hooks_uncompiled()
         self.uncompiled: type[nn.Module] | None = None  # called from compiled code, with hooks
         self._layers_of: dict[int, list[Layer]] = {}
@@ -177,6 +180,8 @@ class StatisticsCollector:
             call = record_call(module, args, kwargs, Surroundings.now())
         forward_pass = ForwardPass(self, call)
         self._outermost = (module, forward_pass, parents)
+        self._eager_parts = parts_uncompiled()
+        self._eager_parts.__enter__()
         if self._options.likelihood is None:
             self._mode = LossCallMode(forward_pass, parents)
             self._mode.__enter__()
@@ -193,6 +198,7 @@ class StatisticsCollector:
 
     def _end_pass(self) -> None:
         self._outermost = None
+        self._eager_parts.__exit__(None, None, None)
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
             self._mode = None
