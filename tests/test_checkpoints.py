@@ -311,7 +311,10 @@ def changed(**entries):
 
 BROKEN = {
     "list": (lambda s: [s], "must be what KFACOptimizer.state_dict.. returned.*got list"),
-    "no groups": (lambda s: {"state": s["state"]}, "the keys 'state' and 'param_groups', got"),
+    "no groups": (
+        lambda s: {"state": s["state"]},
+        r"keys 'state' .a dict. and 'param_groups' .a list., got 'state' .dict.\.",
+    ),
     "state": (lambda s: s | {"state": 3}, "must be what KFACOptimizer.state_dict"),
     "group": (lambda s: s | {"param_groups": [3]}, r"param_groups\[0\] must be a dict.*got int"),
     "steps": (lambda s: s["param_groups"][0].update(num_steps="1"), "num_steps must be .*got '1'"),

@@ -262,3 +262,26 @@ def test_layers_that_are_called_without_gradients_are_no_checkpointing():
     optimizer = optimizer_of(model)
     train(lambda i: forward(model, i), optimizer)
     assert optimizer.factors("head").input_factor.trace() > 0
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_sequence_of_compiled_sequences_trains_as_the_plain_one(backend):
+    """The wrappers own all modules of it; tracing their hooks would end in a RecursionError."""
+    torch._dynamo.reset()
+    plain, model = (
+        nn.Sequential(
+            nn.Sequential(nn.Linear(4, 5), nn.Tanh()),
+            nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)),
+        )
+        for _ in range(2)
+    )
+    model.load_state_dict(plain.state_dict())
+    for i in range(2):
+        model[i] = torch.compile(model[i], backend=backend)
+    optimizer = optimizer_of(model)
+    counts = train(lambda i: forward(model, i), optimizer)
+    train(lambda i: forward(plain, i), optimizer_of(plain))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-12)
+    assert counts[0] == (0, 0)  # a step whose factors are due
+    assert counts[1] == (2, 0)

@@ -1,6 +1,7 @@
 """DistributedDataParallel on gloo: two ranks with half a batch each are one process with all."""
 
 import datetime
+import gc
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kfacopt import KFACOptimizer
 
 WORLD, STEPS, TIME_LIMIT = 2, 4, datetime.timedelta(seconds=60)
 TOLERANCE = 1e-10
+EVERY_STEP = {"factor_update_interval": 1, "inverse_update_interval": 1}
 
 
 def network():
@@ -146,6 +148,51 @@ def test_micro_batches_under_no_sync_are_one_batch_and_join_is_refused():
                 assert torch.allclose(got, want, atol=TOLERANCE)
             for got, want in zip(params, expected_params, strict=True):
                 assert torch.allclose(got, want, atol=TOLERANCE)
+
+
+def train_wrapped_again(X, y, model, wrap_at):
+    optimizer = KFACOptimizer(model.parameters(), fisher_type="type-2", **EVERY_STEP)
+    called = model
+    for i in range(STEPS):
+        if i in wrap_at:
+            called = None
+            gc.collect()
+            called = DistributedDataParallel(model)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(called(X * (1 + i)), y)
+        if called is model:  # nothing to average yet: all ranks have the same data
+            full_X, full_y = batch()
+            loss = F.cross_entropy(called(full_X * (1 + i)), full_y)
+        loss.backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+WRAPPED_AT = {"again": (0, 2), "after the first step": (1,), "late and again": (1, 3)}
+
+
+def run_wrapped_again(rank, folder, wrap_at):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIME_LIMIT
+    )
+    try:
+        X, y = (part.chunk(WORLD)[rank] for part in batch())
+        torch.save(train_wrapped_again(X, y, network(), wrap_at), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap_at", WRAPPED_AT.values(), ids=WRAPPED_AT)
+def test_a_wrapper_that_comes_later_is_found(wrap_at):
+    expected = train_wrapped_again(*batch(), network(), ())
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_wrapped_again, (folder, wrap_at), nprocs=WORLD)
+        results = [torch.load(Path(folder) / f"rank{r}.pt") for r in range(WORLD)]
+    for result in results:
+        for got, want in zip(result, expected, strict=True):
+            assert torch.allclose(got, want, atol=TOLERANCE)
 
 
 def test_sharded_parameters_are_refused():

@@ -61,7 +61,7 @@ def test_grad_scaler(fisher_type, loss_func, unscale, schedule):
             assert torch.allclose(p, q, rtol=RELATIVE_TOLERANCE, atol=1e-6)
 
 
-@pytest.mark.parametrize("reset", ["optimizer", "model"])
+@pytest.mark.parametrize("reset", ["optimizer", "model", "in place"])
 @pytest.mark.parametrize("fisher_type", ["mc", "type-2", "empirical"])
 def test_a_skipped_step_leaves_no_trace(fisher_type, reset):
     model = network()
@@ -73,7 +73,7 @@ def test_a_skipped_step_leaves_no_trace(fisher_type, reset):
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    (optimizer if reset == "optimizer" else model).zero_grad()
+    (optimizer if reset == "optimizer" else model).zero_grad(set_to_none=reset != "in place")
     scaler.scale(objective(model)).backward()
     scaler.step(optimizer)
     expected, _ = factors_after_a_step(fisher_type, None, False, False, False)

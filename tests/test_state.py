@@ -121,7 +121,7 @@ def test_foreign_and_unfitting_states_are_refused():
     model = network()
     optimizer = KFACOptimizer(model.parameters())
     adamw = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match=r"param_groups\[0\] lacks .*not that of a KFACOptimizer"):
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: lacks .*not that of a KFACOptimizer"):
         optimizer.load_state_dict(adamw.state_dict())
     train(model, optimizer, 1)
     twin = network()

@@ -246,6 +246,7 @@ def layer_grad_outputs(module: nn.Module, g: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         if g.ndim == 3:
             g = g.unsqueeze(0)
-        channels = g.reshape(g.shape[0], module.groups, g.shape[1] // module.groups, -1)
+        positions = g.shape[2:].numel()  # N may be 0, where -1 could not be inferred
+        channels = g.reshape(g.shape[0], module.groups, g.shape[1] // module.groups, positions)
         return channels.permute(1, 0, 3, 2)
     return _rows(g).unsqueeze(0)

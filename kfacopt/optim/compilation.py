@@ -9,7 +9,9 @@ from looking.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch._C._dynamo import eval_frame
 
 
@@ -42,3 +44,15 @@ def run_uncompiled() -> bool:
     if count_frames is not None:  # fullgraph=True complains where nothing was compiled
         count_frames(-1)
     return True
+
+
+def parts_uncompiled() -> AbstractContextManager[None]:
+    """Return a context in which compiled parts of a model that is not compiled itself run eagerly.
+
+    The compiler would trace the hooks of such parts under the mode that looks for losses, which it
+    cannot (a bare `nn.Sequential` fails with a RecursionError).
+    """
+    if "torch._dynamo" not in sys.modules or is_called_from_compiled_code():
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,21 +13,22 @@ from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
-from kfacopt.argument_checks import check_flag, check_range
 from kfacopt.kfac.layers import Block, Layer, find_layers
+from kfacopt.optim.distributed import WrapperWatch
+from kfacopt.optim.hooks import remove_hooks
 from kfacopt.optim.initial_state import complete_state, state_shapes
 from kfacopt.optim.messages import log_layers, user_stacklevel
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import bases_of, discard_unfitting
 from kfacopt.optim.self_tuning import SelfTuning
 from kfacopt.optim.serialization import (
-    check_state_dict,
     follow_parameters,
     restore_dtypes,
     restore_generator,
     store_generator,
 )
-from kfacopt.optim.settings import CurvatureOptions, Schedule
+from kfacopt.optim.settings import CurvatureOptions, Schedule, check_group
+from kfacopt.optim.state_checks import check_state_dict
 from kfacopt.optim.statistics import StatisticsCollector
 
 
@@ -58,8 +60,7 @@ class ConnectedOptimizer(Optimizer):
         self._kl_clip_scale: Tensor | None = None
         self._labels_before: Tensor | None = None
         self._waiting = False
-        self._ddp_known = False
-        self._ddp_wrapper: weakref.ref[Any] | None = None
+        self._ddp = WrapperWatch()
         self._ddp_group: Any = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -78,21 +79,17 @@ class ConnectedOptimizer(Optimizer):
                 "params: a parameter is sharded (FSDP, DTensor), which KFACOptimizer does not "
                 "support. Use nn.parallel.DistributedDataParallel."
             )
-        check_range("lr", group["lr"], 0)
-        check_range("momentum", group["momentum"], 0, 1, upper_open=True)
-        check_range("weight_decay", group["weight_decay"], 0)
-        check_range("damping", group["damping"], 0, lower_open=True)
-        check_range("fallback_lr", group["fallback_lr"], 0)
-        check_flag("maximize", group["maximize"])
-        if group["maximize"] and self._tuning is not None:
-            raise ValueError('maximize must be False for lr="auto", which models the loss it sees.')
-        if group["foreach"] is not None:
-            check_flag("foreach", group["foreach"])
         group.setdefault("base_lr", group["lr"])
         group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
+        check_group(group)
+        self._refuse_maximize(group)
         if self._names:
             self._collector.active = False
             self._connect()
+
+    def _refuse_maximize(self, group: Mapping[str, Any]) -> None:
+        if group["maximize"] and self._tuning is not None:
+            raise ValueError('maximize must be False for lr="auto", which models the loss it sees.')
 
     def _reconnect_if_frozen(self) -> bool:
         """Find the layers anew where parameters were frozen or unfrozen since; tell of new ones."""
@@ -130,7 +127,8 @@ class ConnectedOptimizer(Optimizer):
         self._blocks = [block for layer in self._layers for block in layer.blocks]
         for layer in self._layers:
             discard_unfitting(self.state, layer, self._curvature.form)
-        self._collector = StatisticsCollector(layers, modules, self._curvature, self._generator)
+        settings = (self._curvature, self._generator, self._ddp)
+        self._collector = StatisticsCollector(layers, modules, *settings)
         self._watch(True)
         covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
         rest = [self._names[id(p)] for p in params if id(p) not in covered]
@@ -166,17 +164,42 @@ class ConnectedOptimizer(Optimizer):
         """Load a state; factors keep their own dtype.
 
         Args:
-            state_dict: What `state_dict` returned, for the same parameters in the same order.
+            state_dict: What `state_dict` returned, for the same parameters in the same order, once
+                the hooks of `register_load_state_dict_pre_hook` have adapted it.
 
         Raises:
-            ValueError: If it is not a KFACOptimizer's or does not fit the layers.
+            ValueError: If it is not a KFACOptimizer's, does not fit the layers, or has an entry
+                that no training leads to. Nothing has been changed then.
         """
+        if not isinstance(state_dict, dict):
+            self._check_loaded(state_dict)  # raises, before hooks meet it
+        checked: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, hooked: dict[str, Any]) -> None:
+            self._check_loaded(hooked)
+            checked.append(hooked)
+
+        def restore(_: Optimizer) -> None:
+            restore_dtypes(self.state, self.param_groups, checked[0])
+
+        # After all hooks that adapt the dictionary, and before those that look at the result.
+        own = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            remove_hooks(own)
+        self._resume()
+
+    def _check_loaded(self, state_dict: Any) -> None:
         params = self._parameters()
         shapes = state_shapes(params, self._layers, self._curvature.form)
-        check_state_dict(state_dict, [(self._names[id(p)], p) for p in params], shapes)
-        super().load_state_dict(state_dict)
-        restore_dtypes(self.state, self.param_groups, state_dict)
-        self._resume()
+        named_params = [(self._names[id(p)], p) for p in params]
+        check_state_dict(state_dict, self.param_groups, named_params, shapes)
+        for group in state_dict["param_groups"]:
+            self._refuse_maximize(group)
 
     def _complete_state(self) -> None:
         forms = self._curvature.form, self._schedule.inverse

@@ -32,6 +32,42 @@ def data_parallel_wrapper(
     return None
 
 
+def running_wrapper() -> DistributedDataParallel | None:
+    """Return the DDP wrapper whose forward pass is running, if there is one."""
+    wrapper: DistributedDataParallel | None = DistributedDataParallel._active_ddp_module
+    return wrapper
+
+
+class WrapperWatch:
+    """Knows the DDP wrapper around an optimizer's parameters, also one that comes later.
+
+    A wrapper is seen when its forward pass reaches a layer. The process is searched, which takes
+    long, once in a process group, and again when the wrapper that was known is gone.
+    """
+
+    def __init__(self) -> None:
+        """Start without a wrapper."""
+        self._known: weakref.ref[DistributedDataParallel] | None = None
+        self._searched = False
+
+    def look(self) -> None:
+        """Take note of the wrapper whose forward pass is running."""
+        wrapper = running_wrapper()
+        if wrapper is not None and (self._known is None or self._known() is not wrapper):
+            self._known = weakref.ref(wrapper)
+
+    def wrapper(self, params: Sequence[Parameter]) -> DistributedDataParallel | None:
+        """Return the wrapper around any of the parameters, or `None`."""
+        known = None if self._known is None else self._known()
+        gone = self._known is not None and known is None
+        first = not self._searched and dist.is_available() and dist.is_initialized()
+        if known is None and (gone or first):
+            self._searched = True
+            self._known = data_parallel_wrapper(params)
+            known = None if self._known is None else self._known()
+        return known
+
+
 def group_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
     """Return the process group of a DDP wrapper, and refuse what would leave ranks waiting.
 

@@ -410,7 +410,7 @@ class KFACOptimizer(PreconditioningOptimizer):
         if directions:
             if not terms:
                 raise RuntimeError(f"KFACOptimizer: {missing_statistics(True, set())}")
-            over_ranks = partial(mean_over_ranks, group=self._ddp_group)
+            over_ranks = partial(mean_over_ranks, group=self._data_parallel_group())
             again = None
             if closure is not None:
                 value = float(over_ranks(_detached(loss)))

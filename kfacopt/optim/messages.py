@@ -54,6 +54,16 @@ def log_new_layer(layer: Layer) -> None:
     logger.info("layer %r is new since the forward pass; AdamW makes its first step", layer.name)
 
 
+def stale_factors(layer: Layer) -> str:
+    """Say that a layer's curvature is no longer captured."""
+    return (
+        f"layer {layer.name!r} has a gradient but its curvature was not captured in this step, as "
+        "it was before (its forward pass runs outside the hooks, or the loss on it was not "
+        "recognised); the step uses the curvature of earlier steps, whose age is "
+        f"statistics()['{layer.name}/factor_age']."
+    )
+
+
 def uncompiled_cause(module: type[nn.Module], interval: int) -> str | None:
     """Say why `torch.compile` has no effect at all, or return `None` where it has.
 

@@ -37,7 +37,9 @@ def find_modules(
         )
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
-        for child in module._modules.values():
+        for part in module._modules.values():
+            # A wrapper has no hooks, but what contains it contains the module in it.
+            child = part._orig_mod if part is not None and _is_compiled(part) else part
             parents.setdefault(id(child), []).append(module)
     unseen = list(hosts.values())
     while unseen:

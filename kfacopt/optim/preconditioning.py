@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -13,11 +14,15 @@ from kfacopt.optim.connected import ConnectedOptimizer
 from kfacopt.optim.distributed import (
     average_moments,
     average_second_moments,
-    data_parallel_wrapper,
     group_of,
 )
 from kfacopt.optim.loss_scale import calling_loss_scale
-from kfacopt.optim.messages import log_new_layer, missing_statistics, uncompiled_cause
+from kfacopt.optim.messages import (
+    log_new_layer,
+    missing_statistics,
+    stale_factors,
+    uncompiled_cause,
+)
 from kfacopt.optim.moments import Moments
 from kfacopt.optim.preconditioner import (
     bases_of,
@@ -56,14 +61,16 @@ class PreconditioningOptimizer(ConnectedOptimizer):
         known = [layer.name for layer in self._layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 
+    def _data_parallel_group(self) -> Any:
+        wrapper = self._ddp.wrapper(self._parameters())
+        return None if wrapper is None else group_of(wrapper)
+
     def _update_factors(self) -> dict[Layer, Moments]:
         """Fold the statistics since the last step; return what has no eigenbases yet."""
-        if not self._ddp_known:
-            self._ddp_wrapper, self._ddp_known = data_parallel_wrapper(self._parameters()), True
-        wrapper = None if self._ddp_wrapper is None else self._ddp_wrapper()
-        self._ddp_group = None if wrapper is None else group_of(wrapper)
+        self._ddp_group = self._data_parallel_group()
         unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
         ignored = self._collector.unknown_objectives
+        reached = self._collector.reached
         pending = self._collector.finish()
         form = self._curvature.form
         if self._ddp_group is not None:
@@ -76,6 +83,8 @@ class PreconditioningOptimizer(ConnectedOptimizer):
             )
         if not pending:
             self._report_missing_loss(forward_seen, unknown_losses)
+        else:
+            self._report_stale(layer for layer in reached if layer not in pending)
         if not self._due(self._schedule.factor_update_interval):  # here for new layers alone
             pending = {la: m for la, m in pending.items() if not self._has_statistics(la)}
         self._report_uncompiled()
@@ -117,6 +126,12 @@ class PreconditioningOptimizer(ConnectedOptimizer):
         cause = None if kind is None else uncompiled_cause(kind, interval)
         if cause is not None:
             self._warn("uncompiled", cause)
+
+    def _report_stale(self, layers: Iterable[Layer]) -> None:
+        """Tell of layers that had statistics before, and have a gradient without any now."""
+        for layer in layers:
+            if self._has_statistics(layer) and self._due(self._schedule.factor_update_interval):
+                self._warn(f"stale {layer.name}", stale_factors(layer))
 
     def _report_missing_loss(self, forward_seen: bool, unknown_losses: set[str]) -> None:
         owned = [p for layer in self._layers for p in (layer.weight, layer.bias)]

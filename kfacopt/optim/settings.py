@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from kfacopt.argument_checks import check_flag
+from kfacopt.argument_checks import check_flag, check_range
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.likelihoods import FisherType, Likelihood
 from kfacopt.optim.preconditioner import InverseForm
@@ -91,3 +93,45 @@ def refuse_flags(**flags: bool) -> None:
         check_flag(name, value)
         if value:
             raise ValueError(f"{name} must be False, got True: {reasons[name]}.")
+
+
+# Settings of the whole optimizer, which a group cannot have for itself; flags only if they are set.
+_OF_ALL_GROUPS = (
+    *("preconditioner", "damping_method", "fisher_type", "mc_samples", "kfac_approx"),
+    *("ema_decay", "factor_update_interval", "inverse_update_interval", "kl_clip"),
+    *("separate_weight_and_bias", "max_factor_dim", "factor_dtype", "inverse_dtype"),
+    *("loss_func", "model", "seed"),
+)
+_UNSUPPORTED_FLAGS = ("capturable", "differentiable", "fused")
+
+
+def check_group(group: Mapping[str, Any], where: str = "") -> None:
+    """Raise unless a parameter group has all settings, each in its range.
+
+    Args:
+        group: The group; keys of others (`name`, what schedulers keep) are let be.
+        where: What errors put before a setting's name.
+
+    Raises:
+        ValueError: Names the setting.
+    """
+    own = ("lr", "momentum", "weight_decay", "damping", "fallback_lr", "maximize", "foreach")
+    missing = [name for name in (*own, "base_lr", "num_steps") if name not in group]
+    if missing:
+        raise ValueError(f"{where}lacks {missing}; it is not that of a KFACOptimizer.")
+    strange = [name for name in _OF_ALL_GROUPS if name in group]
+    strange += [name for name in _UNSUPPORTED_FLAGS if group.get(name)]
+    if strange:
+        raise ValueError(
+            f"{where}{', '.join(strange)} cannot be set for a group; groups may set {own}."
+        )
+    for name in ("lr", "base_lr", "weight_decay", "fallback_lr"):
+        check_range(f"{where}{name}", group[name], 0)
+    check_range(f"{where}momentum", group["momentum"], 0, 1, upper_open=True)
+    check_range(f"{where}damping", group["damping"], 0, lower_open=True)
+    check_flag(f"{where}maximize", group["maximize"])
+    if group["foreach"] is not None:
+        check_flag(f"{where}foreach", group["foreach"])
+    steps = group["num_steps"]
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"{where}num_steps must be an integer of at least 0, got {steps!r}.")

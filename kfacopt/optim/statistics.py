@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ from kfacopt.optim.activation_checkpointing import refuse_reentrant_checkpointin
 from kfacopt.optim.compilation import (
     is_called_from_compiled_code,
     leave_hooks_uncompiled,
+    parts_uncompiled,
     run_uncompiled,
 )
+from kfacopt.optim.distributed import WrapperWatch
 from kfacopt.optim.empirical import EmpiricalPass
 from kfacopt.optim.hooks import gradient_hooks, module_hooks, remove_hooks
 from kfacopt.optim.loss_calls import LossCall
@@ -64,6 +67,7 @@ class StatisticsCollector:
         modules: All modules that contain any trained parameter, with their names.
         options: Which curvature is collected.
         generator: Draws labels.
+        wrappers: Is told when a forward pass reaches a layer.
 
     Attributes:
         generator: As above.
@@ -72,6 +76,7 @@ class StatisticsCollector:
             collected.
         collecting: Whether statistics are due; where they are not, forward passes and losses may
             still be recorded.
+        reached: The layers whose gradients have been accumulated since the last step.
     """
 
     def __init__(
@@ -80,13 +85,15 @@ class StatisticsCollector:
         modules: Iterable[tuple[str, nn.Module]],
         options: CurvatureOptions,
         generator: Generator,
+        wrappers: WrapperWatch,
     ) -> None:
-        self._options, self.generator = options, generator
+        self._options, self.generator, self._wrappers = options, generator, wrappers
         self.bases: Mapping[Block, Bases] = {}
         self.collecting = True
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._task = -1  # of the user's backward pass that runs
         self._mode: LossCallMode | None = None
+        self._eager_parts: AbstractContextManager[None] = nullcontext()
         leave_hooks_uncompiled()
         self.uncompiled: type[nn.Module] | None = None  # called from compiled code, with hooks
         self._layers_of: dict[int, list[Layer]] = {}
@@ -98,6 +105,7 @@ class StatisticsCollector:
         # The generator's state before the first label of a step and of a backward pass was drawn.
         self._labels_of_step: Tensor | None = None
         self._labels_of_task: Tensor | None = None
+        self._confirmed = False
         weakref.finalize(self, remove_hooks, self._handles)
         self.clear()
         self.active = True
@@ -124,15 +132,15 @@ class StatisticsCollector:
 
     def clear(self) -> None:
         """Forget all statistics since the last step, and take back the labels drawn for them."""
+        self._start_task(-1)
         self._rewind(self._labels_of_step)
         self._labels_of_step = None
         self._pending: dict[Layer, Moments] = {}
+        self.reached: set[Layer] = set()
         self.unknown_losses: set[str] = set()
         self.unknown_objectives: set[str] = set()
         self.forward_seen = False
         self._objective: list[ObjectiveTerm] = []
-        self._confirmed = False
-        self._start_task(-1)
 
     def _start_task(self, task: int) -> None:
         """Forget what belongs to one backward pass of the user's alone."""
@@ -164,6 +172,7 @@ class StatisticsCollector:
         if self._outermost is not None or not torch.is_grad_enabled():
             return None
         if _is_foreign_call(module):
+            self._refuse_recomputation(module)
             return None
         parents = passes_feeding((args, kwargs))
         for parent in parents:
@@ -173,13 +182,25 @@ class StatisticsCollector:
             call = record_call(module, args, kwargs, Surroundings.now())
         forward_pass = ForwardPass(self, call)
         self._outermost = (module, forward_pass, parents)
+        self._eager_parts = parts_uncompiled()
+        self._eager_parts.__enter__()
         if self._options.likelihood is None:
             self._mode = LossCallMode(forward_pass, parents)
             self._mode.__enter__()
         return unprobe(args), unprobe(kwargs)
 
+    def _refuse_recomputation(self, module: nn.Module) -> None:
+        """Raise if a whole model is called by reentrant activation checkpointing.
+
+        Its first forward pass looks like an evaluation without gradients.
+        """
+        if torch._C._current_graph_task_id() != -1 and not is_evaluating():
+            for layer in self._layers_of.get(id(module), ()):
+                refuse_reentrant_checkpointing(layer.name)
+
     def _end_pass(self) -> None:
         self._outermost = None
+        self._eager_parts.__exit__(None, None, None)
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
             self._mode = None
@@ -202,8 +223,11 @@ class StatisticsCollector:
         if self._outermost is None:
             return None
         outermost, forward_pass, parents = self._outermost
+        layers = self._layers_of.get(id(module), ())
+        if layers:
+            self._wrappers.look()
         if self.collecting and not torch._C._are_functorch_transforms_active():
-            for layer in self._layers_of.get(id(module), ()):
+            for layer in layers:
                 if not torch.is_grad_enabled():
                     refuse_reentrant_checkpointing(layer.name)
                 use = record_use(layer, module, args, kwargs, output)
@@ -292,20 +316,33 @@ class StatisticsCollector:
             self._start_task(task)
             # Gradients that others than `zero_grad` reset (`model.zero_grad()`, after a step that a
             # GradScaler skipped) take their statistics along.
-            kept = {la: m for la, m in self._pending.items() if la.anchor.grad is not None}
-            self._pending = kept
-            if not kept:
+            known = {layer for own in self._layers_of.values() for layer in own}
+            kept = self._accumulated_in(known) if self._pending or self._objective else set()
+            self._pending = {la: m for la, m in self._pending.items() if la in kept}
+            if not self._pending:
                 self._rewind(self._labels_of_step)
                 self._labels_of_step = self.generator.get_state()
             self._labels_of_task = self.generator.get_state()
-            if all(layer.anchor.grad is None for own in self._layers_of.values() for layer in own):
-                self._objective = []
+            if not kept:
+                self._objective, self.reached = [], set()
         if not self.collecting:
             return
         if self._options.fisher_type == "empirical":
             self._collect_empirical(call, passes, upstream)
         else:
             self._collect_would_be(call, passes, upstream)
+
+    @staticmethod
+    def _accumulated_in(layers: Iterable[Layer]) -> set[Layer]:
+        """Return the layers with a gradient to accumulate on; none where all are zero.
+
+        Zeros stem from a reset in place, which leaves no other trace (`grad.data.zero_()`).
+        """
+        grads = {la: la.anchor.grad for la in layers if la.anchor.grad is not None}
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for grad in grads.values():
+            by_device.setdefault(grad.device, []).append(grad.any())
+        return set(grads) if any(bool(torch.stack(x).any()) for x in by_device.values()) else set()
 
     def _collect_would_be(
         self, call: LossCall, passes: list[ForwardPass], upstream: Tensor
@@ -428,6 +465,7 @@ class StatisticsCollector:
 
     def _confirm(self, layer: Layer) -> None:
         """Let a layer's candidates count: its parameter's gradient has been accumulated."""
+        self.reached.add(layer)
         if torch._C._current_graph_task_id() != self._task:
             return
         self._confirmed = True
@@ -452,7 +490,9 @@ class StatisticsCollector:
         """
         pending = self._pending or self._candidates
         if pending:
-            self._labels_of_step = self._labels_of_task = None
+            self._labels_of_step = None
+        if not self._pending:  # else a task that was not confirmed gives its labels back
+            self._labels_of_task = None
         likelihood = self._options.likelihood
         if likelihood is not None and likelihood.reduction == "mean":
             for moments in pending.values():
