@@ -184,7 +184,6 @@ def test_small_steps_of_a_network_are_predicted_nearly():
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     ratios = {}
     for factor in (1.0, 1e-3):
-        optimizer = make(copy.deepcopy(model), ema_decay=0.5)
         twin = copy.deepcopy(model)
         optimizer = make(twin, ema_decay=0.5)
         optimizer.param_groups[0]["lr"] = factor
