@@ -75,7 +75,7 @@ PROBLEMS = (
         "tanh autoencoder 64-200-100-50-10, mirrored; digits; MSE; batch 256",
         "training mean squared error",
         _digits_task,
-        budget=6,
+        budget=10,
     ),
     Problem(
         "autoencoder-curves",

@@ -77,17 +77,27 @@ PROBLEMS = (
         "tanh MLP 10-50-50-1; scikit-learn's diabetes, 442 data; MSE; full batch",
         "training RMSE, in standard deviations",
         partial(_task, diabetes, (50, 50), None),
-        budget=4,
+        budget=10,
     ),
     Problem(
         "friedman-small",
         "tanh MLP 10-64-64-1; Friedman #1 without noise, 3,000 data; MSE; batch 64",
         _RMSE,
         partial(_task, friedman, (64, 64), 64),
-        budget=4,
+        budget=10,
     ),
-    Problem("robot-small", f"{_ARM}; batch 64", _RMSE, partial(_task, robot_arm, (64, 64), 64), 4),
     Problem(
-        "robot-full", f"{_ARM}; full batch", _RMSE, partial(_task, robot_arm, (64, 64), None), 4
+        "robot-small",
+        f"{_ARM}; batch 64",
+        _RMSE,
+        partial(_task, robot_arm, (64, 64), 64),
+        budget=10,
+    ),
+    Problem(
+        "robot-full",
+        f"{_ARM}; full batch",
+        _RMSE,
+        partial(_task, robot_arm, (64, 64), None),
+        budget=10,
     ),
 )

@@ -46,13 +46,13 @@ PROBLEMS = (
         f"ResNet of 6 convolutions, 16 and 32 channels, BatchNorm; {_DATA}",
         "validation error",
         partial(_task, partial(resnet, 1, 10, (16, 32), blocks=1)),
-        budget=8,
+        budget=10,
     ),
     Problem(
         "vit",
         f"vision transformer, patches of 2 x 2, 2 layers, d = 48, 4 heads; {_DATA}",
         "validation error",
         partial(_task, partial(VisionTransformer, 8, 2, 1, 10, width=48, layers=2, heads=4)),
-        budget=12,
+        budget=10,
     ),
 )
