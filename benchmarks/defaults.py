@@ -1,0 +1,223 @@
+"""Choose the defaults of `KFACOptimizer` by what does best on many problems without tuning.
+
+    python -m benchmarks.defaults [--candidates N] [--readme]
+
+Quasi-random settings, and those that are the defaults now, train each problem of the comparison at
+a constant learning rate for half its budget, on the seed that is used for tuning. A problem has two
+targets: that of the comparison (the best of a tuned SGD and AdamW), and what AdamW's own defaults
+reach. A candidate's score on a problem is the mean over both of (4 − r)⁺ / 3 with r its time over
+the best candidate's (see `scoring.score`).
+
+*Left out*: for each problem, the candidate with the best score on all other problems, and its score
+there; their mean is what a choice made this way is worth on a problem that it has not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.calibration import GRADIENT
+from benchmarks.compare import workers
+from benchmarks.contestants import all_contestants
+from benchmarks.environment import RESULTS, environment
+from benchmarks.problems import PROBLEMS
+from benchmarks.protocol import TUNING_SEED, Comparison, Job, Options, perform, write_json
+from benchmarks.running import Run
+from benchmarks.scoring import relative_to_best, score
+from benchmarks.step_tables import markdown, update_readme
+from benchmarks.tuning import CONSTANT, DEFAULT, Choice, Dimension, LogUniform, Trial, trials
+from kfacopt import KFACOptimizer
+from kfacopt.optim.settings import DEFAULTS
+
+NAME = "K-FAC"
+SHARE = 0.5  # of a problem's budget
+FASTEST = 2.0  # gradients that a step costs at least, which bounds the number of steps
+CURRENT = "now"
+
+SPACE: Mapping[str, Dimension] = {
+    "lr": LogUniform(0.02, 0.5),
+    "damping": LogUniform(1e-3, 0.1),
+    "kl_clip": LogUniform(3e-4, 3e-2),
+    "ema_decay": Choice((0.8, 0.9, 0.95, 0.98)),
+    "intervals": Choice(((1, 5), (1, 10), (5, 10), (5, 25), (10, 50))),
+}
+
+Scores = Mapping[str, Mapping[str, float]]  # by candidate and problem
+
+
+def current() -> Trial:
+    """Return the settings that are the defaults now, written out."""
+    signature = inspect.signature(KFACOptimizer).parameters
+    settings = {name: signature[name].default for name in ("lr", "kl_clip")}
+    return Trial(CURRENT, settings | asdict(DEFAULTS["fixed"]), CONSTANT)
+
+
+def candidates(count: int) -> list[Trial]:
+    """Return the current defaults and quasi-random settings.
+
+    Args:
+        count: How many of the latter.
+    """
+    found = [current()]
+    for trial in trials(SPACE, count, scheduled=False):
+        settings = dict(trial.settings)
+        factors, inverses = settings.pop("intervals")
+        settings |= {"factor_update_interval": factors, "inverse_update_interval": inverses}
+        found.append(Trial(trial.name, settings, CONSTANT))
+    return found
+
+
+def job(comparison: Comparison, problem: str, trial: Trial, folder: Path) -> Job:
+    """Return the job that trains a problem with a candidate until its time is over."""
+    budget = comparison.options.scale * PROBLEMS[problem].budget
+    steps = max(
+        comparison.options.minimal_steps,
+        round(budget / (FASTEST * comparison.costs(problem)[GRADIENT])),
+    )
+    return Job(problem, NAME, trial, TUNING_SEED, steps, SHARE * budget, folder)
+
+
+def targets(comparison: Comparison, problem: str) -> tuple[float, float]:
+    """Return a problem's frozen target, and what AdamW reaches with its defaults."""
+    frozen = comparison.target(problem)
+    runs = [j.read() for j in comparison.final_jobs(problem, "AdamW", DEFAULT)]
+    assert frozen is not None
+    return frozen["value"], statistics.median(r.best for r in runs if r is not None)
+
+
+def scores(runs: Mapping[str, Mapping[str, Run]], goals: Mapping[str, Sequence[float]]) -> Scores:
+    """Return each candidate's score on each problem.
+
+    Args:
+        runs: By problem and candidate.
+        goals: The targets by problem.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for problem, row in runs.items():
+        for name in row:
+            values = []
+            for goal in goals[problem]:
+                times = {problem: {c: run.first_reach(goal)[1] for c, run in row.items()}}
+                values.append(score(relative_to_best(times)[name]))
+            found.setdefault(name, {})[problem] = statistics.mean(values)
+    return found
+
+
+def best(found: Scores, problems: Iterable[str]) -> str:
+    """Return the candidate with the best mean score on problems."""
+    chosen = list(problems)
+    return max(found, key=lambda name: statistics.mean(found[name][p] for p in chosen))
+
+
+def left_out(found: Scores, problems: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return, for each problem, whom the others choose, and its score there."""
+    chosen = {p: best(found, (q for q in problems if q != p)) for p in problems}
+    return {p: {"candidate": name, "score": found[name][p]} for p, name in chosen.items()}
+
+
+def report(trained: Sequence[Trial], found: Scores, problems: Sequence[str]) -> str:
+    """Return the tables: candidates by their score, and what each problem's others choose."""
+    means = {t.name: statistics.mean(found[t.name].values()) for t in trained}
+    order = sorted(trained, key=lambda t: -means[t.name])
+    keys = list(order[0].settings)
+    rows = [
+        [
+            t.name,
+            *(f"{t.settings[key]:.3g}" for key in keys),
+            f"{means[t.name]:.2f}",
+            f"{min(found[t.name].values()):.2f}",
+        ]
+        for t in order
+    ]
+    outside = left_out(found, problems)
+    honest = statistics.mean(entry["score"] for entry in outside.values())
+    parts = [
+        markdown(["", *keys, "score", "worst problem"], rows),
+        markdown(
+            ["left out", "the others' choice", "its score", "defaults now", "best candidate"],
+            [
+                [
+                    p,
+                    outside[p]["candidate"],
+                    f"{outside[p]['score']:.2f}",
+                    f"{found[CURRENT][p]:.2f}",
+                    f"{max(own[p] for own in found.values()):.2f}",
+                ]
+                for p in problems
+            ],
+        ),
+        f"Mean score of the choice on the problem left out: {honest:.2f}; of the defaults at the "
+        f"time of the run: {means[CURRENT]:.2f}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def choose(
+    comparison: Comparison, trained: Sequence[Trial], folder: Path, map_jobs: Callable
+) -> str:
+    """Make the runs that are missing, write the result, and return the tables.
+
+    Args:
+        comparison: With frozen targets.
+        trained: The candidates.
+        folder: Where runs and results go.
+        map_jobs: Applies a function to items, in any order.
+    """
+    problems = comparison.options.problems
+    comparison.perform(
+        [j for p in problems for j in comparison.final_jobs(p, "AdamW", DEFAULT)], "AdamW's own"
+    )
+    jobs = {(p, t.name): job(comparison, p, t, folder) for p in problems for t in trained}
+    missing = [j for j in jobs.values() if j.read() is None]
+    for _ in tqdm(map_jobs(perform, missing), "candidates", len(missing), mininterval=5):
+        pass
+    runs: dict[str, dict[str, Run]] = {}
+    for (problem, name), one in jobs.items():
+        run = one.read()
+        assert run is not None
+        runs.setdefault(problem, {})[name] = run
+    found = scores(runs, {p: targets(comparison, p) for p in problems})
+    content = environment("cpu") | {
+        "candidates": {t.name: dict(t.settings) for t in trained},
+        "scores": found,
+        "left_out": left_out(found, problems),
+    }
+    write_json(folder / "defaults.json", content)
+    return report(trained, found, problems)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--candidates", type=int, default=24)
+    parser.add_argument("--problems", nargs="+", choices=tuple(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all budgets")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--compared", type=Path, default=RESULTS / "compare", help="the targets")
+    parser.add_argument("--output", type=Path, default=RESULTS / "defaults")
+    parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
+    arguments = parser.parse_args()
+    baselines = tuple(name for name in all_contestants() if name in ("SGD", "AdamW"))
+    options = Options(
+        arguments.compared, tuple(arguments.problems), baselines, scale=arguments.scale
+    )
+    with workers(arguments.workers) as map_jobs:
+        comparison = Comparison(options, map_jobs)
+        comparison.calibrate()
+        comparison.freeze_targets()
+        trained = candidates(arguments.candidates)
+        text = choose(comparison, trained, arguments.output, map_jobs)
+    print(text)
+    if arguments.readme:
+        update_readme("defaults", text)
+
+
+if __name__ == "__main__":
+    main()
