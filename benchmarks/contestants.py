@@ -50,10 +50,16 @@ LBFGS_SPACE: Mapping[str, Dimension] = {
 }
 
 KFAC_SPACE: Mapping[str, Dimension] = {
-    "lr": LogUniform(0.01, 1.0),
-    "damping": LogUniform(1e-4, 0.3),
-    "kl_clip": LogUniform(1e-4, 1e-1),
+    "lr": LogUniform(0.03, 0.5),
+    "damping": LogUniform(1e-3, 0.1),
+    "kl_clip": LogUniform(3e-5, 3e-3),
     "weight_decay": WEIGHT_DECAY,
+}
+
+AUTO_SPACE: Mapping[str, Dimension] = {
+    "damping": LogUniform(1e-5, 1e-1),
+    "ema_decay": Choice((0.5, 0.8, 0.95)),
+    "inverse_update_interval": Choice((1, 5, 20)),
 }
 
 BASELINES = (
@@ -78,8 +84,9 @@ def _challengers() -> list[Contestant]:
     found.append(Contestant("K-FAC", optimizers.plain_kfac, KFAC_SPACE))
     if optimizers.has_ekfac():
         found.append(Contestant("EKFAC", optimizers.ekfac, KFAC_SPACE))
-    lbfgs = partial(Contestant, all_data=True, problems=FULL_DATA_PROBLEMS)
-    found.append(lbfgs("L-BFGS", optimizers.lbfgs, LBFGS_SPACE))
+    on_all_data = partial(Contestant, all_data=True, problems=FULL_DATA_PROBLEMS)
+    found.append(on_all_data("L-BFGS", optimizers.lbfgs, LBFGS_SPACE))
+    found.append(on_all_data("K-FAC auto", optimizers.self_tuned_kfac, AUTO_SPACE))
     return found
 
 

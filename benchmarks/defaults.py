@@ -8,6 +8,8 @@ targets: that of the comparison (the best of a tuned SGD and AdamW), and what Ad
 reach. A candidate's score on a problem is the mean over both of (4 − r)⁺ / 3 with r its time over
 the best candidate's (see `scoring.score`).
 
+A second round adds settings from the part of the space in which those of the first did best.
+
 *Left out*: for each problem, the candidate with the best score on all other problems, and its score
 there; their mean is what a choice made this way is worth on a problem that it has not seen.
 """
@@ -50,6 +52,15 @@ SPACE: Mapping[str, Dimension] = {
     "intervals": Choice(((1, 5), (1, 10), (5, 10), (5, 25), (10, 50))),
 }
 
+# The second round's, around the best of the first.
+NARROWER: Mapping[str, Dimension] = {
+    "lr": LogUniform(0.03, 0.3),
+    "damping": LogUniform(1e-3, 0.1),
+    "kl_clip": LogUniform(3e-5, 1e-3),
+    "ema_decay": Choice((0.9, 0.95)),
+    "intervals": Choice(((5, 10), (5, 25), (10, 50), (10, 100))),
+}
+
 Scores = Mapping[str, Mapping[str, float]]  # by candidate and problem
 
 
@@ -60,18 +71,20 @@ def current() -> Trial:
     return Trial(CURRENT, settings | asdict(DEFAULTS["fixed"]), CONSTANT)
 
 
-def candidates(count: int) -> list[Trial]:
+def candidates(count: int, narrower: int) -> list[Trial]:
     """Return the current defaults and quasi-random settings.
 
     Args:
-        count: How many of the latter.
+        count: How many from the whole space.
+        narrower: How many from its part in which those did best.
     """
     found = [current()]
-    for trial in trials(SPACE, count, scheduled=False):
-        settings = dict(trial.settings)
-        factors, inverses = settings.pop("intervals")
-        settings |= {"factor_update_interval": factors, "inverse_update_interval": inverses}
-        found.append(Trial(trial.name, settings, CONSTANT))
+    for prefix, space, size in (("", SPACE, count), ("b", NARROWER, narrower)):
+        for trial in trials(space, size, scheduled=False):
+            settings = dict(trial.settings)
+            factors, inverses = settings.pop("intervals")
+            settings |= {"factor_update_interval": factors, "inverse_update_interval": inverses}
+            found.append(Trial(prefix + trial.name, settings, CONSTANT))
     return found
 
 
@@ -197,6 +210,7 @@ def choose(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--candidates", type=int, default=24)
+    parser.add_argument("--narrower", type=int, default=12, help="candidates of the second round")
     parser.add_argument("--problems", nargs="+", choices=tuple(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all budgets")
     parser.add_argument("--workers", type=int, default=2)
@@ -212,7 +226,7 @@ def main() -> None:
         comparison = Comparison(options, map_jobs)
         comparison.calibrate()
         comparison.freeze_targets()
-        trained = candidates(arguments.candidates)
+        trained = candidates(arguments.candidates, arguments.narrower)
         text = choose(comparison, trained, arguments.output, map_jobs)
     print(text)
     if arguments.readme:

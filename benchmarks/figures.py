@@ -15,11 +15,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLUMNS, DPI = 3, 110
-ORDER = ("SGD", "AdamW", "Muon", "SOAP", "Shampoo", "K-FAC", "EKFAC", "L-BFGS")
+ORDER = ("SGD", "AdamW", "Muon", "SOAP", "Shampoo", "K-FAC", "EKFAC", "L-BFGS", "K-FAC auto")
 
 
 def _style(name: str) -> dict[str, object]:
-    ours = name in ("K-FAC", "EKFAC")
+    ours = name in ("K-FAC", "EKFAC", "K-FAC auto")
     return {"color": f"C{ORDER.index(name)}", "linewidth": 2.2 if ours else 1.2, "label": name}
 
 
@@ -48,7 +48,9 @@ def draw_curves(
         axis.set(title=problem, ylabel=PROBLEMS[problem].metric, xlabel="seconds of training")
         axis.set_xscale("log")
         axis.set_yscale("log")
-    axes.flat[0].legend(fontsize="small")
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    shown = [name for name in ORDER if name in lines]  # not all enter the first problem
+    axes.flat[0].legend([lines[name] for name in shown], shown, fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=DPI)
     plt.close(figure)

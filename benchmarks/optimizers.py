@@ -204,6 +204,7 @@ def lbfgs(model: nn.Module, *, lr: float = 1.0, history: int = 10) -> torch.opti
 
 ekfac = functools.partial(kfac, preconditioner="ekfac")
 plain_kfac = functools.partial(kfac, preconditioner="kfac") if has_ekfac() else kfac
+self_tuned_kfac = functools.partial(kfac, lr="auto")
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

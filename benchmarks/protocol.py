@@ -2,7 +2,7 @@
 
 1. *Calibration*: the cost of a step of every contestant on every problem, interleaved. The budget
    of a problem in seconds, divided by it, is the number of steps that a contestant gets.
-2. *Baselines*: SGD and AdamW make their trials; the trial with the best metric of each runs on all
+2. *Baselines*: SGD and AdamW make their trials, quasi-random points and their defaults; the trial with the best metric of each runs on all
    seeds. The lower of the two medians over seeds of the best metric is the problem's target. It is
    written once and not changed by what comes later.
 3. *Trials* of all contestants, on a seed of their own. The trial that reaches the target first (in
@@ -41,7 +41,7 @@ class Options:
         folder: Where results are.
         problems: Names.
         contestants: Names.
-        trials: How many for each contestant and problem.
+        trials: How many for each contestant and problem, besides the defaults.
         seeds: How many for finals.
         scale: Factor of the problems' budgets.
         calibration_rounds: How often the cost of a step is measured; see `calibrate`.
@@ -176,8 +176,12 @@ class Comparison:
         return Job(problem, contestant, trial, seed, steps, limit, self.options.folder)
 
     def trials(self, contestant: Contestant) -> list[Trial]:
-        """Return a contestant's trials."""
-        return trials(contestant.space, self.options.trials, not contestant.all_data)
+        """Return a contestant's trials: points of its space, and its defaults.
+
+        A few points of a space may all be worse than what authors of an optimizer found in years.
+        """
+        points = trials(contestant.space, self.options.trials, not contestant.all_data)
+        return [*points, DEFAULT]
 
     def trial_jobs(self, problem: str, contestant: Contestant) -> list[Job]:
         """Return the jobs that tune a contestant."""

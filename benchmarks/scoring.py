@@ -97,9 +97,13 @@ def outcomes(comparison: Comparison, tuned: bool) -> dict[str, dict[str, Outcome
 
 
 def sensitivity(comparison: Comparison, problem: str, contestant: Contestant) -> float | None:
-    """Return the share of a contestant's trials that reach the target, or `None` if some miss."""
+    """Return the share of points of a contestant's space that reach the target.
+
+    `None` if a run is missing. Its defaults are no point of the space.
+    """
     target = comparison.target(problem)
-    runs = [job.read() for job in comparison.trial_jobs(problem, contestant)]
+    jobs = [j for j in comparison.trial_jobs(problem, contestant) if j.trial is not DEFAULT]
+    runs = [job.read() for job in jobs]
     found = [run for run in runs if run is not None]
     if target is None or not runs or len(found) < len(runs):
         return None
