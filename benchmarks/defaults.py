@@ -8,7 +8,8 @@ targets: that of the comparison (the best of a tuned SGD and AdamW), and what Ad
 reach. A candidate's score on a problem is the mean over both of (4 − r)⁺ / 3 with r its time over
 the best candidate's (see `scoring.score`).
 
-A second round adds settings from the part of the space in which those of the first did best.
+A second round adds settings from the part of the space in which those of the first did best, and a third those
+settings rounded.
 
 *Left out*: for each problem, the candidate with the best score on all other problems, and its score
 there; their mean is what a choice made this way is worth on a problem that it has not seen.
@@ -61,6 +62,14 @@ NARROWER: Mapping[str, Dimension] = {
     "intervals": Choice(((5, 10), (5, 25), (10, 50), (10, 100))),
 }
 
+# The best of both rounds, rounded; and last what the defaults were before.
+ROUNDED = (
+    (0.1, 0.008, 1.5e-4, 0.95, 5, 25),
+    (0.1, 0.005, 1e-4, 0.95, 5, 25),
+    (0.1, 0.003, 1e-4, 0.95, 10, 50),
+    (0.1, 0.03, 3e-4, 0.95, 5, 10),
+)
+
 Scores = Mapping[str, Mapping[str, float]]  # by candidate and problem
 
 
@@ -85,6 +94,10 @@ def candidates(count: int, narrower: int) -> list[Trial]:
             factors, inverses = settings.pop("intervals")
             settings |= {"factor_update_interval": factors, "inverse_update_interval": inverses}
             found.append(Trial(prefix + trial.name, settings, CONSTANT))
+    names = ("lr", "damping", "kl_clip", "ema_decay")
+    names += ("factor_update_interval", "inverse_update_interval")
+    for number, values in enumerate(ROUNDED if narrower else ()):
+        found.append(Trial(f"r{number}", dict(zip(names, values, strict=True)), CONSTANT))
     return found
 
 

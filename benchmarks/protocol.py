@@ -194,7 +194,8 @@ class Comparison:
 
     def perform(self, jobs: Iterable[Job], stage: str) -> None:
         """Make the runs that do not exist, contestants interleaved."""
-        missing = [job for job in jobs if job.read() is None]
+        by_path = {job.path: job for job in jobs}  # tuned settings may be the defaults
+        missing = [job for job in by_path.values() if job.read() is None]
         missing.sort(key=lambda job: (job.seed, job.trial.name, job.problem))
         for _ in self._progress(self._map(perform, missing), stage, len(missing)):
             pass

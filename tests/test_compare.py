@@ -194,6 +194,8 @@ def test_targets_are_the_baselines_best_and_stay(comparison):
 def test_a_complete_comparison_makes_no_run_twice(comparison):
     comparison.complete()
     first = len(comparison.made)
+    runs = [item for item in comparison.made if hasattr(item, "path")]
+    assert len({job.path for job in runs}) == len(runs)
     holder = comparison.target(PROBLEM)["holder"]
     found = outcomes(comparison, tuned=True)[PROBLEM]
     assert found.keys() == {"SGD", "AdamW", "K-FAC"}
@@ -232,6 +234,7 @@ def test_tuned_setting_is_the_first_at_the_target(comparison):
     chosen = comparison.tuned_trial(PROBLEM, kfac).name
     best = min(runs.values(), key=lambda r: (r.first_reach(value)[1], r.best))
     assert runs[chosen] == best
+    assert runs.pop("default").configuration["settings"] == {}
     share = sensitivity(comparison, PROBLEM, kfac)
     assert share == sum(r.best <= value for r in runs.values()) / len(runs)
     gained = outcome(comparison, PROBLEM, kfac, tuned=True)
@@ -256,7 +259,7 @@ def test_quick_run_writes_the_whole_report(tmp_path):
     assert found.returncode == 0, found.stderr
     assert json.loads((tmp_path / "targets.json").read_text()).keys() == PROBLEMS.keys()
     for problem in PROBLEMS:
-        for seed_of in ("default-seed0", "0-seed1000", "0-seed0"):
+        for seed_of in ("default-seed0", "0-seed1000", "default-seed1000"):
             path = tmp_path / "runs" / problem / f"K-FAC-{seed_of}.json"
             assert json.loads(path.read_text())["outcome"] == "finished"
     pictures = {"curves_tuned.png", "curves_defaults.png", "profiles.png", "sensitivity.png"}

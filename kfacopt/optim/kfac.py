@@ -91,7 +91,7 @@ class KFACOptimizer(PreconditioningOptimizer):
             An objective with terms that are not recognised needs `step(closure)`.
         momentum: μ in [0, 1), on the preconditioned step.
         weight_decay: λ ≥ 0, decoupled.
-        damping: δ > 0, in units of F; 0.03, or 1e-3 (where it starts) for `lr="auto"`.
+        damping: δ > 0, in units of F; 0.008, or 1e-3 (where it starts) for `lr="auto"`.
         preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
             and Ā's eigenbases Q and the running averages Λ of the second moments of single data's
             gradients in them (see `kfacopt.EKFACLinearOperator`). Λ is updated with the factors,
@@ -114,7 +114,7 @@ class KFACOptimizer(PreconditioningOptimizer):
             of the factors, not the backward pass of `fisher_type="mc"`.
         factor_update_interval: Steps between updates of Ā and Ḡ. Between them hooks do nothing.
             5, or 1 for `lr="auto"`.
-        inverse_update_interval: Steps between updates of the inverses. 10, or 5 for `lr="auto"`.
+        inverse_update_interval: Steps between updates of the inverses. 25, or 5 for `lr="auto"`.
         kl_clip: κ > 0; `None` switches it off.
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
@@ -175,7 +175,7 @@ class KFACOptimizer(PreconditioningOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Literal["auto"] = 0.1,
+        lr: float | Literal["auto"] = 0.12,
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
@@ -189,7 +189,7 @@ class KFACOptimizer(PreconditioningOptimizer):
         factor_batch_fraction: float = 1.0,
         factor_update_interval: int | None = None,
         inverse_update_interval: int | None = None,
-        kl_clip: float | None = 3e-4,
+        kl_clip: float | None = 1.5e-4,
         separate_weight_and_bias: bool = False,
         max_factor_dim: int | None = 8192,
         factor_dtype: torch.dtype | None = None,

@@ -1,0 +1,68 @@
+"""The choice of defaults: its scores, and what is left out of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.defaults import candidates, current, left_out, scores
+from benchmarks.running import Run
+from kfacopt import KFACOptimizer
+from kfacopt.optim.settings import DEFAULTS
+
+ROOT = Path(__file__).parents[1]
+
+
+def _run(times):
+    """Return a run that reaches the metric m at times[m]."""
+    rows = sorted((t, m) for m, t in times.items())
+    curve = [(0, 0.0, 9.0), *((n, t, m) for n, (t, m) in enumerate(rows, start=1))]
+    return Run("p", "K-FAC", "0", 0, 9, {}, curve, "finished")
+
+
+def test_scores_by_hand():
+    """a reaches 1.0 first, b takes 2.5 times as long; only b reaches 0.5."""
+    runs = {"p": {"a": _run({1.0: 2.0}), "b": _run({1.0: 5.0, 0.5: 6.0}), "c": _run({2.0: 1.0})}}
+    found = scores(runs, {"p": (0.5, 1.0)})
+    assert found["a"]["p"] == pytest.approx((0 + 1) / 2)
+    assert found["b"]["p"] == pytest.approx((1 + 0.5) / 2)
+    assert found["c"]["p"] == 0
+
+
+def test_a_problem_has_no_say_in_the_choice_that_it_judges():
+    found = {
+        "a": {"p": 1.0, "q": 0.0, "r": 0.1},
+        "b": {"p": 0.2, "q": 0.6, "r": 0.0},
+        "c": {"p": 0.0, "q": 0.0, "r": 0.9},
+    }
+    chosen = left_out(found, ["p", "q", "r"])
+    assert chosen["p"] == {"candidate": "c", "score": 0.0}
+    assert chosen["q"] == {"candidate": "a", "score": 0.0}
+    assert chosen["r"] == {"candidate": "a", "score": 0.1}
+
+
+def test_candidates_start_with_the_defaults_and_are_settings_of_the_optimizer():
+    import torch
+
+    found = candidates(3, 2)
+    assert [t.name for t in found] == ["now", "0", "1", "2", "b0", "b1"]
+    assert found[:3] == candidates(2, 1)[:3]
+    layer = torch.nn.Linear(2, 1)
+    written_out = KFACOptimizer(layer.parameters(), **current().settings)
+    plain = KFACOptimizer(layer.parameters())
+    assert written_out.defaults == plain.defaults
+    assert current().settings["ema_decay"] == DEFAULTS["fixed"].ema_decay
+    for trial in found:
+        KFACOptimizer(layer.parameters(), **trial.settings)
+
+
+@pytest.mark.slow
+def test_a_small_choice_runs_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.defaults", "--candidates", "1", "--narrower", "0"]
+    command += ["--problems", "robot-full", "--scale", "0.0", "--output", str(tmp_path / "d")]
+    command += ["--compared", str(tmp_path / "c"), "--workers", "1"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "| robot-full |" in found.stdout
+    assert (tmp_path / "d" / "defaults.json").exists()
