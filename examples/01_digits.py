@@ -32,7 +32,7 @@ from kfacopt import (
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-TARGET, BATCH, DAMPING, CHECKED = 0.97, 64, 0.03, 128
+TARGET, BATCH, DAMPING, CHECKED = 0.97, 64, 0.008, 128
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2),
