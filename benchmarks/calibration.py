@@ -15,7 +15,7 @@ from benchmarks.problems import PROBLEMS
 from benchmarks.running import stepper
 from benchmarks.tuning import DEFAULT
 
-PERIOD = 20  # steps: a multiple of the contestants' default intervals
+PERIOD = 50  # steps: a multiple of the contestants' default intervals
 GRADIENT = "gradient"
 
 
@@ -50,7 +50,7 @@ def calibrate(problem: str, names: tuple[str, ...], rounds: int) -> dict[str, fl
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _, step = stepper(PROBLEMS[problem].task(0), contestant, DEFAULT, 0)
-        functions[name] = (step, period // 2 if contestant.all_data else period)
+        functions[name] = (step, max(1, period // 5) if contestant.all_data else period)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for count in range(rounds + 1):
         for name, (function, repeats) in functions.items():

@@ -8,8 +8,8 @@ targets: that of the comparison (the best of a tuned SGD and AdamW), and what Ad
 reach. A candidate's score on a problem is the mean over both of (4 − r)⁺ / 3 with r its time over
 the best candidate's (see `scoring.score`).
 
-A second round adds settings from the part of the space in which those of the first did best, and a third those
-settings rounded.
+A second round adds settings from the part of the space in which those of the first did best, and a
+third those settings rounded.
 
 *Left out*: for each problem, the candidate with the best score on all other problems, and its score
 there; their mean is what a choice made this way is worth on a problem that it has not seen.

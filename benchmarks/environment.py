@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
+@cache
+def commit() -> str | None:
+    """Return the commit of the code that runs."""
+    return _git("rev-parse", "HEAD") or None
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -47,10 +54,11 @@ def environment(device: str) -> dict[str, Any]:
     """
     return {
         "version": kfacopt.__version__,
-        "commit": _git("rev-parse", "HEAD") or None,
+        "commit": commit(),
         "uncommitted_changes": bool(
             _git("status", "--porcelain", "--", "kfacopt", "benchmarks/*.py")
         ),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "packages": {name: installed(name) for name in PEERS},
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),

@@ -140,8 +140,9 @@ def shampoo(
 ) -> Any:
     """Return pytorch-optimizer's blocked Shampoo, grafted to RMSProp.
 
-    Its `Shampoo` accumulates statistics without decay and lacks grafting, so `ScalableShampoo` is
-    the contestant that Shampoo's authors would name.
+    Its `Shampoo` accumulates statistics without decay and lacks grafting, so it is
+    `ScalableShampoo`. Momentum is an average here, so that `lr` means what it does for AdamW: the
+    package's default is a sum, 1 / (1 − β₁) times as long.
 
     Args:
         model: The model.
@@ -160,7 +161,8 @@ def shampoo(
         decoupled_weight_decay=True,
         start_preconditioning_step=interval,
         preconditioning_compute_steps=interval,
-        betas=(beta1, 0.999),
+        betas=(beta1, 0.99),
+        moving_average_for_momentum=True,
         graft_type=LayerWiseGrafting.RMSPROP,
     )
 
@@ -189,16 +191,24 @@ def kfac(model: nn.Module, **settings: Any) -> KFACOptimizer:
     return KFACOptimizer(model.parameters(), model=model, **settings)
 
 
-def lbfgs(model: nn.Module, *, lr: float = 1.0, history: int = 10) -> torch.optim.Optimizer:
-    """Return L-BFGS with a strong-Wolfe line search, ten iterations a step.
+def lbfgs(model: nn.Module, *, max_iter: int = 10, history: int = 100) -> torch.optim.Optimizer:
+    """Return L-BFGS with a strong-Wolfe line search.
+
+    It goes on for as long as it is asked to: torch's default tolerances end it at losses of 1e-9.
 
     Args:
         model: The model.
-        lr: The first length that the line search tries.
+        max_iter: Iterations a step.
         history: How many pairs of vectors it keeps.
     """
     return torch.optim.LBFGS(
-        model.parameters(), lr, max_iter=10, history_size=history, line_search_fn="strong_wolfe"
+        model.parameters(),
+        lr=1.0,
+        max_iter=max_iter,
+        history_size=history,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
 

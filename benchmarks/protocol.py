@@ -2,9 +2,10 @@
 
 1. *Calibration*: the cost of a step of every contestant on every problem, interleaved. The budget
    of a problem in seconds, divided by it, is the number of steps that a contestant gets.
-2. *Baselines*: SGD and AdamW make their trials, quasi-random points and their defaults; the trial with the best metric of each runs on all
-   seeds. The lower of the two medians over seeds of the best metric is the problem's target. It is
-   written once and not changed by what comes later.
+2. *Baselines*: SGD and AdamW make their trials, quasi-random points and their defaults. The trial
+   with the best metric of each, and its defaults, run on all seeds. The lowest of the medians over
+   seeds of the best metric is the problem's target, unless the metric resolves less. It is written
+   once and not changed by what comes later.
 3. *Trials* of all contestants, on a seed of their own. The trial that reaches the target first (in
    seconds; if none does, the one with the best metric) is the contestant's tuned setting.
 4. *Finals*: tuned settings and defaults on all seeds.
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.calibration import GRADIENT, calibrated
 from benchmarks.contestants import BASELINES, Contestant, all_contestants
+from benchmarks.environment import commit
 from benchmarks.problems import PROBLEMS
 from benchmarks.running import OVERTIME, Run, run
 from benchmarks.tuning import DEFAULT, Trial, trials
@@ -91,7 +93,7 @@ def perform(job: Job) -> None:
     """Make a run and write its file."""
     contestant = all_contestants()[job.contestant]
     found = run(PROBLEMS[job.problem], contestant, job.trial, job.seed, job.steps, job.limit)
-    write_json(job.path, found.record())
+    write_json(job.path, found.record() | {"commit": commit()})
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -139,8 +141,9 @@ class Comparison:
         found = self._map(calibrated, missing)
         for problem, costs in self._progress(found, "calibration", len(missing)):
             known = self.costs(problem)
-            # Those measured before keep their number of steps; the gradient ties both runs.
-            drift = known[GRADIENT] / costs[GRADIENT] if GRADIENT in known else 1.0
+            # Those measured before keep their number of steps, and tie both runs together.
+            common = [known[name] / costs[name] for name in known.keys() & costs.keys()]
+            drift = statistics.median(common) if common else 1.0
             merged = {name: drift * value for name, value in costs.items()} | known
             write_json(self._calibration_path(problem), merged)
             self._costs[problem] = merged
@@ -196,7 +199,7 @@ class Comparison:
         """Make the runs that do not exist, contestants interleaved."""
         by_path = {job.path: job for job in jobs}  # tuned settings may be the defaults
         missing = [job for job in by_path.values() if job.read() is None]
-        missing.sort(key=lambda job: (job.seed, job.trial.name, job.problem))
+        missing.sort(key=lambda job: (job.seed, job.problem, job.trial.name))
         for _ in self._progress(self._map(perform, missing), stage, len(missing)):
             pass
 
@@ -236,19 +239,20 @@ class Comparison:
             raise ValueError(f"contestants: {sorted(names)} must take part to set the targets.")
         pairs = [(p, c) for p in unfrozen for c in baselines]
         self.perform([j for p, c in pairs for j in self.trial_jobs(p, c)], "baseline trials")
-        best = {(p, c.name): self._best_trial(p, c) for p, c in pairs}
-        finals = {key: self.final_jobs(*key, trial) for key, trial in best.items()}
+        judged = [(p, c.name, t) for p, c in pairs for t in (self._best_trial(p, c), DEFAULT)]
+        finals = {(p, name, t.name): self.final_jobs(p, name, t) for p, name, t in judged}
         self.perform([j for jobs in finals.values() for j in jobs], "baseline finals")
         path = self.options.folder / "targets.json"
         targets = json.loads(path.read_text()) if path.exists() else {}
         for problem in unfrozen:
             medians = {}
-            for c in baselines:
-                runs = [job.read() for job in finals[problem, c.name]]
-                medians[c.name] = statistics.median(r.best for r in runs if r is not None)
-            holder = min(medians, key=lambda name: medians[name])
-            trial = best[problem, holder].name
-            targets[problem] = {"value": medians[holder], "holder": holder, "trial": trial}
+            for (own, name, trial), jobs in finals.items():
+                if own == problem:
+                    runs = [job.read() for job in jobs]
+                    medians[name, trial] = statistics.median(r.best for r in runs if r is not None)
+            (holder, setting), median = min(medians.items(), key=lambda item: item[1])
+            value = max(median, PROBLEMS[problem].resolution)
+            targets[problem] = {"value": value, "holder": holder, "trial": setting}
         write_json(path, targets)
 
     def complete(self) -> None:

@@ -17,7 +17,7 @@ from benchmarks.problems.problem import Problem, Task
 from benchmarks.tuning import Trial
 
 EVALUATIONS = 60
-OVERTIME = 3.0  # a run that takes that many times its budget is broken off
+OVERTIME = 1.3  # a run that takes that many times its budget is broken off
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Run:
         configuration: The trial's settings and schedule.
         curve: Rows of step, seconds of training, and metric.
         outcome: `"finished"`, `"diverged"`, `"overtime"`, or the message of an error.
+        commit: Of kfacopt, when the run was made.
     """
 
     problem: str
@@ -43,6 +44,7 @@ class Run:
     configuration: dict[str, Any]
     curve: list[tuple[int, float, float]]
     outcome: str
+    commit: str | None = None
 
     @property
     def best(self) -> float:

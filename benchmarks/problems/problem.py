@@ -49,6 +49,7 @@ class Problem:
         metric: What is measured.
         make: Makes the task; torch's global generator, seeded before, gives the initialisation.
         budget: Seconds of training on one core.
+        resolution: What the metric resolves; no target is below it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Problem:
     metric: str
     make: Callable[[], Task]
     budget: float
+    resolution: float = 0.0
 
     def task(self, seed: int) -> Task:
         """Return the task whose model is initialised with a seed."""
