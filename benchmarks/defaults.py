@@ -5,14 +5,15 @@
 Quasi-random settings, and those that are the defaults now, train each problem of the comparison at
 a constant learning rate for half its budget, on the seed that is used for tuning. A problem has two
 targets: that of the comparison (the best of a tuned SGD and AdamW), and what AdamW's own defaults
-reach. A candidate's score on a problem is the mean over both of (4 − r)⁺ / 3 with r its time over
-the best candidate's (see `scoring.score`).
+reach in the same time. A candidate's score on a problem is the mean over both of (4 − r)⁺ / 3,
+where r is its time over the best candidate's (see `scoring.score`).
 
 A second round adds settings from the part of the space in which those of the first did best, and a
 third those settings rounded.
 
-*Left out*: for each problem, the candidate with the best score on all other problems, and its score
-there; their mean is what a choice made this way is worth on a problem that it has not seen.
+*Left out*: for each problem, the candidate of the first round (the others were drawn with all
+problems in view) with the best score on all other problems, and its score there; their mean is what
+a choice made this way is worth on a problem that it has not seen.
 """
 
 from __future__ import annotations
@@ -112,11 +113,12 @@ def job(comparison: Comparison, problem: str, trial: Trial, folder: Path) -> Job
 
 
 def targets(comparison: Comparison, problem: str) -> tuple[float, float]:
-    """Return a problem's frozen target, and what AdamW reaches with its defaults."""
+    """Return a problem's frozen target, and what AdamW's defaults reach in the candidates' time."""
     frozen = comparison.target(problem)
     runs = [j.read() for j in comparison.final_jobs(problem, "AdamW", DEFAULT)]
     assert frozen is not None
-    return frozen["value"], statistics.median(r.best for r in runs if r is not None)
+    reached = [r.best_within(SHARE) for r in runs if r is not None]
+    return frozen["value"], statistics.median(reached)
 
 
 def scores(runs: Mapping[str, Mapping[str, Run]], goals: Mapping[str, Sequence[float]]) -> Scores:
@@ -143,6 +145,11 @@ def best(found: Scores, problems: Iterable[str]) -> str:
     return max(found, key=lambda name: statistics.mean(found[name][p] for p in chosen))
 
 
+def first_round(found: Scores) -> Scores:
+    """Return the scores of candidates that were drawn before any problem was tried."""
+    return {name: row for name, row in found.items() if name.isdigit()}
+
+
 def left_out(found: Scores, problems: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return, for each problem, whom the others choose, and its score there."""
     chosen = {p: best(found, (q for q in problems if q != p)) for p in problems}
@@ -163,7 +170,7 @@ def report(trained: Sequence[Trial], found: Scores, problems: Sequence[str]) -> 
         ]
         for t in order
     ]
-    outside = left_out(found, problems)
+    outside = left_out(first_round(found), problems)
     honest = statistics.mean(entry["score"] for entry in outside.values())
     parts = [
         markdown(["", *keys, "score", "worst problem"], rows),
@@ -214,7 +221,7 @@ def choose(
     content = environment("cpu") | {
         "candidates": {t.name: dict(t.settings) for t in trained},
         "scores": found,
-        "left_out": left_out(found, problems),
+        "left_out": left_out(first_round(found), problems),
     }
     write_json(folder / "defaults.json", content)
     return report(trained, found, problems)

@@ -51,6 +51,11 @@ class Run:
         """The best metric that training reached, infinite if none was finite."""
         return min((m for n, _, m in self.curve if n and math.isfinite(m)), default=math.inf)
 
+    def best_within(self, share: float) -> float:
+        """Return the best metric in the first share of the steps."""
+        rows = [m for n, _, m in self.curve if 0 < n <= share * self.steps and math.isfinite(m)]
+        return min(rows, default=math.inf)
+
     def first_reach(self, target: float) -> tuple[float, float]:
         """Return the step and the seconds at which the target was first met, else infinity."""
         met = ((step, seconds) for step, seconds, metric in self.curve[1:] if metric <= target)

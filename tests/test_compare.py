@@ -55,6 +55,12 @@ def test_cosine_warms_up_and_ends_near_zero():
     assert Schedule().factor(77, 100) == 1
 
 
+def test_best_metric_in_a_share_of_the_steps():
+    curve = [(0, 0.0, 0.1), (1, 1.0, 9.0), (5, 2.0, 4.0), (6, 3.0, math.nan), (10, 4.0, 1.0)]
+    found = Run("p", "c", "0", 0, 10, {}, curve, "finished")
+    assert [found.best_within(share) for share in (0.01, 0.1, 0.5, 1.0)] == [math.inf, 9, 4, 1]
+
+
 @pytest.mark.parametrize("steps", [2, 59, 60, 5000])
 def test_evaluations_start_early_and_include_the_end(steps):
     found = evaluation_steps(steps)

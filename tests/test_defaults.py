@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.defaults import candidates, current, left_out, scores
+from benchmarks.defaults import ROUNDED, candidates, current, first_round, left_out, scores
 from benchmarks.running import Run
 from kfacopt import KFACOptimizer
-from kfacopt.optim.settings import DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,22 +37,24 @@ def test_a_problem_has_no_say_in_the_choice_that_it_judges():
         "c": {"p": 0.0, "q": 0.0, "r": 0.9},
     }
     chosen = left_out(found, ["p", "q", "r"])
+    assert first_round({"now": {}, "0": {"p": 1.0}, "b0": {}, "r1": {}}) == {"0": {"p": 1.0}}
     assert chosen["p"] == {"candidate": "c", "score": 0.0}
     assert chosen["q"] == {"candidate": "a", "score": 0.0}
     assert chosen["r"] == {"candidate": "a", "score": 0.1}
 
 
 def test_candidates_start_with_the_defaults_and_are_settings_of_the_optimizer():
-    import torch
-
     found = candidates(3, 2)
-    assert [t.name for t in found] == ["now", "0", "1", "2", "b0", "b1"]
-    assert found[:3] == candidates(2, 1)[:3]
+    rounded = [f"r{n}" for n in range(len(ROUNDED))]
+    assert [t.name for t in found] == ["now", "0", "1", "2", "b0", "b1", *rounded]
+    assert found[:3] == candidates(2, 0)
     layer = torch.nn.Linear(2, 1)
     written_out = KFACOptimizer(layer.parameters(), **current().settings)
     plain = KFACOptimizer(layer.parameters())
     assert written_out.defaults == plain.defaults
-    assert current().settings["ema_decay"] == DEFAULTS["fixed"].ema_decay
+    assert written_out._schedule == plain._schedule
+    given = set(current().settings)
+    assert given == set(found[1].settings) == set(found[-1].settings), "all that is chosen"
     for trial in found:
         KFACOptimizer(layer.parameters(), **trial.settings)
 
