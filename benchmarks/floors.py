@@ -3,13 +3,14 @@
 For a layer z = W a + b with R = N S rows (R = N for reduce), d_in inputs (one more with a bias)
 and d_out outputs, in floating-point operations:
 
-    factors          R d_in² + R d_out²        symmetric products, half of a general one
+    factors          R d_in² + R d_out²        symmetric products, half of a general one; of d_in²,
+                                               for expand, the share of distinct patch correlations
                      + 2 N S d_in d_out        would-be backward pass to the layer's input;
                                                none for a layer whose input needs no gradient
     inverses         d_in³ + d_out³            Cholesky d³/3, inverse from it 2 d³/3
     preconditioning  2 d_in d_out (d_in + d_out)
 
-    EKFAC: factors   + 2 R (d_in² + d_out²) + 2 R d_in d_out   rotated rows, their second moments
+    EKFAC: factors   + 2 N S (d_in² + d_out²) + 2 N S d_in d_out   rotated rows, single gradients
            bases     14/3 (d_in³ + d_out³)     one product (2 d³) and QR with Q (8/3 d³)
            preconditioning: twice the above    into the eigenbasis and back
 
@@ -20,6 +21,7 @@ general instead of symmetric products, and LAPACK make of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +43,9 @@ class LayerShape:
         d_in: Side of A, the constant of a bias included.
         d_out: Side of G.
         needs_input_gradient: Whether the backward pass goes on to its input.
+        distinct: The share of distinct blocks of A. Where a kernel of k × k taps moves by one
+            pixel, the correlation of two taps depends on their distance but for borders:
+            (2k − 1)² blocks of k⁴.
     """
 
     data: int
@@ -48,6 +53,7 @@ class LayerShape:
     d_in: int
     d_out: int
     needs_input_gradient: bool
+    distinct: float = 1.0
 
     def rows(self, reduce: bool) -> int:
         """Return the number of rows that the factors sum over."""
@@ -69,7 +75,10 @@ def layer_shapes(model: nn.Module, X: Tensor) -> list[LayerShape]:
         d_in = weight[0].numel() + int(module._parameters["bias"] is not None)
         positions = output.numel() // (output.shape[0] * weight.shape[0])
         sizes = (output.shape[0], positions, d_in, weight.shape[0])
-        shapes.append(LayerShape(*sizes, args[0].requires_grad))
+        distinct = 1.0
+        if isinstance(module, nn.Conv2d) and set(module.stride) == {1}:
+            distinct = math.prod((2 * k - 1) / k**2 for k in module.kernel_size)
+        shapes.append(LayerShape(*sizes, args[0].requires_grad, distinct))
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     handles = [m.register_forward_hook(record) for m in layers]
@@ -89,11 +98,11 @@ def operations(shape: LayerShape, reduce: bool, ekfac: bool) -> dict[str, float]
     """
     rows, d_in, d_out = shape.rows(reduce), shape.d_in, shape.d_out
     squares, cubes = d_in**2 + d_out**2, d_in**3 + d_out**3
-    factors = rows * squares
+    factors = rows * ((1.0 if reduce else shape.distinct) * d_in**2 + d_out**2)
     if shape.needs_input_gradient:
         factors += 2 * shape.data * shape.positions * d_in * d_out
     if ekfac:
-        factors += 2 * rows * (squares + d_in * d_out)
+        factors += 2 * shape.data * shape.positions * (squares + d_in * d_out)
     return {
         "factors": float(factors),
         "inverses": 14 / 3 * cubes if ekfac else float(cubes),

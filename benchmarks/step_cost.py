@@ -62,23 +62,35 @@ def training_step(workload: Workload, make: Any) -> tuple[Callable[[], None], An
 
 
 def _phases(
-    found: list[StepContestant], ratios: dict[str, float], work: Workload, rate: float, unit: float
+    found: list[StepContestant],
+    spreads: dict[str, dict[str, float]],
+    work: Workload,
+    rate: float,
+    unit: float,
 ) -> dict[str, Any]:
-    """Return for each K-FAC contestant its phases, the floor, and the bare calls."""
+    """Return for each K-FAC contestant its phases, the floor, and the bare calls.
+
+    A phase is a difference of two kinds of step; beside it stands what their quartiles span.
+    """
     shapes, phases = layer_shapes(work.model, work.X), {}
+    ratios = {key: s["median"] for key, s in spreads.items()}
+    spans = {key: s["high"] - s["low"] for key, s in spreads.items()}
     for contestant in (c for c in found if c.is_kfac):
         plain, factors, inverses = (ratios[f"{contestant.name}/{k}"] for k in contestant.kinds)
         counts = total_operations(shapes, contestant.reduce, contestant.ekfac)
         measured = (factors - plain, inverses - factors, plain - 1)
+        spans_of = [spans[f"{contestant.name}/{kind}"] for kind in contestant.kinds]
+        spread = (spans_of[0] + spans_of[1], spans_of[1] + spans_of[2], spans_of[0])
         form = "reduce" if contestant.reduce else "expand"
         phases[contestant.name] = {
             phase: {
                 "measured": value,
+                "spread": span,
                 "floor": counts[phase] / rate / unit,
                 "bare_calls": None if contestant.ekfac else ratios[f"bare {form}/{phase}"],
                 "operations": counts[phase],
             }
-            for phase, value in zip(PHASES, measured, strict=True)
+            for phase, value, span in zip(PHASES, measured, spread, strict=True)
         }
     return phases
 
@@ -149,7 +161,7 @@ def measure(name: str, size: str, device: str, rounds: int, memory: bool) -> dic
         "parameter_bytes": total,
         "peak_memory_of_forward_backward": peaks.get(UNIT),
         "rows": _rows(found, ratios, sizes, peaks),
-        "phases": _phases(found, ratios, work, rate, unit),
+        "phases": _phases(found, spreads, work, rate, unit),
         "kinds_of_step": {key: s for key, s in spreads.items() if key != PRODUCT},
     }
 

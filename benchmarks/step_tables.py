@@ -47,11 +47,14 @@ def _phase_table(found: dict[str, Any]) -> str:
     for name, phases in found["phases"].items():
         for phase, entry in phases.items():
             bare = entry["bare_calls"]
-            cells = [name, phase, f"{entry['measured']:.2f}", f"{entry['floor']:.2f}"]
+            seen = entry["measured"] > entry["spread"]  # else it is lost in the noise
+            cells = [name, phase, f"{entry['measured']:.2f}" if seen else "–"]
+            cells += [f"{entry['spread']:.2f}", f"{entry['floor']:.2f}"]
             cells.append("" if bare is None else f"{bare:.2f}")
-            cells.append(f"{entry['measured'] / entry['floor']:.1f}")
+            cells.append(f"{entry['measured'] / entry['floor']:.1f}" if seen else "–")
             rows.append(cells)
-    return markdown(["", "phase", "measured", "floor", "bare calls", "measured / floor"], rows)
+    header = ["", "phase", "measured", "±", "floor", "bare calls", "measured / floor"]
+    return markdown(header, rows)
 
 
 def tables(result: dict[str, Any]) -> str:

@@ -48,6 +48,21 @@ def test_operations_by_hand():
     eigen = operations(shape, reduce=False, ekfac=True)
     assert eigen["preconditioning"] == 2 * found["preconditioning"]
     assert eigen["factors"] == factors + 2 * rows * (16 + 25 + 20)
+    averaged = operations(shape, reduce=True, ekfac=True)
+    assert averaged["factors"] == reduced["factors"] + 2 * rows * (16 + 25 + 20)
+
+
+def test_patch_correlations_that_repeat_are_counted_once():
+    """5 x 5 distances between taps of a 3 x 3 kernel, of 9 x 9 pairs; only for a stride of 1."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Conv2d(4, 4, 3, stride=2))
+    first, second = layer_shapes(model, torch.rand(1, 2, 9, 9))
+    assert first.distinct == pytest.approx(25 / 81)
+    assert second.distinct == 1
+    rows, d_in, d_out = 49, 18, 4
+    expected = rows * (25 / 81 * d_in**2 + d_out**2)
+    assert operations(first, reduce=False, ekfac=False)["factors"] == pytest.approx(expected)
+    averaged = operations(first, reduce=True, ekfac=False)["factors"]
+    assert averaged == d_in**2 + d_out**2
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
