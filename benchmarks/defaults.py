@@ -238,6 +238,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "defaults")
     parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
     arguments = parser.parse_args()
+    if len(arguments.problems) < 2 or arguments.candidates < 1:
+        parser.error("--problems: at least 2, one is left out at a time; --candidates: at least 1.")
     baselines = tuple(name for name in all_contestants() if name in ("SGD", "AdamW"))
     options = Options(
         arguments.compared, tuple(arguments.problems), baselines, scale=arguments.scale

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLUMNS, DPI = 3, 110
+WORST = 3.0  # times the metric before training
 ORDER = ("SGD", "AdamW", "Muon", "SOAP", "Shampoo", "K-FAC", "EKFAC", "L-BFGS", "K-FAC auto")
 
 
@@ -48,6 +49,8 @@ def draw_curves(
         axis.set(title=problem, ylabel=PROBLEMS[problem].metric, xlabel="seconds of training")
         axis.set_xscale("log")
         axis.set_yscale("log")
+        first = max(outcome.runs[0].curve[0][2] for outcome in row.values())
+        axis.set_ylim(top=min(axis.get_ylim()[1], WORST * first))  # what diverged ends there
     lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
     shown = [name for name in ORDER if name in lines]  # not all enter the first problem
     axes.flat[0].legend([lines[name] for name in shown], shown, fontsize="small")

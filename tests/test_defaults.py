@@ -62,7 +62,15 @@ def test_candidates_start_with_the_defaults_and_are_settings_of_the_optimizer():
 @pytest.mark.slow
 def test_a_small_choice_runs_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks.defaults", "--candidates", "1", "--narrower", "0"]
-    command += ["--problems", "robot-full", "--scale", "0.0", "--output", str(tmp_path / "d")]
+    command += [
+        "--problems",
+        "robot-full",
+        "diabetes-full",
+        "--scale",
+        "0.0",
+        "--output",
+        str(tmp_path / "d"),
+    ]
     command += ["--compared", str(tmp_path / "c"), "--workers", "1"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
