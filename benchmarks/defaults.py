@@ -21,19 +21,17 @@ from __future__ import annotations
 import argparse
 import inspect
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from benchmarks.calibration import GRADIENT
 from benchmarks.compare import workers
-from benchmarks.contestants import all_contestants
+from benchmarks.contestants import BASELINES
 from benchmarks.environment import RESULTS, environment
 from benchmarks.problems import PROBLEMS
-from benchmarks.protocol import TUNING_SEED, Comparison, Job, Options, perform, write_json
+from benchmarks.protocol import TUNING_SEED, Comparison, Job, Options, write_json
 from benchmarks.running import Run
 from benchmarks.scoring import relative_to_best, score
 from benchmarks.step_tables import markdown, update_readme
@@ -130,12 +128,13 @@ def scores(runs: Mapping[str, Mapping[str, Run]], goals: Mapping[str, Sequence[f
     """
     found: dict[str, dict[str, float]] = {}
     for problem, row in runs.items():
+        times = [
+            {problem: {c: r.first_reach(goal)[1] for c, r in row.items()}}
+            for goal in goals[problem]
+        ]
+        ratios = [relative_to_best(own) for own in times]
         for name in row:
-            values = []
-            for goal in goals[problem]:
-                times = {problem: {c: run.first_reach(goal)[1] for c, run in row.items()}}
-                values.append(score(relative_to_best(times)[name]))
-            found.setdefault(name, {})[problem] = statistics.mean(values)
+            found.setdefault(name, {})[problem] = statistics.mean(score(r[name]) for r in ratios)
     return found
 
 
@@ -193,25 +192,20 @@ def report(trained: Sequence[Trial], found: Scores, problems: Sequence[str]) -> 
     return "\n\n".join(parts)
 
 
-def choose(
-    comparison: Comparison, trained: Sequence[Trial], folder: Path, map_jobs: Callable
-) -> str:
+def choose(comparison: Comparison, trained: Sequence[Trial], folder: Path) -> str:
     """Make the runs that are missing, write the result, and return the tables.
 
     Args:
         comparison: With frozen targets.
         trained: The candidates.
         folder: Where runs and results go.
-        map_jobs: Applies a function to items, in any order.
     """
     problems = comparison.options.problems
     comparison.perform(
         [j for p in problems for j in comparison.final_jobs(p, "AdamW", DEFAULT)], "AdamW's own"
     )
     jobs = {(p, t.name): job(comparison, p, t, folder) for p in problems for t in trained}
-    missing = [j for j in jobs.values() if j.read() is None]
-    for _ in tqdm(map_jobs(perform, missing), "candidates", len(missing), mininterval=5):
-        pass
+    comparison.perform(jobs.values(), "candidates")
     runs: dict[str, dict[str, Run]] = {}
     for (problem, name), one in jobs.items():
         run = one.read()
@@ -240,7 +234,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if len(arguments.problems) < 2 or arguments.candidates < 1:
         parser.error("--problems: at least 2, one is left out at a time; --candidates: at least 1.")
-    baselines = tuple(name for name in all_contestants() if name in ("SGD", "AdamW"))
+    baselines = tuple(c.name for c in BASELINES)
     options = Options(
         arguments.compared, tuple(arguments.problems), baselines, scale=arguments.scale
     )
@@ -249,7 +243,7 @@ def main() -> None:
         comparison.calibrate()
         comparison.freeze_targets()
         trained = candidates(arguments.candidates, arguments.narrower)
-        text = choose(comparison, trained, arguments.output, map_jobs)
+        text = choose(comparison, trained, arguments.output)
     print(text)
     if arguments.readme:
         update_readme("defaults", text)

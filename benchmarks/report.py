@@ -95,16 +95,17 @@ def summary(comparison: Comparison) -> dict[str, Any]:
     shares = _shares(comparison)
     scores: dict[str, Any] = {}
     for kind, tuned in KINDS.items():
-        ratios = relative_to_best(_times(outcomes(comparison, tuned)))
+        times = _times(outcomes(comparison, tuned))
+        ratios = relative_to_best(times)
         scores[kind] = {name: score(own) for name, own in ratios.items()}
         scores[f"{kind}, ratios to the best"] = ratios
-    # Each of ours can but lower the others' scores: once more with one of them.
-    alone = {
-        problem: {name: seconds for name, seconds in row.items() if name not in SIBLINGS}
-        for problem, row in _times(outcomes(comparison, tuned=True)).items()
-    }
-    ratios = relative_to_best(alone)
-    scores["tuned, one of ours"] = {name: score(own) for name, own in ratios.items()}
+        if tuned:  # each of ours can but lower the others' scores: once more with one of them
+            alone = {
+                problem: {name: seconds for name, seconds in row.items() if name not in SIBLINGS}
+                for problem, row in times.items()
+            }
+            ratios = relative_to_best(alone)
+            scores["tuned, one of ours"] = {name: score(own) for name, own in ratios.items()}
     return {"scores": scores, "sensitivity": shares}
 
 

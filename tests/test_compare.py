@@ -8,17 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks.calibration import GRADIENT
+from benchmarks import report
+from benchmarks.calibration import GRADIENT, PERIOD
 from benchmarks.contestants import BASELINES, all_contestants
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import Comparison, Options
 from benchmarks.running import Run, evaluation_steps, run
 from benchmarks.scoring import outcome, outcomes, profile, relative_to_best, score, sensitivity
 from benchmarks.tuning import DEFAULT, SCHEDULES, Choice, LogUniform, Schedule, Trial, trials
+from kfacopt.optim.settings import DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 NO_LIMIT = 1e9
@@ -187,14 +190,49 @@ def test_targets_are_the_baselines_best_and_stay(comparison):
     for contestant in BASELINES:
         tried = [job.read() for job in comparison.trial_jobs(PROBLEM, contestant)]
         best = min(tried, key=lambda r: r.best).trial
-        trial = next(t for t in comparison.trials(contestant) if t.name == best)
-        runs = [job.read() for job in comparison.final_jobs(PROBLEM, contestant.name, trial)]
-        medians[contestant.name] = sorted(r.best for r in runs)[1]
-    assert target["value"] == min(medians.values()) == medians[target["holder"]]
+        for trial in comparison.trials(contestant):
+            if trial.name in (best, "default"):
+                jobs = comparison.final_jobs(PROBLEM, contestant.name, trial)
+                medians[contestant.name, trial.name] = sorted(j.read().best for j in jobs)[1]
+    assert target["value"] == min(medians.values())
+    assert target["value"] == medians[target["holder"], target["trial"]]
     path = comparison.options.folder / "targets.json"
     path.write_text(json.dumps({PROBLEM: target | {"value": 0.5}}))
     comparison.complete()
     assert comparison.target(PROBLEM)["value"] == 0.5
+
+
+def test_no_target_is_below_what_the_metric_resolves(comparison, monkeypatch):
+    coarse = dataclasses.replace(PROBLEMS[PROBLEM], resolution=1e3)
+    monkeypatch.setitem(PROBLEMS, PROBLEM, coarse)
+    comparison.calibrate()
+    comparison.freeze_targets()
+    assert comparison.target(PROBLEM)["value"] == 1e3
+
+
+def test_a_later_calibration_is_tied_to_the_earlier_by_the_median(tmp_path):
+    """The machine is half as fast the second time, and one timing of three is wrong."""
+    first = {GRADIENT: 1.0, "SGD": 1.0, "AdamW": 2.0}
+    later = iter([first, {GRADIENT: 9.0, "SGD": 2.0, "AdamW": 4.0, "K-FAC": 6.0}])
+
+    def measured(_, items):
+        return [(PROBLEM, next(later)) for _ in items]
+
+    for names in (("SGD", "AdamW"), ("SGD", "AdamW", "K-FAC")):
+        found = Comparison(Options(tmp_path, (PROBLEM,), names), measured)
+        found.calibrate()
+    assert found.costs(PROBLEM) == first | {"K-FAC": 3.0}
+
+
+def test_a_timed_period_holds_whole_intervals():
+    defaults = DEFAULTS["fixed"]
+    intervals = (defaults.factor_update_interval, defaults.inverse_update_interval)
+    assert all(PERIOD % interval == 0 for interval in intervals)
+
+
+def test_muon_is_absent_where_it_has_no_matrix():
+    muon = all_contestants()["Muon"]
+    assert [muon.enters(problem) for problem in ("convnet", "vit")] == [False, True]
 
 
 def test_a_complete_comparison_makes_no_run_twice(comparison):
@@ -247,6 +285,17 @@ def test_tuned_setting_is_the_first_at_the_target(comparison):
     costs = comparison.costs(PROBLEM)
     ratio = costs["K-FAC"] / costs[GRADIENT]
     assert gained.gradients == pytest.approx([ratio * n for n in gained.steps])
+
+
+def test_scores_with_one_of_ours_leave_the_others_out(comparison, monkeypatch):
+    """K-FAC auto takes 1 s, SOAP 2 s, K-FAC 5 s: SOAP is the best when K-FAC auto is away."""
+    seconds = {"SOAP": 2.0, "K-FAC": 5.0, "K-FAC auto": 1.0}
+    row = {name: SimpleNamespace(median_seconds=s) for name, s in seconds.items()}
+    monkeypatch.setattr(report, "outcomes", lambda _, tuned: {PROBLEM: row})
+    comparison.complete()
+    found = report.summary(comparison)["scores"]
+    assert found["tuned"] == pytest.approx({"SOAP": 2 / 3, "K-FAC": 0.0, "K-FAC auto": 1.0})
+    assert found["tuned, one of ours"] == pytest.approx({"SOAP": 1.0, "K-FAC": 0.5})
 
 
 def test_targets_need_the_baselines(comparison):

@@ -9,7 +9,7 @@ from torch import Tensor
 BLOCK_WIDTH = 128
 
 
-def gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
+def gram(rows: Tensor) -> Tensor:
     """Return XᵀX `[B, d, d]`; on the CPU, of large X, only the blocks up to the diagonal.
 
     torch has no call for BLAS's `syrk`. In blocks of w columns the product takes n d (d + w)
@@ -17,14 +17,11 @@ def gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
 
     Args:
         rows: X, `[B, n, d]`, of any strides.
-        out: Where to put the result.
     """
     B, _, d = rows.shape
     if rows.device.type != "cpu" or d <= BLOCK_WIDTH:
-        product = rows.mT @ rows
-        return product if out is None else out.copy_(product)
-    if out is None:
-        out = rows.new_empty(B, d, d)
+        return rows.mT @ rows
+    out = rows.new_empty(B, d, d)
     for X, target in zip(rows, out, strict=True):
         for start in range(0, d, BLOCK_WIDTH):
             end = min(start + BLOCK_WIDTH, d)

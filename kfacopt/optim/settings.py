@@ -36,8 +36,8 @@ class Defaults:
     inverse_update_interval: int
 
 
-# "fixed", with lr = 0.12 and kl_clip = 1.5e-4, is what did best on the problems of
-# benchmarks/defaults.py.
+# "fixed", with lr = 0.12 and kl_clip = 1.5e-4, is one of the best settings on the problems of
+# benchmarks/defaults.py, rounded.
 DEFAULTS = {"fixed": Defaults(0.008, 0.95, 5, 25), "auto": Defaults(1e-3, 0.8, 1, 5)}
 
 
