@@ -45,11 +45,13 @@ FASTEST = 2.0  # gradients that a step costs at least, which bounds the number o
 CURRENT = "now"
 
 SPACE: Mapping[str, Dimension] = {
-    "lr": LogUniform(0.02, 0.5),
-    "damping": LogUniform(1e-3, 0.1),
-    "kl_clip": LogUniform(3e-4, 3e-2),
-    "ema_decay": Choice((0.8, 0.9, 0.95, 0.98)),
-    "intervals": Choice(((1, 5), (1, 10), (5, 10), (5, 25), (10, 50))),
+    "lr": LogUniform(0.05, 0.5),
+    "damping": LogUniform(1e-4, 3e-2),
+    "kl_clip": LogUniform(1e-5, 1e-3),
+    "momentum": LogUniform(0.05, 0.4, from_one=True),
+    "fallback_lr": LogUniform(1e-3, 3e-2),
+    "ema_decay": Choice((0.8, 0.9, 0.95)),
+    "intervals": Choice(((2, 10), (5, 25), (10, 50))),
 }
 
 # The second round's, around the best of the first.
@@ -75,7 +77,8 @@ Scores = Mapping[str, Mapping[str, float]]  # by candidate and problem
 def current() -> Trial:
     """Return the settings that are the defaults now, written out."""
     signature = inspect.signature(KFACOptimizer).parameters
-    settings = {name: signature[name].default for name in ("lr", "kl_clip")}
+    names = ("lr", "kl_clip", "momentum", "fallback_lr")
+    settings = {name: signature[name].default for name in names}
     return Trial(CURRENT, settings | asdict(DEFAULTS["fixed"]), CONSTANT)
 
 

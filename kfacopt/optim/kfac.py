@@ -68,10 +68,10 @@ class KFACOptimizer(PreconditioningOptimizer):
     For every `nn.Linear` and `nn.Conv2d` layer with inputs a and output gradients g, F ≈ G ⊗ A (see
     `kfacopt.KFACLinearOperator`); with Ā and Ḡ their running averages and ∇ the layer's gradient,
 
-        Δ = (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr ν Δ,    θ ← (1 − lr λ) θ − m,
+        Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr Δ,    θ ← (1 − lr λ) θ − (lr Δ + μ m),
 
-    with the damping δ, momentum μ, weight decay λ and ν = min(1, √(κ / (lr² Σ⟨Δ, ∇⟩))). All other
-    parameters are trained by AdamW with `fallback_lr`.
+    with the damping δ, Nesterov's momentum μ, weight decay λ and ν = min(1, √(κ / (lr² Σ⟨Δ, ∇⟩)))
+    of the unscaled Δ. All other parameters are trained by AdamW with `fallback_lr`.
 
     Which loss is minimised is seen from the calls of `cross_entropy`, `mse_loss`,
     `binary_cross_entropy_with_logits` and `nll_loss` (by their `nn` modules or functions) on the
@@ -81,8 +81,8 @@ class KFACOptimizer(PreconditioningOptimizer):
 
     Args:
         params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
-            may set `lr`, `momentum`, `weight_decay`, `damping` and `fallback_lr`. A joint block
-            [W | b] takes W's damping.
+            may set `lr`, `momentum`, `nesterov`, `weight_decay`, `damping` and `fallback_lr`. A
+            joint block [W | b] takes W's damping.
         lr: The learning rate, in units of a natural-gradient step: 1 is a full one. `"auto"`
             chooses step size, momentum and damping in every step, for large or full batches:
             see `kfacopt.optim.self_tuning`. The groups' `lr` is then 1, and what schedulers make of
@@ -90,6 +90,8 @@ class KFACOptimizer(PreconditioningOptimizer):
             adaptation starts, `weight_decay` counts per step of size 1, and `kl_clip` is not used.
             An objective with terms that are not recognised needs `step(closure)`.
         momentum: μ in [0, 1), on the preconditioned step.
+        nesterov: Take Nesterov's step; `False` is θ ← (1 − lr λ) θ − m. Without momentum, and for
+            `lr="auto"`, it has no effect.
         weight_decay: λ ≥ 0, decoupled.
         damping: δ > 0, in units of F; 0.008, or 1e-3 (where it starts) for `lr="auto"`.
         preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
@@ -178,6 +180,7 @@ class KFACOptimizer(PreconditioningOptimizer):
         lr: float | Literal["auto"] = 0.12,
         *,
         momentum: float = 0.9,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
         damping: float | None = None,
         preconditioner: PreconditionerKind = "kfac",
@@ -278,6 +281,7 @@ class KFACOptimizer(PreconditioningOptimizer):
         group_defaults = {
             "lr": lr,
             "momentum": momentum,
+            "nesterov": nesterov,
             "weight_decay": weight_decay,
             "damping": damping,
             "fallback_lr": fallback_lr,
@@ -474,6 +478,7 @@ class KFACOptimizer(PreconditioningOptimizer):
                     buffers,
                     lr=group["lr"],
                     momentum=momentum,
+                    nesterov=group["nesterov"],
                     weight_decay=group["weight_decay"],
                     foreach=group["foreach"] is not False,
                 )

@@ -117,7 +117,8 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
     Raises:
         ValueError: Names the setting.
     """
-    own = ("lr", "momentum", "weight_decay", "damping", "fallback_lr", "maximize", "foreach")
+    own = ("lr", "momentum", "nesterov", "weight_decay", "damping", "fallback_lr")
+    own = (*own, "maximize", "foreach")
     missing = [name for name in (*own, "base_lr", "num_steps") if name not in group]
     if missing:
         raise ValueError(f"{where}lacks {missing}; it is not that of a KFACOptimizer.")
@@ -131,6 +132,7 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
         check_range(f"{where}{name}", group[name], 0)
     check_range(f"{where}momentum", group["momentum"], 0, 1, upper_open=True)
     check_range(f"{where}damping", group["damping"], 0, lower_open=True)
+    check_flag(f"{where}nesterov", group["nesterov"])
     check_flag(f"{where}maximize", group["maximize"])
     if group["foreach"] is not None:
         check_flag(f"{where}foreach", group["foreach"])

@@ -62,10 +62,13 @@ def apply_step(
     *,
     lr: float,
     momentum: float,
+    nesterov: bool,
     weight_decay: float,
     foreach: bool = True,
 ) -> None:
     """Update parameters in place: m ← μ m + lr Δ, θ ← (1 − lr λ) θ − m.
+
+    Nesterov's step goes on by momentum from there: θ ← (1 − lr λ) θ − (lr Δ + μ m), with the new m.
 
     The learning rate is inside m: with θ ← θ − lr m a rate that rises, as in a warm-up, would
     multiply steps that the KL clip bounded for the rate of their own time.
@@ -79,11 +82,14 @@ def apply_step(
         momentum_buffers: m, changed in place; unused if `momentum` is 0.
         lr: The learning rate.
         momentum: μ.
+        nesterov: Whether to take Nesterov's step, Sutskever et al. (2013), section 2.1, in the form
+            of `torch.optim.SGD`.
         weight_decay: λ.
         foreach: Update all parameters in one call for each operation; else one after the other.
     """
     if not foreach:
-        one = partial(apply_step, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        one = partial(apply_step, nesterov=nesterov, **settings)
         for i, (p, direction) in enumerate(zip(params, directions, strict=True)):
             one([p], [direction], momentum_buffers[i : i + 1])
         return
@@ -94,6 +100,6 @@ def apply_step(
         buffers = list(momentum_buffers)
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, steps, alpha=lr)
-        torch._foreach_sub_(list(params), buffers)
-    else:
+        torch._foreach_add_(list(params), buffers, alpha=-momentum if nesterov else -1)
+    if nesterov or not momentum:
         torch._foreach_add_(list(params), steps, alpha=-lr)
