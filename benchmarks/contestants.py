@@ -53,11 +53,12 @@ LBFGS_SPACE: Mapping[str, Dimension] = {
     "history": Choice((10, 30, 100, 300)),
 }
 
+# The clip, not the learning rate, sets the length of most steps.
 KFAC_SPACE: Mapping[str, Dimension] = {
-    "lr": LogUniform(0.03, 0.5),
-    "damping": LogUniform(1e-3, 0.1),
-    "kl_clip": LogUniform(3e-5, 3e-3),
-    "weight_decay": WEIGHT_DECAY,
+    "damping": LogUniform(1e-4, 1e-2),
+    "kl_clip": LogUniform(1e-5, 3e-4),
+    "momentum": LogUniform(0.08, 0.3, from_one=True),
+    "fallback_lr": LogUniform(3e-3, 3e-2),
 }
 
 AUTO_SPACE: Mapping[str, Dimension] = {

@@ -56,19 +56,21 @@ SPACE: Mapping[str, Dimension] = {
 
 # The second round's, around the best of the first.
 NARROWER: Mapping[str, Dimension] = {
-    "lr": LogUniform(0.03, 0.3),
-    "damping": LogUniform(1e-3, 0.1),
-    "kl_clip": LogUniform(3e-5, 1e-3),
-    "ema_decay": Choice((0.9, 0.95)),
-    "intervals": Choice(((5, 10), (5, 25), (10, 50), (10, 100))),
+    "lr": LogUniform(0.05, 0.12),
+    "damping": LogUniform(3e-4, 3e-3),
+    "kl_clip": LogUniform(1e-5, 1.5e-4),
+    "momentum": LogUniform(0.08, 0.25, from_one=True),
+    "fallback_lr": LogUniform(5e-3, 3e-2),
+    "ema_decay": Choice((0.8, 0.9)),
+    "intervals": Choice(((5, 25), (10, 50))),
 }
 
-# The best of both rounds, rounded; and last what the defaults were before.
+# Between the best of the first round, rounded.
 ROUNDED = (
-    (0.1, 0.008, 1.5e-4, 0.95, 5, 25),
-    (0.1, 0.005, 1e-4, 0.95, 5, 25),
-    (0.1, 0.003, 1e-4, 0.95, 10, 50),
-    (0.1, 0.03, 3e-4, 0.95, 5, 10),
+    (0.07, 1e-3, 3e-5, 0.9, 0.01, 0.8, 5, 25),
+    (0.07, 5e-4, 5e-5, 0.85, 0.015, 0.9, 10, 50),
+    (0.1, 1e-3, 5e-5, 0.85, 0.015, 0.8, 5, 25),
+    (0.07, 2e-3, 2e-5, 0.9, 0.01, 0.9, 10, 50),
 )
 
 Scores = Mapping[str, Mapping[str, float]]  # by candidate and problem
@@ -96,7 +98,7 @@ def candidates(count: int, narrower: int) -> list[Trial]:
             factors, inverses = settings.pop("intervals")
             settings |= {"factor_update_interval": factors, "inverse_update_interval": inverses}
             found.append(Trial(prefix + trial.name, settings, CONSTANT))
-    names = ("lr", "damping", "kl_clip", "ema_decay")
+    names = ("lr", "damping", "kl_clip", "momentum", "fallback_lr", "ema_decay")
     names += ("factor_update_interval", "inverse_update_interval")
     for number, values in enumerate(ROUNDED if narrower else ()):
         found.append(Trial(f"r{number}", dict(zip(names, values, strict=True)), CONSTANT))

@@ -1,5 +1,6 @@
 """What KFACOptimizer does with a gradient: the pin to the operator, averages, rules, arguments."""
 
+import copy
 import itertools
 import math
 
@@ -131,13 +132,17 @@ def test_running_averages_are_bias_corrected_and_weighted_by_terms():
         assert torch.allclose(getattr(optimizer.factors("6"), side), expected)
 
 
-def test_momentum_decay_and_clip():
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum_decay_and_clip(nesterov, foreach):
     """Against the formulas of the docstring, with directions from the operator."""
     model, lr, momentum, decay, clip, damping = network(), 0.1, 0.9, 0.05, 1e-3, 0.1
     params = list(model.parameters())
     optimizer = KFACOptimizer(
         params,
         **(PLAIN | {"lr": lr, "momentum": momentum, "kl_clip": clip}),
+        nesterov=nesterov,
+        foreach=foreach,
         weight_decay=decay,
         damping=damping,
         fisher_type="type-2",
@@ -162,14 +167,44 @@ def test_momentum_decay_and_clip():
         expected = []
         for p, b, d in zip(params, buffers, directions, strict=True):
             b.mul_(momentum).add_(lr * nu * d)
-            expected.append((1 - lr * decay) * p.detach() - b)
+            step = lr * nu * d + momentum * b if nesterov else b
+            expected.append((1 - lr * decay) * p.detach() - step)
         optimizer.step()
         assert_same(params, expected)
     assert min(clipped) < 1
 
 
+def test_parameters_in_any_memory_format_get_the_same_steps():
+    """Fused kernels go through memory and would mix up entries of tensors that lie in it unlike."""
+
+    class Strided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.LayerNorm(5)
+            self.place = nn.Parameter(torch.linspace(0, 1, 20).reshape(5, 4).sin())
+            self.head = nn.Linear(20, 3)
+
+        def forward(self, x):
+            return self.head(self.norm(self.conv(x).mean(2) + self.place.T.to(x)).flatten(1))
+
+    plain = Strided()
+    strided = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    strided.place = nn.Parameter(strided.place.detach().T.contiguous().T)
+    assert not strided.conv.weight.is_contiguous() and not strided.place.is_contiguous()
+    images = torch.linspace(-2, 2, 6 * 2 * 25).reshape(6, 2, 5, 5).sin()
+    for model in (plain, strided):
+        optimizer = KFACOptimizer(model.parameters(), weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), LABELS).backward()
+            optimizer.step()
+    assert_same(list(strided.parameters()), [p.detach() for p in plain.parameters()])
+
+
 def test_the_clip_bounds_steps_of_a_rising_learning_rate():
     """A step is Σ_i μ^i of clipped ones, each of at most √κ in the norm of F + δI: ≤ √κ / (1 − μ).
+
+    Nesterov's has the newest 1 + μ times and all others μ times: the same bound.
 
     With θ ← θ − lr m the earlier ones would be multiplied by the rise of lr since their own time.
     """
@@ -428,6 +463,7 @@ def test_float32_and_bfloat16_parameters_keep_their_dtype():
 BAD = {
     "lr": -0.1,
     "momentum": 1.0,
+    "nesterov": "yes",
     "weight_decay": -1,
     "damping": 0.0,
     "preconditioner": "shampoo",

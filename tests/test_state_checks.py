@@ -88,7 +88,7 @@ GROUPS = {
     "groups": (put(["param_groups"], 5), "'param_groups' .a list., got .*'param_groups' .int"),
 } | {
     f"no {name}": (without(name), rf"param_groups\[0\]: lacks \['{name}'\]")
-    for name in ("lr", "momentum", "weight_decay", "maximize", "foreach", "base_lr")
+    for name in ("lr", "momentum", "nesterov", "weight_decay", "maximize", "foreach", "base_lr")
 }
 NORM = 4  # the key of the LayerNorm's weight, which AdamW trains
 ENTRIES = {

@@ -62,8 +62,9 @@ def test_no_scheduler_of_torch_is_left_out():
 def test_schedulers_set_the_learning_rates_that_steps_use(name):
     """Beside SGD's learning rates, and beside a run where they are written by hand."""
     scheduled, by_hand, reference = Network(), Network(), Network()
-    optimizers = [KFACOptimizer(m.parameters(), lr=0.1) for m in (scheduled, by_hand)]
-    sgd = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
+    settings = {"lr": 0.1, "momentum": 0.9}
+    optimizers = [KFACOptimizer(m.parameters(), **settings) for m in (scheduled, by_hand)]
+    sgd = torch.optim.SGD(reference.parameters(), **settings)
     schedulers = [SCHEDULERS[name](o) for o in (optimizers[0], sgd)]
     rates = []
     for i in range(STEPS):
@@ -257,7 +258,7 @@ def test_flags_that_cannot_be_true_are_refused(flag):
         KFACOptimizer(Network().parameters(), **{flag: 1})
 
 
-@pytest.mark.parametrize("flag", ["maximize", "foreach"])
+@pytest.mark.parametrize("flag", ["maximize", "foreach", "nesterov"])
 def test_flags_of_groups_are_checked(flag):
     with pytest.raises(ValueError, match=f"{flag} must be True or False, got 'yes'"):
         KFACOptimizer([{"params": Network().parameters(), flag: "yes"}])

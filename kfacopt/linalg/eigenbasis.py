@@ -8,7 +8,7 @@ from torch import Tensor
 from kfacopt.linalg.kronecker import DecompositionError, eigendecomposition, is_diagonal
 
 # Orthogonal iterations of one refresh at the most.
-MAX_ITERATIONS = 3
+MAX_ITERATIONS = 2
 
 
 def off_diagonal_share(matrix: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
+from kfacopt.optim.step_rules import can_be_fused
+
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 
@@ -38,14 +40,17 @@ def adamw_step(
         return
     for p in params:
         initialise_moments(states[p], p)
+    own = list(params)
+    grads = [p.grad for p in own if p.grad is not None]
+    moments = [[states[p][key] for p in own] for key in ("exp_avg", "exp_avg_sq")]
+    fused = group["foreach"] is None and can_be_fused(own, grads, *moments)
     ratio = group["lr"] / group["base_lr"] if group["base_lr"] else float(group["lr"] > 0)
     adamw(
-        list(params),
-        [p.grad for p in params if p.grad is not None],
-        [states[p]["exp_avg"] for p in params],
-        [states[p]["exp_avg_sq"] for p in params],
+        own,
+        grads,
+        *moments,
         [],
-        [states[p]["step"] for p in params],
+        [states[p]["step"] for p in own],
         amsgrad=False,
         beta1=BETAS[0],
         beta2=BETAS[1],
@@ -53,5 +58,6 @@ def adamw_step(
         weight_decay=group["weight_decay"],
         eps=EPS,
         foreach=group["foreach"],
+        fused=True if fused else None,
         maximize=group["maximize"],
     )

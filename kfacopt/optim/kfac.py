@@ -93,7 +93,7 @@ class KFACOptimizer(PreconditioningOptimizer):
         nesterov: Take Nesterov's step; `False` is θ ← (1 − lr λ) θ − m. Without momentum, and for
             `lr="auto"`, it has no effect.
         weight_decay: λ ≥ 0, decoupled.
-        damping: δ > 0, in units of F; 0.008, or 1e-3 (where it starts) for `lr="auto"`.
+        damping: δ > 0, in units of F; 5e-4, or 1e-3 (where it starts) for `lr="auto"`.
         preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
             and Ā's eigenbases Q and the running averages Λ of the second moments of single data's
             gradients in them (see `kfacopt.EKFACLinearOperator`). Λ is updated with the factors,
@@ -110,13 +110,13 @@ class KFACOptimizer(PreconditioningOptimizer):
         mc_samples: Labels drawn for each datum; 1 unless `fisher_type="mc"`.
         kfac_approx: `"expand"` or `"reduce"`, for layers with shared positions.
         ema_decay: The decay of Ā and Ḡ per update, in [0, 1); the averages are free of bias, and a
-            step counts by its number of terms. 0.95, or 0.8 for `lr="auto"`.
+            step counts by its number of terms. 0.9, or 0.8 for `lr="auto"`.
         factor_batch_fraction: The share, in (0, 1], of a batch's data that Ā, Ḡ and Λ are summed
             over, drawn anew for each backward pass; the estimates stay unbiased. It spares products
             of the factors, not the backward pass of `fisher_type="mc"`.
         factor_update_interval: Steps between updates of Ā and Ḡ. Between them hooks do nothing.
-            5, or 1 for `lr="auto"`.
-        inverse_update_interval: Steps between updates of the inverses. 25, or 5 for `lr="auto"`.
+            10, or 1 for `lr="auto"`.
+        inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`.
         kl_clip: κ > 0; `None` switches it off.
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
@@ -177,9 +177,9 @@ class KFACOptimizer(PreconditioningOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Literal["auto"] = 0.12,
+        lr: float | Literal["auto"] = 0.07,
         *,
-        momentum: float = 0.9,
+        momentum: float = 0.85,
         nesterov: bool = True,
         weight_decay: float = 0.0,
         damping: float | None = None,
@@ -192,12 +192,12 @@ class KFACOptimizer(PreconditioningOptimizer):
         factor_batch_fraction: float = 1.0,
         factor_update_interval: int | None = None,
         inverse_update_interval: int | None = None,
-        kl_clip: float | None = 1.5e-4,
+        kl_clip: float | None = 5e-5,
         separate_weight_and_bias: bool = False,
         max_factor_dim: int | None = 8192,
         factor_dtype: torch.dtype | None = None,
         inverse_dtype: torch.dtype | None = None,
-        fallback_lr: float = 1e-3,
+        fallback_lr: float = 0.015,
         loss_func: nn.Module | None = None,
         model: nn.Module | None = None,
         seed: int = 2147483647,
@@ -459,14 +459,16 @@ class KFACOptimizer(PreconditioningOptimizer):
         gradients = self._gradients()
         directions = self._directions(gradients)
         lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
+        lrs = [lr[p] for p in directions]
         if directions and self._schedule.kl_clip is not None:
-            grads = [gradients[p] for p in directions]
-            lrs = [lr[p] for p in directions]
-            values = list(directions.values())
+            grads, values = [gradients[p] for p in directions], list(directions.values())
             scale = kl_clip_scale(grads, values, lrs, self._schedule.kl_clip)
             self._kl_clip_scale = scale
-            for d in directions.values():
-                d.mul_(scale.to(d.device, d.dtype))
+            for d, rate in zip(values, lrs, strict=True):
+                d.mul_(rate * scale.to(d.device))
+        else:
+            for d, rate in zip(directions.values(), lrs, strict=True):
+                d.mul_(rate)
         for group in self.param_groups:
             own = [p for p in group["params"] if p in directions]
             if own:
@@ -476,10 +478,9 @@ class KFACOptimizer(PreconditioningOptimizer):
                     own,
                     [directions[p] for p in own],
                     buffers,
-                    lr=group["lr"],
                     momentum=momentum,
                     nesterov=group["nesterov"],
-                    weight_decay=group["weight_decay"],
+                    decay=group["lr"] * group["weight_decay"],
                     foreach=group["foreach"] is not False,
                 )
         self._update_fallback(directions)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 
 def are_finite(grads: Sequence[Tensor]) -> bool:
@@ -55,51 +56,65 @@ def kl_clip_scale(
     return torch.where(total > kl_clip, (kl_clip / total).sqrt(), torch.ones_like(total))
 
 
+def can_be_fused(*lists: Sequence[Tensor]) -> bool:
+    """Tell whether torch's fused kernels on the CPU may update tensors.
+
+    They go through memory, so that all of a parameter's tensors must lie in it alike. In bfloat16
+    they get the momentum wrong (torch 2.13).
+
+    Args:
+        lists: The parameters, and beside each of them its gradient and state.
+    """
+    return all(
+        own[0].device.type == "cpu"
+        and own[0].dtype in (torch.float32, torch.float64)
+        and all(t.is_contiguous() and t.dtype == own[0].dtype for t in own)
+        for own in zip(*lists, strict=True)
+    )
+
+
 def apply_step(
     params: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    steps: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
     *,
-    lr: float,
     momentum: float,
     nesterov: bool,
-    weight_decay: float,
+    decay: float,
     foreach: bool = True,
 ) -> None:
-    """Update parameters in place: m ← μ m + lr Δ, θ ← (1 − lr λ) θ − m.
+    """Update parameters in place: m ← μ m + s, θ ← (1 − d) θ − (s + μ m), by torch's SGD.
 
-    Nesterov's step goes on by momentum from there: θ ← (1 − lr λ) θ − (lr Δ + μ m), with the new m.
+    Without Nesterov's momentum θ ← (1 − d) θ − m. The learning rate is inside s and m: with
+    θ ← θ − lr m a rate that rises, as in a warm-up, would multiply steps that the KL clip bounded
+    for the rate of their own time.
 
-    The learning rate is inside m: with θ ← θ − lr m a rate that rises, as in a warm-up, would
-    multiply steps that the KL clip bounded for the rate of their own time.
-
-    The weight decay λ is decoupled from the preconditioner (Loshchilov & Hutter, 2019; Zhang et
-    al., 2019, https://arxiv.org/abs/1810.12281, on why that helps K-FAC).
+    The weight decay is decoupled from the preconditioner (Loshchilov & Hutter, 2019; Zhang et al.,
+    2019, https://arxiv.org/abs/1810.12281, on why that helps K-FAC).
 
     Args:
         params: θ.
-        directions: Δ, of the same shapes.
+        steps: s, of the same shapes; may be changed.
         momentum_buffers: m, changed in place; unused if `momentum` is 0.
-        lr: The learning rate.
         momentum: μ.
-        nesterov: Whether to take Nesterov's step, Sutskever et al. (2013), section 2.1, in the form
-            of `torch.optim.SGD`.
-        weight_decay: λ.
+        nesterov: Whether momentum is Nesterov's, as in Sutskever et al. (2013), section 2.1.
+        decay: d, the learning rate times the weight decay λ.
         foreach: Update all parameters in one call for each operation; else one after the other.
     """
-    if not foreach:
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        one = partial(apply_step, nesterov=nesterov, **settings)
-        for i, (p, direction) in enumerate(zip(params, directions, strict=True)):
-            one([p], [direction], momentum_buffers[i : i + 1])
-        return
-    if weight_decay:
-        torch._foreach_mul_(list(params), 1 - lr * weight_decay)
-    steps = list(directions)
-    if momentum:
-        buffers = list(momentum_buffers)
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, steps, alpha=lr)
-        torch._foreach_add_(list(params), buffers, alpha=-momentum if nesterov else -1)
-    if nesterov or not momentum:
-        torch._foreach_add_(list(params), steps, alpha=-lr)
+    if decay:
+        torch._foreach_mul_(list(params), 1 - decay)
+    buffers = list(momentum_buffers) if momentum else []
+    fused = foreach and can_be_fused(params, steps, *([buffers] if buffers else []))
+    sgd(
+        list(params),
+        list(steps),
+        buffers or [None] * len(params),
+        foreach=foreach and not fused,
+        fused=fused,
+        weight_decay=0.0,
+        momentum=momentum,
+        lr=1.0,
+        dampening=0.0,
+        nesterov=nesterov,
+        maximize=False,
+    )
