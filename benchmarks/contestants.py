@@ -89,9 +89,8 @@ def _challengers() -> list[Contestant]:
     if optimizers.has_shampoo_and_soap():
         found.append(Contestant("SOAP", optimizers.soap, ADAM_SPACE))
         found.append(Contestant("Shampoo", optimizers.shampoo, ADAM_SPACE))
-    found.append(Contestant("K-FAC", optimizers.plain_kfac, KFAC_SPACE))
-    if optimizers.has_ekfac():
-        found.append(Contestant("EKFAC", optimizers.ekfac, KFAC_SPACE))
+    found.append(Contestant("K-FAC", optimizers.kfac, KFAC_SPACE))
+    found.append(Contestant("EKFAC", optimizers.ekfac, KFAC_SPACE))
     on_all_data = partial(Contestant, all_data=True, problems=FULL_DATA_PROBLEMS)
     found.append(on_all_data("L-BFGS", optimizers.lbfgs, LBFGS_SPACE))
     found.append(on_all_data("K-FAC auto", optimizers.self_tuned_kfac, AUTO_SPACE))

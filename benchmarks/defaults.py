@@ -41,7 +41,7 @@ from kfacopt.optim.settings import DEFAULTS
 
 NAME = "K-FAC"
 SHARE = 0.5  # of a problem's budget
-FASTEST = 2.0  # gradients that a step costs at least, which bounds the number of steps
+FASTEST = 2.0  # a step costs SHARE times that many gradients at least, which bounds their number
 CURRENT = "now"
 
 SPACE: Mapping[str, Dimension] = {
@@ -65,12 +65,13 @@ NARROWER: Mapping[str, Dimension] = {
     "intervals": Choice(((5, 25), (10, 50))),
 }
 
-# Between the best of the first round, rounded.
+# Between the best of the first round, rounded; and last what the defaults were before.
 ROUNDED = (
     (0.07, 1e-3, 3e-5, 0.9, 0.01, 0.8, 5, 25),
     (0.07, 5e-4, 5e-5, 0.85, 0.015, 0.9, 10, 50),
     (0.1, 1e-3, 5e-5, 0.85, 0.015, 0.8, 5, 25),
     (0.07, 2e-3, 2e-5, 0.9, 0.01, 0.9, 10, 50),
+    (0.12, 8e-3, 1.5e-4, 0.9, 1e-3, 0.95, 5, 25),
 )
 
 Scores = Mapping[str, Mapping[str, float]]  # by candidate and problem
@@ -81,7 +82,7 @@ def current() -> Trial:
     signature = inspect.signature(KFACOptimizer).parameters
     names = ("lr", "kl_clip", "momentum", "fallback_lr")
     settings = {name: signature[name].default for name in names}
-    return Trial(CURRENT, settings | asdict(DEFAULTS["fixed"]), CONSTANT)
+    return Trial(CURRENT, asdict(DEFAULTS["fixed"]) | settings, CONSTANT)
 
 
 def candidates(count: int, narrower: int) -> list[Trial]:
@@ -168,7 +169,7 @@ def report(trained: Sequence[Trial], found: Scores, problems: Sequence[str]) -> 
     rows = [
         [
             t.name,
-            *(f"{t.settings[key]:.3g}" for key in keys),
+            *("–" if t.settings[key] is None else f"{t.settings[key]:.3g}" for key in keys),
             f"{means[t.name]:.2f}",
             f"{min(found[t.name].values()):.2f}",
         ]
@@ -229,7 +230,7 @@ def choose(comparison: Comparison, trained: Sequence[Trial], folder: Path) -> st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--candidates", type=int, default=24)
-    parser.add_argument("--narrower", type=int, default=12, help="candidates of the second round")
+    parser.add_argument("--narrower", type=int, default=6, help="candidates of the second round")
     parser.add_argument("--problems", nargs="+", choices=tuple(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all budgets")
     parser.add_argument("--workers", type=int, default=2)

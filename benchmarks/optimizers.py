@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -47,11 +46,6 @@ class Joint:
         """Perform a step of each."""
         for optimizer in self.optimizers:
             optimizer.step()
-
-
-def has_ekfac() -> bool:
-    """Tell whether this version of `KFACOptimizer` offers EKFAC."""
-    return "preconditioner" in inspect.signature(KFACOptimizer).parameters
 
 
 def has_shampoo_and_soap() -> bool:
@@ -213,7 +207,6 @@ def lbfgs(model: nn.Module, *, max_iter: int = 10, history: int = 100) -> torch.
 
 
 ekfac = functools.partial(kfac, preconditioner="ekfac")
-plain_kfac = functools.partial(kfac, preconditioner="kfac") if has_ekfac() else kfac
 self_tuned_kfac = functools.partial(kfac, lr="auto")
 
 

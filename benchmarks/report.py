@@ -20,6 +20,7 @@ from benchmarks.scoring import (
     sensitivity,
 )
 from benchmarks.step_tables import markdown
+from benchmarks.tuning import DEFAULT
 
 Found = Mapping[str, Mapping[str, Outcome]]
 KINDS = {"tuned": True, "defaults": False}
@@ -66,7 +67,10 @@ def _metric_table(found: Found, comparison: Comparison) -> str:
     rows = []
     for problem, row in found.items():
         target = comparison.target(problem)
-        goal = "" if target is None else f"{target['value']:.3g} ({target['holder']})"
+        goal = ""
+        if target is not None:
+            trial = "defaults" if target["trial"] == DEFAULT.name else f"trial {target['trial']}"
+            goal = f"{target['value']:.3g} ({target['holder']}, {trial})"
         best = [f"{row[n].median_best:.3g}" if n in row else "" for n in names]
         rows.append([problem, PROBLEMS[problem].metric, goal, *best])
     return markdown(["", "metric", "target", *names], rows)

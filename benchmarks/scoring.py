@@ -81,8 +81,11 @@ def outcome(
     reached = [run.first_reach(target["value"]) for run in found]
     steps, seconds = [float(n) for n, _ in reached], [s for _, s in reached]
     costs = comparison.costs(problem)
-    cost = costs[contestant.name] / costs[GRADIENT]
-    return Outcome(contestant.name, found, steps, seconds, [cost * n for n in steps])
+    if contestant.all_data:  # a step's evaluations are as many as the settings say
+        gradients = [s / costs[GRADIENT] for s in seconds]
+    else:
+        gradients = [n * costs[contestant.name] / costs[GRADIENT] for n in steps]
+    return Outcome(contestant.name, found, steps, seconds, gradients)
 
 
 def outcomes(comparison: Comparison, tuned: bool) -> dict[str, dict[str, Outcome]]:

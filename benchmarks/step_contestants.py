@@ -117,9 +117,7 @@ def contestants(workload: str, terms: str) -> list[StepContestant]:
         "(1, 10)": (1, 10),
         "(10, 100)": (10, 100),
     }
-    makers = {"K-FAC": optimizers.plain_kfac}
-    if optimizers.has_ekfac():
-        makers["EKFAC"] = optimizers.ekfac
+    makers = {"K-FAC": optimizers.kfac, "EKFAC": optimizers.ekfac}
     for name, make in makers.items():
         for approx in ("expand", "reduce") if workload == "cnn" else ("expand",):
             label = f"{name} {approx}" if workload == "cnn" else name

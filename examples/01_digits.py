@@ -32,7 +32,7 @@ from kfacopt import (
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-TARGET, BATCH, DAMPING, CHECKED = 0.97, 64, 0.008, 128
+TARGET, BATCH, CHECKED = 0.97, 64, 128
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2),
@@ -90,7 +90,8 @@ def train(name: str, epochs: int) -> dict:
                     curve.append((step, seconds, loss.item(), accuracy))
     with torch.no_grad():
         final = F.cross_entropy(model(X), y).item()
-    return {"name": name, "curve": curve, "final": final, "seconds": seconds, "early": early}
+    found = {"name": name, "curve": curve, "final": final, "seconds": seconds, "early": early}
+    return found | {"damping": optimizer.param_groups[0].get("damping")}
 
 
 def print_table(runs: list[dict]) -> None:
@@ -124,8 +125,8 @@ def plot(runs: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def check(model: nn.Module, data_size: int) -> None:
-    """Compare K-FAC with the exact GGN, in float64, for the loss that was trained."""
+def check(model: nn.Module, damping: float, data_size: int) -> None:
+    """Compare K-FAC with the exact GGN, in float64, with the loss and damping of training."""
     X, y, _, _ = load()
     X, y = X[:data_size].double(), y[:data_size]
     model, loss_func = model.double(), nn.CrossEntropyLoss()
@@ -146,20 +147,20 @@ def check(model: nn.Module, data_size: int) -> None:
         distance = (approximate - exact).norm() / exact.norm()
         print(f"{name:<8}{ggn.shape[0]:>12}{distance.item():>26.3f}")
         own_gradient = gradient[offset : offset + ggn.shape[0]]
-        blocks.append(torch.linalg.solve(exact + DAMPING * identity, own_gradient))
+        blocks.append(torch.linalg.solve(exact + damping * identity, own_gradient))
         offset += ggn.shape[0]
 
     ggn = GGNLinearOperator(model, loss_func, params, data)
-    damped = ggn + DAMPING * IdentityLinearOperator(ggn)
+    damped = ggn + damping * IdentityLinearOperator(ggn)
     exact = CGInverseLinearOperator(damped) @ gradient  # warns if it does not converge
     # How much of the best decrease of gᵀd + ½ dᵀ(GGN + δI)d a step reaches, at its best length.
-    print(f"\nSteps beside the exact one, (GGN + {DAMPING} I)⁻¹ g, by conjugate gradients")
+    print(f"\nSteps beside the exact one, (GGN + {damping} I)⁻¹ g, by conjugate gradients")
     print(f"{'':<28}{'cosine':>8}{'share of the best decrease':>30}")
     for label, step in (
         ("the gradient", gradient),
         ("the GGN's exact blocks", torch.cat(blocks)),
-        ("K-FAC, factored damping", kfac.inverse(DAMPING) @ gradient),
-        ("K-FAC, exact damping", kfac.inverse(DAMPING, method="exact") @ gradient),
+        ("K-FAC, factored damping", kfac.inverse(damping) @ gradient),
+        ("K-FAC, exact damping", kfac.inverse(damping, method="exact") @ gradient),
     ):
         cosine = F.cosine_similarity(step, exact, dim=0).item()
         curvature = step @ (damped @ step)
@@ -178,7 +179,7 @@ def main() -> None:
     path = arguments.output / "01_digits.png"
     plot(runs, path)
     print(f"\nPicture: {path}")
-    check(runs[-1]["early"], 16 if arguments.quick else CHECKED)
+    check(runs[-1]["early"], runs[-1]["damping"], 16 if arguments.quick else CHECKED)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,8 @@ def test_parameters_in_any_memory_format_get_the_same_steps():
     plain = Strided()
     strided = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     strided.place = nn.Parameter(strided.place.detach().T.contiguous().T)
-    assert not strided.conv.weight.is_contiguous() and not strided.place.is_contiguous()
+    assert not strided.conv.weight.is_contiguous()
+    assert not strided.place.is_contiguous()
     images = torch.linspace(-2, 2, 6 * 2 * 25).reshape(6, 2, 5, 5).sin()
     for model in (plain, strided):
         optimizer = KFACOptimizer(model.parameters(), weight_decay=0.1)
@@ -307,6 +308,38 @@ def test_intervals():
     assert changed == [2, 4, 6, 8]
     changed = [i for i in range(1, 9) if not torch.equal(inverses[i], inverses[i - 1])]
     assert changed == [4, 8]
+
+
+@pytest.mark.parametrize("setting", ["default", "auto", "given", "group"])
+def test_the_fallback_learning_rate_follows_from_the_kind_of_a_parameter(setting):
+    """AdamW's first step is as long as its rate, whatever the gradient."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.norm = nn.Embedding(3, 4), nn.LayerNorm(4)
+            self.places, self.gate = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.ones(()))
+            self.recurrent, self.head = nn.GRU(4, 4), nn.Linear(4, 3)
+
+        def forward(self, labels):
+            x = self.norm(self.embedding(labels) + self.places) * self.gate
+            return self.head(self.recurrent(x.unsqueeze(0))[0][0])
+
+    model = Model()
+    gentle = [model.embedding.weight, model.norm.bias, model.gate, model.recurrent.bias_hh_l0]
+    matrices = [model.places, model.recurrent.weight_hh_l0]
+    options = {"default": {}, "auto": {"lr": "auto"}, "given": {"fallback_lr": 0.1}}
+    group = {"params": model.parameters()} | ({"fallback_lr": 0.1} if setting == "group" else {})
+    optimizer = KFACOptimizer([group], model=model, **options.get(setting, {}))
+    before = [p.detach().clone() for p in (*gentle, *matrices)]
+    F.cross_entropy(model(LABELS), LABELS).backward()
+    for p in (*gentle, *matrices):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    after = [p.detach() for p in (*gentle, *matrices)]
+    moved = [float((b - a).mean()) for b, a in zip(before, after, strict=True)]
+    rates = {"default": (0.015, 1e-3), "auto": (1e-3, 1e-3)}.get(setting, (0.1, 0.1))
+    assert moved == pytest.approx([rates[0]] * 4 + [rates[1]] * 2, rel=1e-6)
 
 
 def test_fallback_learning_rate_follows_the_schedule():

@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer
 
 from kfacopt.kfac.layers import Block, Layer, find_layers
 from kfacopt.optim.distributed import WrapperWatch
+from kfacopt.optim.fallback import embeddings
 from kfacopt.optim.hooks import remove_hooks
 from kfacopt.optim.initial_state import complete_state, state_shapes
 from kfacopt.optim.messages import log_layers, user_stacklevel
@@ -53,6 +54,7 @@ class ConnectedOptimizer(Optimizer):
         self._layers: list[Layer] = []
         self._blocks: list[Block] = []
         self._names: dict[int, str] = {}
+        self._embeddings: set[int] = set()
         self._collector: StatisticsCollector
         self._placement: list[tuple[torch.dtype, torch.device]] = []
         self._warned: set[str] = set()
@@ -121,6 +123,7 @@ class ConnectedOptimizer(Optimizer):
             modules = find_modules(params, None if self._model is None else self._model())
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
         self._names = parameter_names(modules, params)
+        self._embeddings = embeddings(module for _, module in modules)
         self._trained = [p.requires_grad for p in params]
         self._placement = [(p.dtype, p.device) for p in params]
         self._layers = [layer for layer, _ in layers]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
@@ -14,6 +14,31 @@ from kfacopt.optim.step_rules import can_be_fused
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+MATRIX_LR = 1e-3  # of tensors that are neither vectors nor embeddings, unless a rate is given
+
+
+def embeddings(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the `id`s of the parameters of embeddings."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return {id(p) for m in modules if isinstance(m, kinds) for p in m._parameters.values()}
+
+
+def by_learning_rate(
+    params: Iterable[Parameter], given: float | None, embedded: set[int], vector_lr: float
+) -> dict[float, list[Parameter]]:
+    """Return parameters by AdamW's learning rate for them, before schedules.
+
+    Args:
+        params: The parameters.
+        given: A group's `fallback_lr`; `None` lets the rate follow from the kind of a parameter.
+        embedded: The `id`s of embeddings.
+        vector_lr: The rate of vectors and embeddings.
+    """
+    found: dict[float, list[Parameter]] = {}
+    for p in params:
+        by_kind = vector_lr if p.ndim < 2 or id(p) in embedded else MATRIX_LR
+        found.setdefault(by_kind if given is None else given, []).append(p)
+    return found
 
 
 def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
@@ -28,19 +53,19 @@ def adamw_step(
     params: Sequence[Parameter],
     states: MutableMapping[Tensor, Any],
     group: dict[str, Any],
+    lr: float,
 ) -> None:
-    """Update parameters by torch's AdamW with `fallback_lr`, scaled as the group's `lr` was.
+    """Update parameters by torch's AdamW, with a rate that is scaled as the group's `lr` was.
 
     Args:
         params: Parameters with gradients.
         states: The optimizer's state.
         group: Their parameter group.
+        lr: AdamW's learning rate before schedules.
     """
-    if not params:
-        return
-    for p in params:
-        initialise_moments(states[p], p)
     own = list(params)
+    for p in own:
+        initialise_moments(states[p], p)
     grads = [p.grad for p in own if p.grad is not None]
     moments = [[states[p][key] for p in own] for key in ("exp_avg", "exp_avg_sq")]
     fused = group["foreach"] is None and can_be_fused(own, grads, *moments)
@@ -54,7 +79,7 @@ def adamw_step(
         amsgrad=False,
         beta1=BETAS[0],
         beta2=BETAS[1],
-        lr=group["fallback_lr"] * ratio,
+        lr=lr * ratio,
         weight_decay=group["weight_decay"],
         eps=EPS,
         foreach=group["foreach"],

@@ -24,7 +24,7 @@ from kfacopt.kfac.layers import KFAC_APPROXES, KFACApprox, Layer
 from kfacopt.likelihoods import FISHER_TYPES, FisherType, likelihood_of
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 from kfacopt.optim.distributed import mean_over_ranks
-from kfacopt.optim.fallback import adamw_step
+from kfacopt.optim.fallback import adamw_step, by_learning_rate
 from kfacopt.optim.initial_state import is_initialisation
 from kfacopt.optim.loss_scale import calling_loss_scale
 from kfacopt.optim.messages import missing_statistics
@@ -83,12 +83,14 @@ class KFACOptimizer(PreconditioningOptimizer):
         params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
             may set `lr`, `momentum`, `nesterov`, `weight_decay`, `damping` and `fallback_lr`. A
             joint block [W | b] takes W's damping.
-        lr: The learning rate, in units of a natural-gradient step: 1 is a full one. `"auto"`
-            chooses step size, momentum and damping in every step, for large or full batches:
-            see `kfacopt.optim.self_tuning`. The groups' `lr` is then 1, and what schedulers make of
-            it multiplies the steps; `momentum=0` leaves momentum out, `damping` is where the
-            adaptation starts, `weight_decay` counts per step of size 1, and `kl_clip` is not used.
-            An objective with terms that are not recognised needs `step(closure)`.
+        lr: The learning rate, in units of a natural-gradient step: 1 is a full one. Where the clip
+            is active (ν < 1) the step's length follows from κ alone, and a schedule acts where it
+            falls below that: tune `kl_clip` first. `"auto"` chooses step size, momentum and damping
+            in every step, for large or full batches: see `kfacopt.optim.self_tuning`. The groups'
+            `lr` is then 1, and what schedulers make of it multiplies the steps; `momentum=0` leaves
+            momentum out, `damping` is where the adaptation starts, `weight_decay` counts per step
+            of size 1, and `kl_clip` is not used; AdamW's part is outside of what is undone. An
+            objective with terms that are not recognised needs `step(closure)`.
         momentum: μ in [0, 1), on the preconditioned step.
         nesterov: Take Nesterov's step; `False` is θ ← (1 − lr λ) θ − m. Without momentum, and for
             `lr="auto"`, it has no effect.
@@ -117,7 +119,8 @@ class KFACOptimizer(PreconditioningOptimizer):
         factor_update_interval: Steps between updates of Ā and Ḡ. Between them hooks do nothing.
             10, or 1 for `lr="auto"`.
         inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`.
-        kl_clip: κ > 0; `None` switches it off.
+        kl_clip: κ > 0, about twice the KL divergence by which a step without momentum may move the
+            model's predictions; steps are as long as √κ. `None` switches it off.
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
         factor_dtype: The dtype that Ā, Ḡ and Λ are kept in; `None` is the parameters', at least
@@ -125,7 +128,9 @@ class KFACOptimizer(PreconditioningOptimizer):
         inverse_dtype: The dtype that inverses and bases are kept in; `None` is the factors', at
             least float32. They are multiplied in that, but at least float32.
         fallback_lr: AdamW's learning rate for all other parameters; it follows the ratio of the
-            group's current to its initial `lr`.
+            group's current to its initial `lr`. `None`: 0.015 for vectors and embeddings, and
+            AdamW's usual 1e-3 for other tensors (of `nn.MultiheadAttention`, recurrent layers,
+            positions), and for all with `lr="auto"`.
         loss_func: The loss at the model's output (an `nn` loss), where it is computed in a way
             that is not recognised; the curvature is then taken at the output of the outermost
             module. Its targets are unknown: no class weights, no ignored targets. A factor on it
@@ -134,7 +139,8 @@ class KFACOptimizer(PreconditioningOptimizer):
             searches the process, once, for the modules that own `params`.
         seed: Seeds the generator that draws labels.
         maximize: Maximise the objective instead; groups may set it.
-        foreach: `False` updates parameters one after the other; groups may set it.
+        foreach: `False` updates parameters one after the other, `True` with one call for each
+            operation, `None` with fused ones where torch has them; groups may set it.
         capturable: Only `False`: inverses are checked on the host.
         differentiable: Only `False`.
 
@@ -197,7 +203,7 @@ class KFACOptimizer(PreconditioningOptimizer):
         max_factor_dim: int | None = 8192,
         factor_dtype: torch.dtype | None = None,
         inverse_dtype: torch.dtype | None = None,
-        fallback_lr: float = 0.015,
+        fallback_lr: float | None = None,
         loss_func: nn.Module | None = None,
         model: nn.Module | None = None,
         seed: int = 2147483647,
@@ -459,16 +465,13 @@ class KFACOptimizer(PreconditioningOptimizer):
         gradients = self._gradients()
         directions = self._directions(gradients)
         lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
-        lrs = [lr[p] for p in directions]
         if directions and self._schedule.kl_clip is not None:
-            grads, values = [gradients[p] for p in directions], list(directions.values())
-            scale = kl_clip_scale(grads, values, lrs, self._schedule.kl_clip)
-            self._kl_clip_scale = scale
-            for d, rate in zip(values, lrs, strict=True):
-                d.mul_(rate * scale.to(d.device))
-        else:
-            for d, rate in zip(directions.values(), lrs, strict=True):
-                d.mul_(rate)
+            grads, lrs = [gradients[p] for p in directions], [lr[p] for p in directions]
+            values = list(directions.values())
+            self._kl_clip_scale = kl_clip_scale(grads, values, lrs, self._schedule.kl_clip)
+        scale = self._kl_clip_scale
+        for p, d in directions.items():
+            d.mul_(lr[p] if scale is None else lr[p] * scale.to(d.device))
         for group in self.param_groups:
             own = [p for p in group["params"] if p in directions]
             if own:
@@ -481,16 +484,22 @@ class KFACOptimizer(PreconditioningOptimizer):
                     momentum=momentum,
                     nesterov=group["nesterov"],
                     decay=group["lr"] * group["weight_decay"],
-                    foreach=group["foreach"] is not False,
+                    foreach=group["foreach"],
                 )
         self._update_fallback(directions)
+
+    @property
+    def _vector_lr(self) -> float:
+        return DEFAULTS["fixed" if self._tuning is None else "auto"].fallback_lr
 
     def _update_fallback(self, directions: dict[Parameter, Tensor]) -> None:
         self._num_fallback = 0
         for group in self.param_groups:
             rest = [p for p in group["params"] if p.grad is not None and p not in directions]
             self._num_fallback += len(rest)
-            adamw_step(rest, self.state, group)
+            given = (group["fallback_lr"], self._embeddings, self._vector_lr)
+            for lr, own in by_learning_rate(rest, *given).items():
+                adamw_step(own, self.state, group, lr)
 
     def _momentum_buffer(self, p: Parameter) -> Tensor:
         state = self.state[p]

@@ -34,11 +34,12 @@ class Defaults:
     ema_decay: float
     factor_update_interval: int
     inverse_update_interval: int
+    fallback_lr: float  # of vectors and embeddings
 
 
 # "fixed", with the numbers in the signature of `KFACOptimizer`, is the best of the settings in
 # benchmarks/defaults.py (r1).
-DEFAULTS = {"fixed": Defaults(5e-4, 0.9, 10, 50), "auto": Defaults(1e-3, 0.8, 1, 5)}
+DEFAULTS = {"fixed": Defaults(5e-4, 0.9, 10, 50, 0.015), "auto": Defaults(1e-3, 0.8, 1, 5, 1e-3)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def refuse_flags(**flags: bool) -> None:
 _OF_ALL_GROUPS = (
     *("preconditioner", "damping_method", "fisher_type", "mc_samples", "kfac_approx"),
     *("ema_decay", "factor_update_interval", "inverse_update_interval", "kl_clip"),
-    *("separate_weight_and_bias", "max_factor_dim", "factor_dtype", "inverse_dtype"),
+    *("factor_batch_fraction", "separate_weight_and_bias", "max_factor_dim"),
+    *("factor_dtype", "inverse_dtype"),
     *("loss_func", "model", "seed"),
 )
 _UNSUPPORTED_FLAGS = ("capturable", "differentiable", "fused")
@@ -121,7 +123,7 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
     own = (*own, "maximize", "foreach")
     missing = [name for name in (*own, "base_lr", "num_steps") if name not in group]
     if missing:
-        raise ValueError(f"{where}lacks {missing}; it is not that of a KFACOptimizer.")
+        raise ValueError(f"{where}lacks {missing}; it is not that of this KFACOptimizer.")
     strange = [name for name in _OF_ALL_GROUPS if name in group]
     strange += [name for name in _UNSUPPORTED_FLAGS if group.get(name)]
     if strange:
@@ -129,7 +131,8 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
             f"{where}{', '.join(strange)} cannot be set for a group; groups may set {own}."
         )
     for name in ("lr", "base_lr", "weight_decay", "fallback_lr"):
-        check_range(f"{where}{name}", group[name], 0)
+        if name != "fallback_lr" or group[name] is not None:
+            check_range(f"{where}{name}", group[name], 0)
     check_range(f"{where}momentum", group["momentum"], 0, 1, upper_open=True)
     check_range(f"{where}damping", group["damping"], 0, lower_open=True)
     check_flag(f"{where}nesterov", group["nesterov"])

@@ -81,7 +81,7 @@ def apply_step(
     momentum: float,
     nesterov: bool,
     decay: float,
-    foreach: bool = True,
+    foreach: bool | None = None,
 ) -> None:
     """Update parameters in place: m ← μ m + s, θ ← (1 − d) θ − (s + μ m), by torch's SGD.
 
@@ -99,17 +99,21 @@ def apply_step(
         momentum: μ.
         nesterov: Whether momentum is Nesterov's, as in Sutskever et al. (2013), section 2.1.
         decay: d, the learning rate times the weight decay λ.
-        foreach: Update all parameters in one call for each operation; else one after the other.
+        foreach: Update all parameters in one call for each operation; `False`: one after the other;
+            `None`: in one call for all operations, where torch can.
     """
-    if decay:
+    if decay and foreach is not False:
         torch._foreach_mul_(list(params), 1 - decay)
+    elif decay:
+        for p in params:
+            p.mul_(1 - decay)
     buffers = list(momentum_buffers) if momentum else []
-    fused = foreach and can_be_fused(params, steps, *([buffers] if buffers else []))
+    fused = foreach is None and can_be_fused(params, steps, *([buffers] if buffers else []))
     sgd(
         list(params),
         list(steps),
         buffers or [None] * len(params),
-        foreach=foreach and not fused,
+        foreach=foreach is not False and not fused,
         fused=fused,
         weight_decay=0.0,
         momentum=momentum,
