@@ -63,17 +63,18 @@ def adamw_step(
         group: Their parameter group.
         lr: AdamW's learning rate before schedules.
     """
-    own = list(params)
-    for p in own:
+    own: list[Tensor] = list(params)
+    for p in params:
         initialise_moments(states[p], p)
     grads = [p.grad for p in own if p.grad is not None]
-    moments = [[states[p][key] for p in own] for key in ("exp_avg", "exp_avg_sq")]
-    fused = group["foreach"] is None and can_be_fused(own, grads, *moments)
+    averages, squares = [[states[p][key] for p in own] for key in ("exp_avg", "exp_avg_sq")]
+    fused = group["foreach"] is None and can_be_fused(own, grads, averages, squares)
     ratio = group["lr"] / group["base_lr"] if group["base_lr"] else float(group["lr"] > 0)
     adamw(
         own,
         grads,
-        *moments,
+        averages,
+        squares,
         [],
         [states[p]["step"] for p in own],
         amsgrad=False,

@@ -119,8 +119,8 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
     Raises:
         ValueError: Names the setting.
     """
-    own = ("lr", "momentum", "nesterov", "weight_decay", "damping", "fallback_lr")
-    own = (*own, "maximize", "foreach")
+    rates = ("lr", "momentum", "nesterov", "weight_decay", "damping", "fallback_lr")
+    own = (*rates, "maximize", "foreach")
     missing = [name for name in (*own, "base_lr", "num_steps") if name not in group]
     if missing:
         raise ValueError(f"{where}lacks {missing}; it is not that of this KFACOptimizer.")

@@ -107,12 +107,12 @@ def apply_step(
     elif decay:
         for p in params:
             p.mul_(1 - decay)
-    buffers = list(momentum_buffers) if momentum else []
-    fused = foreach is None and can_be_fused(params, steps, *([buffers] if buffers else []))
+    buffers = momentum_buffers if momentum else []
+    fused = foreach is None and can_be_fused(params, steps, *([buffers] if momentum else []))
     sgd(
         list(params),
         list(steps),
-        buffers or [None] * len(params),
+        [*buffers] or [None] * len(params),
         foreach=foreach is not False and not fused,
         fused=fused,
         weight_decay=0.0,
