@@ -123,7 +123,9 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
     own = (*rates, "maximize", "foreach")
     missing = [name for name in (*own, "base_lr", "num_steps") if name not in group]
     if missing:
-        raise ValueError(f"{where}lacks {missing}; it is not that of a KFACOptimizer of this version.")
+        raise ValueError(
+            f"{where}lacks {missing}; it is not that of a KFACOptimizer of this version."
+        )
     strange = [name for name in _OF_ALL_GROUPS if name in group]
     strange += [name for name in _UNSUPPORTED_FLAGS if group.get(name)]
     if strange:
