@@ -326,7 +326,13 @@ def test_the_fallback_learning_rate_follows_from_the_kind_of_a_parameter(setting
             return self.head(self.recurrent(x.unsqueeze(0))[0][0])
 
     model = Model()
-    gentle = [model.embedding.weight, model.norm.bias, model.gate, model.recurrent.bias_hh_l0]
+    nn.utils.parametrizations.weight_norm(model.embedding)
+    gentle = [
+        model.embedding.parametrizations.weight.original1,
+        model.norm.bias,
+        model.gate,
+        model.recurrent.bias_hh_l0,
+    ]
     matrices = [model.places, model.recurrent.weight_hh_l0]
     options = {"default": {}, "auto": {"lr": "auto"}, "given": {"fallback_lr": 0.1}}
     group = {"params": model.parameters()} | ({"fallback_lr": 0.1} if setting == "group" else {})

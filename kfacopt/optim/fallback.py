@@ -18,9 +18,9 @@ MATRIX_LR = 1e-3  # of tensors that are neither vectors nor embeddings, unless a
 
 
 def embeddings(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the `id`s of the parameters of embeddings."""
+    """Return the `id`s of the parameters of embeddings, parametrised ones included."""
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    return {id(p) for m in modules if isinstance(m, kinds) for p in m._parameters.values()}
+    return {id(p) for m in modules if isinstance(m, kinds) for p in m.parameters()}
 
 
 def by_learning_rate(
@@ -44,7 +44,7 @@ def by_learning_rate(
 def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
     """Give a parameter AdamW's state if it has none."""
     if "exp_avg" not in state:
-        state["step"] = torch.zeros(())
+        state["step"] = torch.zeros((), dtype=torch.float32)
         state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 

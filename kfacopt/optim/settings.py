@@ -38,7 +38,7 @@ class Defaults:
 
 
 # "fixed", with the numbers in the signature of `KFACOptimizer`, is the best of the settings in
-# benchmarks/defaults.py (r1).
+# benchmarks/defaults.py (r1), but for `fallback_lr`: matrices and positions get 1e-3 instead.
 DEFAULTS = {"fixed": Defaults(5e-4, 0.9, 10, 50, 0.015), "auto": Defaults(1e-3, 0.8, 1, 5, 1e-3)}
 
 
