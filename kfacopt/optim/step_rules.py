@@ -60,7 +60,7 @@ def can_be_fused(*lists: Sequence[Tensor]) -> bool:
     """Tell whether torch's fused kernels on the CPU may update tensors.
 
     They go through memory, so that all of a parameter's tensors must lie in it alike. In bfloat16
-    they get the momentum wrong (torch 2.13).
+    and float16 SGD's leaves the parameters as they are (torch 2.13).
 
     Args:
         lists: The parameters, and beside each of them its gradient and state.
