@@ -287,6 +287,20 @@ def test_tuned_setting_is_the_first_at_the_target(comparison):
     assert gained.gradients == pytest.approx([ratio * n for n in gained.steps])
 
 
+def test_gradients_of_contestants_with_closures_follow_from_their_seconds():
+    """A gradient takes 0.5 s, a calibrated step 1 s; the target is met at step 4, after 3 s."""
+    curve = [(0, 0.0, 9.0), (4, 3.0, 1.0)]
+    found = Run(PROBLEM, "", "default", 0, 4, {}, curve, "finished")
+    known = all_contestants()
+    stub = SimpleNamespace(
+        target=lambda _: {"value": 1.0},
+        final_jobs=lambda *_: [SimpleNamespace(read=lambda: found)],
+        costs=lambda _: {GRADIENT: 0.5, "L-BFGS": 1.0, "AdamW": 1.0},
+    )
+    gradients = {n: outcome(stub, PROBLEM, known[n], False).gradients for n in ("L-BFGS", "AdamW")}
+    assert gradients == {"L-BFGS": [6.0], "AdamW": [8.0]}
+
+
 def test_scores_with_one_of_ours_leave_the_others_out(comparison, monkeypatch):
     """K-FAC auto takes 1 s, SOAP 2 s, K-FAC 5 s: SOAP is the best when K-FAC auto is away."""
     seconds = {"SOAP": 2.0, "K-FAC": 5.0, "K-FAC auto": 1.0}
