@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -35,8 +36,11 @@ def _git(*arguments: str) -> str:
 
 @cache
 def commit() -> str | None:
-    """Return the commit of the code that runs."""
-    return _git("rev-parse", "HEAD") or None
+    """Return the commit of the code that runs.
+
+    Where the code was copied without its repository, `KFACOPT_COMMIT` says it.
+    """
+    return os.environ.get("KFACOPT_COMMIT") or _git("rev-parse", "HEAD") or None
 
 
 def _processor() -> str:

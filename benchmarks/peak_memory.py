@@ -4,7 +4,8 @@
 
 prints the bytes by which the process grew at most, from before the model was made. Without a
 contestant it runs forward and backward passes alone. On the CPU this is the high-water mark of the
-resident set (`VmHWM`: `ru_maxrss` would count the parent's).
+resident set (`VmHWM`: `ru_maxrss` would count the parent's); on a GPU, which counts by itself, no
+process is needed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def growth(workload: str, size: str, device: str, contestant: str = "", kind: st
         contestant: Its name; empty for forward and backward passes alone.
         kind: Which of its steps.
     """
-    before = 0 if device == "cuda" else _resident("VmRSS")
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = _resident("VmRSS")
     work = make_workload(workload, size, device)
     optimizer = None
     if contestant:
@@ -54,16 +59,19 @@ def growth(workload: str, size: str, device: str, contestant: str = "", kind: st
         work.loss(work.model).backward()
         if optimizer is not None:
             optimizer.step()
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+    return peak - before
 
 
 def measured_apart(*arguments: str) -> int | None:
-    """Call `growth` in a new process; `None` where the system has no `/proc`.
+    """Call `growth` in a new process, or here for a GPU; `None` where the system has no `/proc`.
 
     Args:
         arguments: Those of `growth`.
     """
-    if "cuda" not in arguments and not Path("/proc/self/status").exists():
+    if "cuda" in arguments:
+        return growth(*arguments)
+    if not Path("/proc/self/status").exists():
         return None
     command = [sys.executable, "-m", "benchmarks.peak_memory", *arguments]
     found = subprocess.run(command, capture_output=True, text=True, check=False)

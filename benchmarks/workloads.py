@@ -59,7 +59,7 @@ def _cnn(size: str, device: str) -> Workload:
 def _transformer(size: str, device: str) -> Workload:
     width, layers, length, batch = {
         "stated": (128, 4, 64, 32),
-        "large": (768, 12, 512, 32),
+        "large": (768, 12, 512, 16),
         "quick": (16, 1, 8, 4),
     }[size]
     model = LanguageModel(VOCABULARY, width, layers, length, heads=max(1, width // 32))
