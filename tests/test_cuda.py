@@ -16,6 +16,7 @@ from kfacopt import (
     KFACLinearOperator,
     KFACOptimizer,
 )
+from kfacopt.linalg.gram import gram, inner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -56,15 +57,51 @@ def trained(model, X, y, device, steps=6, **settings):
     return [p.detach().cpu() for p in model.parameters()]
 
 
+# Where a factor has an eigenvalue more than once, as 0 here, EKFAC's basis is not unique.
+STEPS = [(name, {"kfac_approx": approx}) for name in MODELS for approx in ("expand", "reduce")]
+STEPS += [("mlp", {"preconditioner": "ekfac"}), ("cnn", {"damping_method": "exact"})]
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("settings", [{}, {"preconditioner": "ekfac"}, {"kfac_approx": "reduce"}])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "settings"), STEPS)
 def test_steps_are_those_of_the_cpu(name, settings):
     case = MODELS[name]()
     for actual, expected in zip(
         trained(*case, "cuda", **settings), trained(*case, "cpu", **settings), strict=True
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("bad", [-1e6, float("nan")])
+def test_an_inverse_that_fails_leaves_the_others_alone(bad):
+    model, X, y = (x.to("cuda") for x in MODELS["transformer"]())
+    optimizer = KFACOptimizer(model.parameters(), inverse_update_interval=1, lr=0.0)
+
+    def step():
+        optimizer.zero_grad()
+        loss_of(model, X, y).backward()
+        optimizer.step()
+
+    step()
+    broken, sound = (optimizer.state[block.up.weight] for block in model.blocks)
+    kept = broken["input_inverse"].clone()
+    broken["input_factor"].fill_(bad)
+    step()
+    assert torch.equal(broken["input_inverse"], kept)
+    assert (broken["inverse_failures"], sound["inverse_failures"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "e"), [(5000, 3, 3), (4097, 130, 70), (70000, 40, 40), (8192, 2500, 2500)]
+)
+def test_gram_and_inner_products(n, d, e):
+    X, Y = (torch.randn(1, side, n, device="cuda").mT for side in (d, e))
+    expected = (X.double().mT @ Y.double()).float()
+    torch.testing.assert_close(inner(X, Y), expected, rtol=1e-4, atol=1e-4 * n**0.5)
+    expected = (X.double().mT @ X.double()).float()
+    torch.testing.assert_close(gram(X), expected, rtol=1e-4, atol=1e-4 * n**0.5)
+    torch.testing.assert_close(gram(X.contiguous()), gram(X), rtol=1e-4, atol=1e-4 * n**0.5)
 
 
 @pytest.mark.usefixtures("float64")

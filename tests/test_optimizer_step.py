@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from kfacopt import EKFACLinearOperator, KFACLinearOperator, KFACOptimizer, KFACWarning
+from kfacopt.linalg import kronecker
 from kfacopt.linalg.kronecker import DecompositionError
+from kfacopt.optim import preconditioner
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -427,6 +429,14 @@ def test_statistics_that_are_not_finite_never_enter_an_average(fisher_type, bad)
             assert torch.equal(value, before)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def inverses_as_on(request, monkeypatch):
+    """A GPU computes the inverses of one size in one call; here with the CPU's arithmetic."""
+    if request.param == "gpu":
+        monkeypatch.setattr(preconditioner, "is_free_to_read", lambda value: False)
+
+
+@pytest.mark.usefixtures("inverses_as_on")
 def test_a_failing_inverse_is_kept_counted_and_raised():
     model = network()
     optimizer = KFACOptimizer(
@@ -449,6 +459,31 @@ def test_a_failing_inverse_is_kept_counted_and_raised():
     state["input_factor"].fill_(-1e6)
     with pytest.raises(DecompositionError, match=r"layer '6': .*4 failures in a row"):
         step()
+
+
+@pytest.mark.parametrize("options", [{}, {"separate_weight_and_bias": True}])
+@pytest.mark.parametrize("entries", [1, 2**24])
+def test_inverses_at_once_are_those_one_by_one(options, entries, monkeypatch):
+    monkeypatch.setattr(kronecker, "_BATCH_ENTRIES", entries)
+    one, two = network(), network()
+    two.load_state_dict(one.state_dict())
+    calls = []
+    invert = preconditioner.damped_inverses
+    monkeypatch.setattr(
+        preconditioner, "damped_inverses", lambda *args: calls.append(len(args[0])) or invert(*args)
+    )
+    for model, free in ((one, True), (two, False)):
+        monkeypatch.setattr(preconditioner, "is_free_to_read", lambda value, free=free: free)
+        intervals = {"factor_update_interval": 1, "inverse_update_interval": 2}
+        optimizer = KFACOptimizer(model.parameters(), max_factor_dim=20, **intervals, **options)
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X), LABELS).backward()
+            optimizer.step()
+    assert len(calls) == 2
+    assert min(calls) >= 4
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-11)
 
 
 def test_closures():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -127,22 +127,77 @@ def loss_vectors(
 
 
 def would_be_gradients(
-    output: Tensor, uses: Sequence[LayerUse], vector: Tensor
-) -> list[Tensor | None]:
+    output: Tensor,
+    uses: Sequence[LayerUse],
+    vector: Tensor,
+    consume: Callable[[LayerUse, Tensor], object],
+) -> None:
     """Backpropagate a vector at z to the outputs of all layers at once; the graph stays alive.
+
+    A gradient is handed over when the pass arrives there, and its memory is free again for what
+    comes behind, unless it is kept: a pass of its own to all outputs would hold all of them.
 
     Args:
         output: z, with its graph.
         uses: The uses of layers in that graph.
         vector: v, `[*z.shape]`.
-
-    Returns:
-        For each use the gradient by its output, or `None` where z does not depend on it.
+        consume: Gets each use that z depends on, and the gradient by its output.
     """
-    edges = [use.edge for use in uses]
-    with _would_be_pass():
-        grads = torch.autograd.grad(output, edges, vector, retain_graph=True, allow_unused=True)
-    return list(grads)
+    by_node: dict[Any, list[LayerUse]] = {}
+    for use in uses:
+        by_node.setdefault(use.edge.node, []).append(use)
+    passed = _above_others(by_node)
+    ends = [use for use in uses if use.edge.node not in passed]
+    handles = [node.register_prehook(_handing_over(by_node[node], consume)) for node in passed]
+    try:
+        with _would_be_pass():
+            edges = [use.edge for use in ends]
+            options = {"retain_graph": True, "allow_unused": True}
+            grads = torch.autograd.grad(output, edges, vector, **options)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for use, grad in zip(ends, grads, strict=True):
+        if grad is not None:
+            consume(use, grad)
+
+
+def _handing_over(
+    uses: Sequence[LayerUse], consume: Callable[[LayerUse, Tensor], object]
+) -> Callable[[Sequence[Tensor | None]], None]:
+    """Return a hook before a node that gives the gradients of its outputs to their consumer."""
+
+    def hook(grads: Sequence[Tensor | None]) -> None:
+        for use in uses:
+            grad = grads[use.edge.output_nr]
+            if grad is not None:
+                consume(use, grad)
+
+    return hook
+
+
+def _above_others(nodes: Iterable[Any]) -> set[Any]:
+    """Return those of some nodes of a graph from which a backward pass goes on to others of them.
+
+    Args:
+        nodes: Nodes of autograd's graph.
+    """
+    own = set(nodes)
+    leads: dict[Any, bool] = {}  # whether one of them is at a node, or behind it
+    found, waiting = set(), list(own)
+    while waiting:
+        node = waiting[-1]
+        behind = [following for following, _ in node.next_functions if following is not None]
+        unknown = [] if node in leads else [n for n in behind if n not in leads]
+        if unknown:
+            waiting += unknown
+            continue
+        waiting.pop()
+        goes_on = any(leads[n] for n in behind)
+        leads[node] = goes_on or node in own
+        if goes_on and node in own:
+            found.add(node)
+    return found
 
 
 # Not a context variable: with CUDA, hooks may run in threads of the autograd engine.

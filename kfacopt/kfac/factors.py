@@ -13,8 +13,9 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -84,11 +85,14 @@ def _total(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(list(values)).sum(0)
 
 
-def bordered(moment: Tensor, sums: Tensor, count: int, constant: float) -> Tensor:
+def bordered(
+    moment: Tensor | Callable[[Tensor], object], sums: Tensor, count: int, constant: float
+) -> Tensor:
     """Return Σ x xᵀ of vectors x = (a, c) from that of a.
 
     Args:
-        moment: Σ a aᵀ, `[B, d, d]`, or its diagonal `[B, d]`.
+        moment: Σ a aᵀ, `[B, d, d]`; or its diagonal, `[B, d]`; or what writes the former into a
+            view, which spares a copy.
         sums: Σ a, `[B, d]`.
         count: How many vectors are summed.
         constant: c.
@@ -96,12 +100,15 @@ def bordered(moment: Tensor, sums: Tensor, count: int, constant: float) -> Tenso
     Returns:
         `[B, d + 1, d + 1]`, or the diagonal `[B, d + 1]`.
     """
-    corner = moment.new_full((moment.shape[0], 1), count * constant**2)
-    if is_diagonal(moment):
-        return torch.cat([moment, corner], dim=-1)
     B, d = sums.shape
-    out = moment.new_empty(B, d + 1, d + 1)
-    out[:, :d, :d] = moment
+    corner = sums.new_full((B, 1), count * constant**2)
+    if isinstance(moment, Tensor) and is_diagonal(moment):
+        return torch.cat([moment, corner], dim=-1)
+    out = sums.new_empty(B, d + 1, d + 1)
+    if isinstance(moment, Tensor):
+        out[:, :d, :d] = moment
+    else:
+        moment(out[:, :d, :d])
     border = torch.cat([constant * sums, corner], dim=-1)
     out[:, d], out[:, :, d] = border, border
     return out
@@ -143,11 +150,12 @@ def _rows_moment(
     layer: Layer, a: Tensor, diagonal: bool, uses: Sequence[LayerUse], weights: Sequence[float]
 ) -> tuple[Tensor, int]:
     """Return Σ a aᵀ of rows `[B, N, S, d]` that are weighted sums over uses, and their number."""
-    moment, count = second_moment(a, diagonal), a.shape[1] * a.shape[2]
-    if layer.joint:
-        constant = sum(w * _bias_constant(layer, u) for u, w in zip(uses, weights, strict=True))
-        moment = bordered(moment, a.sum((1, 2)), count, constant)
-    return moment, count
+    count = a.shape[1] * a.shape[2]
+    if not layer.joint:
+        return second_moment(a, diagonal), count
+    constant = sum(w * _bias_constant(layer, u) for u, w in zip(uses, weights, strict=True))
+    moment = second_moment(a, True) if diagonal else partial(gram, a.flatten(1, 2))
+    return bordered(moment, a.sum((1, 2)), count, constant), count
 
 
 def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tuple[Tensor, int]:

@@ -357,8 +357,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         self, output: Tensor, y: Tensor, uses: Sequence[LayerUse], generator: Generator
     ) -> Iterator[dict[LayerUse, Tensor]]:
         for vector in self._vectors(output, y, generator):
-            grads = would_be_gradients(output, uses, vector.to(output.dtype))
-            yield {u: g for u, g in zip(uses, grads, strict=True) if g is not None}
+            found: dict[LayerUse, Tensor] = {}
+            would_be_gradients(output, uses, vector.to(output.dtype), found.__setitem__)
+            yield {use: found[use] for use in uses if use in found}
 
     def _vectors(self, output: Tensor, y: Tensor, generator: Generator) -> Iterator[Tensor]:
         """Yield the vectors of the *summed* loss; `_scale_of` makes them those of the mean."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfacopt.linalg.gram import gram
+from kfacopt.linalg.gram import gram, inner
 
 
 def padded_input(module: nn.Conv2d, x: Tensor) -> Tensor:
@@ -109,7 +109,8 @@ def _row_blocks(Y: Tensor, shift: int, KH: int, OH: int, step: int) -> list[Tens
         left = Y[:, :, start:end].flatten(2)
         if shift == 0:
             return gram(left.mT)
-        return left @ Y[:, :, start + shift * step : end + shift * step].flatten(2).mT
+        right = Y[:, :, start + shift * step : end + shift * step].flatten(2)
+        return inner(left.mT, right.mT)
 
     last = KH - 1 - shift
     common = product(last * step, OH)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -115,13 +115,63 @@ def damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
         shifted.diagonal(dim1=-2, dim2=-1).add_(damping.to(dtype).unsqueeze(-1))
         root, info = torch.linalg.cholesky_ex(shifted)
         if not bool(info.any()):
-            inverse = torch.cholesky_inverse(root).to(factor.dtype)
+            inverse = _inverse_from_root(root).to(factor.dtype)
             # Its entries are at most as large as those of its diagonal.
             if bool(inverse.diagonal(dim1=-2, dim2=-1).isfinite().all()):
                 return inverse
     raise DecompositionError(
         "the damped factor is not positive definite, also in float64; raise the damping"
     )
+
+
+def _inverse_from_root(root: Tensor) -> Tensor:
+    """Return (L Lᵀ)⁻¹ of lower triangular L `[B, d, d]`.
+
+    On a GPU L⁻¹ and a product, which takes less than half the time of `cholesky_inverse` there.
+    """
+    if root.device.type == "cpu":
+        return torch.cholesky_inverse(root)
+    identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    inverse_root = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
+    product: Tensor = inverse_root.mT @ inverse_root
+    return product
+
+
+# Matrices that are inverted in one call have together at most so many entries.
+_BATCH_ENTRIES = 2**24
+
+
+def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor]:
+    """Return (factor + damping · I)⁻¹ of many factors, those of one size in one call.
+
+    Nothing waits for the device; an inverse that could not be computed has entries that are not
+    finite, and `damped_inverse` may still find it.
+
+    Args:
+        factors: Dense factors `[B, d, d]`, symmetric positive semi-definite, with any B and d.
+        dampings: `[B]` for each, in units of the factor.
+
+    Returns:
+        The inverses, in the order of the factors.
+    """
+    by_size: dict[Any, list[int]] = {}
+    for i, factor in enumerate(factors):
+        by_size.setdefault((factor.shape[-1], factor.dtype, factor.device), []).append(i)
+    found: dict[int, Tensor] = {}
+    for (side, *_), members in by_size.items():
+        count = max(1, _BATCH_ENTRIES // side**2)
+        for start in range(0, len(members), count):
+            batch = members[start : start + count]
+            shifted = torch.cat([factors[i] for i in batch])
+            shifted.diagonal(dim1=-2, dim2=-1).add_(
+                torch.cat([dampings[i] for i in batch])[:, None]
+            )
+            root, info = torch.linalg.cholesky_ex(shifted)
+            inverse = _inverse_from_root(root)
+            inverse[info != 0] = torch.nan
+            pieces = inverse.split([len(factors[i]) for i in batch])
+            found.update((i, x.clone()) for i, x in zip(batch, pieces, strict=True))
+    return [found[i] for i in range(len(factors))]
 
 
 def factored_damping(

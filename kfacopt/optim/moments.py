@@ -28,6 +28,13 @@ class UnprojectedGradients:
     scale: Tensor | float
 
 
+def _sum_in_place(total: Tensor | float, value: Tensor | float) -> Tensor | float:
+    """Return a sum without a copy; a number is 0, the sum of nothing."""
+    if not isinstance(total, Tensor):
+        return value
+    return total.add_(value)
+
+
 @dataclass
 class Moments:
     """What one layer's statistics since the last step add up to.
@@ -49,17 +56,22 @@ class Moments:
     unprojected: list[UnprojectedGradients] = field(default_factory=list)
 
     def add(self, other: Moments) -> None:
-        """Add another record's sums."""
-        if not self.rows and isinstance(self.grad_output_sum, float):  # empty: no copies
-            self.input_sum, self.grad_output_sum = other.input_sum, other.grad_output_sum
-        else:
-            self.input_sum = self.input_sum + other.input_sum
-            self.grad_output_sum = self.grad_output_sum + other.grad_output_sum
-        self.rows += other.rows
+        """Add another record's sums, which may be taken over."""
+        self.add_inputs(other.input_sum, other.rows)
+        self.add_grad_outputs(other.grad_output_sum)
         self.terms = self.terms + other.terms
         for block, value in other.second_moments.items():
             self.add_second_moments(block, value)
         self.unprojected += other.unprojected
+
+    def add_inputs(self, value: Tensor | float, rows: int) -> None:
+        """Add to Σ a aᵀ; the value may be taken over, and changed later."""
+        self.input_sum = _sum_in_place(self.input_sum, value)
+        self.rows += rows
+
+    def add_grad_outputs(self, value: Tensor | float) -> None:
+        """Add to Σ g gᵀ; the value may be taken over, and changed later."""
+        self.grad_output_sum = _sum_in_place(self.grad_output_sum, value)
 
     def add_second_moments(self, block: Block, value: Tensor) -> None:
         """Add to Λ of a block."""
@@ -83,7 +95,7 @@ class Moments:
                 self.add_second_moments(block, value * entry.scale)
         self.unprojected = []
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A and G."""
+    def take_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and G, in the memory of the sums, which are gone then."""
         A, G = (torch.as_tensor(x) for x in (self.input_sum, self.grad_output_sum))
-        return A / self.rows, G
+        return A.div_(self.rows), G

@@ -19,7 +19,10 @@ from kfacopt.linalg.kronecker import (
     DecompositionError,
     KroneckerEigendecomposition,
     KroneckerProduct,
+    damped_inverses,
+    factored_damping,
     is_diagonal,
+    trace,
 )
 from kfacopt.optim.moments import Moments
 
@@ -122,6 +125,11 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
     state["factor_step"] = torch.zeros((), dtype=torch.int64, device=device)
 
 
+def is_free_to_read(value: Tensor) -> bool:
+    """Tell whether Python may look at a value without waiting for a device."""
+    return value.device.type == "cpu"
+
+
 def _fold_finite(
     state: State,
     weight_key: str,
@@ -132,7 +140,7 @@ def _fold_finite(
 ) -> Tensor:
     """Move running averages of one weight to include new values, if what is checked is finite.
 
-    Nothing is synchronised with the device: values that are not finite get the weight 0.
+    A GPU is not waited for: values that are not finite get the weight 0 there.
 
     Returns:
         Whether they were included, on the device.
@@ -145,8 +153,12 @@ def _fold_finite(
     weight = torch.where(finite, weight, 0.0)
     total.copy_(torch.where(finite, ema_decay * total + weight, total))
     safe_total = torch.where(total > 0, total, 1.0)
+    known = is_free_to_read(finite)
+    if known and not bool(finite):
+        return finite
     for name, value in values.items():
-        fold(state[name], torch.where(finite, value, state[name]), weight, safe_total)
+        safe = value if known else torch.where(finite, value, state[name])
+        fold(state[name], safe, weight, safe_total)
     return finite
 
 
@@ -164,7 +176,7 @@ def fold_factors(
         step: The number of the step, to be remembered.
     """
     initialise_factors(state, layer, form)
-    A, G = moments.factors()
+    A, G = moments.take_factors()
     values = {"input_factor": A, "grad_output_factor": G}
     # Sums of squares: |Σ x_i x_j|² ≤ Σ x_i² Σ x_j², so that the diagonals tell.
     checked = [x if is_diagonal(x) else x.diagonal(dim1=-2, dim2=-1) for x in values.values()]
@@ -196,8 +208,62 @@ def bases_of(state: State) -> Bases | None:
     return state.get("grad_output_basis"), state.get("input_basis")
 
 
+def _factors(layer_state: State, block: Block) -> KroneckerProduct:
+    dtype = factor_dtype(layer_state["input_factor"].dtype)
+    A = block.input_factor(layer_state["input_factor"]).to(dtype)
+    return KroneckerProduct(layer_state["grad_output_factor"].to(dtype), A)
+
+
+def inverses_at_once(
+    entries: Sequence[tuple[State, Block, float]], form: InverseForm
+) -> dict[Block, KroneckerProduct]:
+    """Return the damped inverses of many blocks on GPUs, in one call for each size.
+
+    There a call for each matrix and a look at its success take longer than the arithmetic; on the
+    CPU LAPACK takes one matrix after the other, and blocks are left to `refresh_inverse`.
+
+    Args:
+        entries: For each block the state of its layer's anchor parameter, the block, and δ.
+        form: How inverses are formed.
+
+    Returns:
+        The inverses, of blocks whose factors are there and dense, and whose inverse is finite.
+    """
+    if form.corrected or form.method != "factored":
+        return {}
+    sides: list[tuple[Tensor, Tensor]] = []
+    dampings: list[Tensor] = []
+    owners: list[tuple[Block, Tensor]] = []
+    for layer_state, block, damping in entries:
+        weight = layer_state.get("factor_weight")
+        if weight is None or is_free_to_read(weight):
+            continue
+        product = _factors(layer_state, block)
+        pair = (product.grad_output_factor, product.input_factor)
+        if not any(map(is_diagonal, pair)):
+            sides.append(pair)
+            dampings += factored_damping(*pair, damping)
+            owners.append((block, weight))
+    if not owners:
+        return {}
+    inverses = damped_inverses([side for pair in sides for side in pair], dampings)
+    found = [KroneckerProduct(*pair) for pair in zip(inverses[::2], inverses[1::2], strict=True)]
+    # The entries of an inverse are at most as large as those of its diagonal.
+    flags = [
+        (weight > 0) & torch.isfinite(trace(x.grad_output_factor) + trace(x.input_factor)).all()
+        for (_, weight), x in zip(owners, found, strict=True)
+    ]
+    usable = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    return {block: x for (block, _), x, good in zip(owners, found, usable, strict=True) if good}
+
+
 def refresh_inverse(
-    state: State, layer_state: State, block: Block, damping: float, form: InverseForm
+    state: State,
+    layer_state: State,
+    block: Block,
+    damping: float,
+    form: InverseForm,
+    inverse: KroneckerProduct | None = None,
 ) -> bool:
     """Recompute a block's damped inverse, or its eigenbases, from its layer's running factors.
 
@@ -207,6 +273,7 @@ def refresh_inverse(
         block: The block.
         damping: δ.
         form: How inverses are formed.
+        inverse: The inverse, if it was computed already.
 
     Returns:
         Whether there is a new one.
@@ -215,15 +282,17 @@ def refresh_inverse(
         DecompositionError: If there is no earlier inverse to go on with, or after more than
             `MAX_FAILURES` failures in a row; names the layer.
     """
-    if "factor_weight" not in layer_state or not bool(layer_state["factor_weight"] > 0):
+    if inverse is None and not (
+        "factor_weight" in layer_state and bool(layer_state["factor_weight"] > 0)
+    ):
         return False
-    dtype = factor_dtype(layer_state["input_factor"].dtype)
-    A = block.input_factor(layer_state["input_factor"]).to(dtype)
-    product = KroneckerProduct(layer_state["grad_output_factor"].to(dtype), A)
     try:
-        if form.corrected:
-            _refresh_bases(state, layer_state, product, form)
+        if inverse is not None:
+            _store_inverse(state, inverse, form)
+        elif form.corrected:
+            _refresh_bases(state, layer_state, _factors(layer_state, block), form)
         else:
+            product = _factors(layer_state, block)
             _store_inverse(state, product.inverse(damping, form.method), form)
     except DecompositionError as error:
         state["inverse_failures"] = state.get("inverse_failures", 0) + 1

@@ -30,6 +30,7 @@ from kfacopt.optim.preconditioner import (
     fold_second_moments,
     has_inverse,
     inverse_of,
+    inverses_at_once,
     precondition,
     refresh_inverse,
 )
@@ -145,10 +146,12 @@ class PreconditioningOptimizer(ConnectedOptimizer):
 
     def _update_inverses(self, blocks: Iterable[Block]) -> None:
         damping = {id(p): g["damping"] for g in self.param_groups for p in g["params"]}
-        for block in blocks:
-            layer_state, state = self.state[block.layer.anchor], self.state[block.anchor]
-            form = self._schedule.inverse
-            if refresh_inverse(state, layer_state, block, damping[id(block.anchor)], form):
+        form = self._schedule.inverse
+        entries = [(self.state[b.layer.anchor], b, damping[id(b.anchor)]) for b in blocks]
+        known = inverses_at_once(entries, form)
+        for layer_state, block, delta in entries:
+            state, inverse = self.state[block.anchor], known.pop(block, None)
+            if refresh_inverse(state, layer_state, block, delta, form, inverse):
                 state["inverse_step"] = self.param_groups[0]["num_steps"]
 
     def _directions(self, gradients: dict[Parameter, Tensor]) -> dict[Parameter, Tensor]:

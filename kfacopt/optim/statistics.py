@@ -353,14 +353,27 @@ class StatisticsCollector:
         sampling = (options.fisher_type, options.mc_samples, self.generator)
         terms = likelihood.num_terms(z, call.target)
         share = self._share(terms)
+        # A layer's uses in one forward pass count together.
+        together = {
+            use: own for p in passes for own in group_by_layer(p.uses).values() for use in own
+        }
         reached: set[LayerUse] = set()
+        grads: dict[LayerUse, Tensor] = {}
+
+        def count(own: list[LayerUse]) -> None:
+            if own:
+                self._count_gradients(own[0].layer, own, [grads.pop(u) for u in own], share)
+
+        def take(use: LayerUse, grad: Tensor) -> None:
+            reached.add(use)
+            grads[use] = grad
+            if all(u in grads for u in together[use]):
+                count(together[use])
+
         for vector in loss_vectors(likelihood, z, weights, *sampling):
-            grads = would_be_gradients(call.output, uses, vector.to(call.output.dtype))
-            by_use = {u: g for u, g in zip(uses, grads, strict=True) if g is not None}
-            reached.update(by_use)
-            for p in passes:
-                for layer, own in group_by_layer(u for u in p.uses if u in by_use).items():
-                    self._count_gradients(layer, own, [by_use[u] for u in own], share)
+            would_be_gradients(call.output, uses, vector.to(call.output.dtype), take)
+            for own in [together[use] for use in grads]:  # uses of the others were not reached
+                count([u for u in own if u in grads])
         for p in passes:
             self._count_inputs([u for u in p.uses if u in reached])
         for layer in group_by_layer(u for u in uses if u in reached):
@@ -426,7 +439,7 @@ class StatisticsCollector:
         own = self._restricted(own)
         candidate = self._candidate(layer)
         moment = grad_output_moment(layer, own, grads, self._options.form)
-        candidate.grad_output_sum += moment.mul_(scale)
+        candidate.add_grad_outputs(moment if _is_one(scale) else moment.mul_(scale))
         if not self._options.corrected:
             return
         if any(block not in self.bases for block in layer.blocks):
@@ -442,9 +455,7 @@ class StatisticsCollector:
         self._counted.update(new)
         for layer, own in group_by_layer(new).items():
             moment, rows = input_moment(layer, self._restricted(own), self._options.form)
-            candidate = self._candidate(layer)
-            candidate.input_sum += moment
-            candidate.rows += rows
+            self._candidate(layer).add_inputs(moment, rows)
 
     def _subset(self, use: LayerUse) -> Tensor | None:
         """Return which data of a use count, the same for all uses by as many data."""
@@ -499,6 +510,10 @@ class StatisticsCollector:
                 moments.scale_curvature(1 / moments.terms)
         self.clear()
         return pending
+
+
+def _is_one(scale: Tensor | float) -> bool:
+    return not isinstance(scale, Tensor) and scale == 1
 
 
 def _is_foreign_call(module: nn.Module) -> bool:
