@@ -16,7 +16,7 @@ from kfacopt import (
     KFACLinearOperator,
     KFACOptimizer,
 )
-from kfacopt.linalg.gram import gram, inner
+from kfacopt.linalg.gram import gram
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -92,16 +92,12 @@ def test_an_inverse_that_fails_leaves_the_others_alone(bad):
     assert (broken["inverse_failures"], sound["inverse_failures"]) == (1, 0)
 
 
-@pytest.mark.parametrize(
-    ("n", "d", "e"), [(5000, 3, 3), (4097, 130, 70), (70000, 40, 40), (8192, 2500, 2500)]
-)
-def test_gram_and_inner_products(n, d, e):
-    X, Y = (torch.randn(1, side, n, device="cuda").mT for side in (d, e))
-    expected = (X.double().mT @ Y.double()).float()
-    torch.testing.assert_close(inner(X, Y), expected, rtol=1e-4, atol=1e-4 * n**0.5)
+@pytest.mark.parametrize("d", [40, 512, 1200])
+def test_symmetric_products(d):
+    X = torch.randn(1, d, 4097, device="cuda").mT
     expected = (X.double().mT @ X.double()).float()
-    torch.testing.assert_close(gram(X), expected, rtol=1e-4, atol=1e-4 * n**0.5)
-    torch.testing.assert_close(gram(X.contiguous()), gram(X), rtol=1e-4, atol=1e-4 * n**0.5)
+    for rows in (X, X.contiguous()):
+        torch.testing.assert_close(gram(rows), expected, rtol=1e-4, atol=5e-3)
 
 
 @pytest.mark.usefixtures("float64")

@@ -83,15 +83,6 @@ def test_gram(d, transposed):
     assert torch.allclose(found, expected, rtol=RELATIVE_TOLERANCE, atol=RELATIVE_TOLERANCE)
 
 
-@pytest.mark.parametrize("n", [0, 3, 20, 23])
-def test_products_over_parts_of_the_rows(n):
-    X, Y = torch.randn(2, n, 3), torch.randn(2, 5, n).mT
-    expected, out = torch.einsum("bni,bnj->bij", X, Y), torch.empty(2, 9, 9)
-    assert torch.allclose(gram.inner(X, Y, parts=5), expected)
-    gram.inner(X, Y, out[:, 4:7, :5], parts=5)
-    assert torch.allclose(out[:, 4:7, :5], expected)
-
-
 def test_gram_within_a_larger_matrix():
     rows, out = torch.randn(2, 7, 300), torch.zeros(2, 302, 301)
     gram.gram(rows, out=out[:, 1:301, :300])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfacopt.linalg.gram import gram, inner
+from kfacopt.linalg.gram import gram
 
 
 def padded_input(module: nn.Conv2d, x: Tensor) -> Tensor:
@@ -109,8 +109,7 @@ def _row_blocks(Y: Tensor, shift: int, KH: int, OH: int, step: int) -> list[Tens
         left = Y[:, :, start:end].flatten(2)
         if shift == 0:
             return gram(left.mT)
-        right = Y[:, :, start + shift * step : end + shift * step].flatten(2)
-        return inner(left.mT, right.mT)
+        return left @ Y[:, :, start + shift * step : end + shift * step].flatten(2).mT
 
     last = KH - 1 - shift
     common = product(last * step, OH)
