@@ -469,9 +469,12 @@ class KFACOptimizer(PreconditioningOptimizer):
             grads, lrs = [gradients[p] for p in directions], [lr[p] for p in directions]
             values = list(directions.values())
             self._kl_clip_scale = kl_clip_scale(grads, values, lrs, self._schedule.kl_clip)
-        scale = self._kl_clip_scale
+        scale, factors = self._kl_clip_scale, {}
         for p, d in directions.items():
-            d.mul_(lr[p] if scale is None else lr[p] * scale.to(d.device))
+            key = (lr[p], d.device)
+            if key not in factors:
+                factors[key] = lr[p] if scale is None else lr[p] * scale.to(d.device)
+            d.mul_(factors[key])
         for group in self.param_groups:
             own = [p for p in group["params"] if p in directions]
             if own:

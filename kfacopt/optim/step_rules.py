@@ -46,12 +46,11 @@ def kl_clip_scale(
     References:
         Ba, Grosse & Martens (2017), https://openreview.net/forum?id=SkkTMpjex, section 5.
     """
-    products = [
-        lr**2 * torch.dot(g.flatten(), d.flatten())
-        for g, d, lr in zip(grads, directions, lrs, strict=True)
-    ]
-    device, dtype = products[0].device, torch.promote_types(products[0].dtype, torch.float32)
-    total = torch.stack([p.to(device, dtype) for p in products]).sum()
+    device, dtype = grads[0].device, torch.promote_types(grads[0].dtype, torch.float32)
+    by_lr: dict[float, list[Tensor]] = {}
+    for g, d, lr in zip(grads, directions, lrs, strict=True):
+        by_lr.setdefault(lr, []).append(torch.dot(g.flatten(), d.flatten()).to(device, dtype))
+    total = reduce(torch.add, [lr**2 * torch.stack(dots).sum() for lr, dots in by_lr.items()])
     # A non-positive sum (round-off, or a preconditioner of an earlier step) does not clip.
     return torch.where(total > kl_clip, (kl_clip / total).sqrt(), torch.ones_like(total))
 
