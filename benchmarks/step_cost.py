@@ -178,7 +178,9 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="put a result's tables into README.md, no run")
     arguments = parser.parse_args()
     if arguments.readme:
-        update_readme("step_cost", tables(json.loads(arguments.readme.read_text())))
+        on_gpu = arguments.readme.stem.endswith("cuda")
+        section = "step_cost_cuda" if on_gpu else "step_cost"
+        update_readme(section, tables(json.loads(arguments.readme.read_text())))
         return
     size = "quick" if arguments.quick else arguments.size
     rounds = 2 if arguments.quick else arguments.rounds

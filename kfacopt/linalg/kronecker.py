@@ -59,9 +59,10 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
     """Return X Y of matrices `[..., m, k]` and `[..., k, n]`, fast for odd n, too."""
     n = Y.shape[-1]
     cut = n - n % _VECTOR
+    multiply = torch.bmm if X.ndim == Y.ndim == 3 and len(X) == len(Y) else torch.matmul
     if cut == n or n < _WIDE or X.device.type != "cpu":
-        return X @ Y
-    return torch.cat([X @ Y[..., :cut], X @ Y[..., cut:]], dim=-1)
+        return multiply(X, Y)
+    return torch.cat([multiply(X, Y[..., :cut]), multiply(X, Y[..., cut:])], dim=-1)
 
 
 def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -236,6 +237,8 @@ class KroneckerProduct:
     def widened(self) -> KroneckerProduct:
         """Return the same product in at least float32."""
         dtype = torch.promote_types(self.dtype, torch.float32)
+        if dtype == self.grad_output_factor.dtype == self.dtype:
+            return self
         return KroneckerProduct(self.grad_output_factor.to(dtype), self.input_factor.to(dtype))
 
     def apply(self, X: Tensor) -> Tensor:
