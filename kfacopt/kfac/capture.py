@@ -166,8 +166,11 @@ def _handing_over(
     uses: Sequence[LayerUse], consume: Callable[[LayerUse, Tensor], object]
 ) -> Callable[[Sequence[Tensor | None]], None]:
     """Return a hook before a node that gives the gradients of its outputs to their consumer."""
+    outer = torch._C._current_graph_task_id()  # another device's thread may be in it meanwhile
 
     def hook(grads: Sequence[Tensor | None]) -> None:
+        if torch._C._current_graph_task_id() == outer:
+            return
         for use in uses:
             grad = grads[use.edge.output_nr]
             if grad is not None:
