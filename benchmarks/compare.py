@@ -80,6 +80,7 @@ def parsed() -> argparse.Namespace:
     contestants = tuple(all_contestants())
     parser.add_argument("--contestants", nargs="+", choices=contestants, default=list(contestants))
     parser.add_argument("--trials", type=int, default=defaults.trials)
+    parser.add_argument("--baseline-trials", type=int, help="of SGD and AdamW, if not as many")
     parser.add_argument("--seeds", type=int, default=defaults.seeds)
     parser.add_argument("--scale", type=float, default=defaults.scale, help="factor of all budgets")
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
@@ -94,7 +95,8 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     arguments = parsed()
     folder = arguments.output or RESULTS / ("compare_quick" if arguments.quick else "compare")
-    chosen = {"trials": arguments.trials, "seeds": arguments.seeds, "scale": arguments.scale}
+    chosen = {"trials": arguments.trials, "baseline_trials": arguments.baseline_trials}
+    chosen |= {"seeds": arguments.seeds, "scale": arguments.scale}
     names = (tuple(arguments.problems), tuple(arguments.contestants))
     options = Options(folder, *names, **(QUICK if arguments.quick else chosen))
     with workers(arguments.workers) as map_jobs:

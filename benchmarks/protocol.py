@@ -48,6 +48,7 @@ class Options:
         scale: Factor of the problems' budgets.
         calibration_rounds: How often the cost of a step is measured; see `calibrate`.
         minimal_steps: A budget has at least that many.
+        baseline_trials: How many trials for SGD and AdamW, if not as many as for the others.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Options:
     scale: float = 1.0
     calibration_rounds: int = 5
     minimal_steps: int = 40
+    baseline_trials: int | None = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,10 @@ class Comparison:
 
         A few points of a space may all be worse than what authors of an optimizer found in years.
         """
-        points = trials(contestant.space, self.options.trials, not contestant.all_data)
+        options = self.options
+        more = options.baseline_trials if contestant in BASELINES else None
+        count = options.trials if more is None else more
+        points = trials(contestant.space, count, not contestant.all_data)
         return [*points, DEFAULT]
 
     def trial_jobs(self, problem: str, contestant: Contestant) -> list[Job]:
