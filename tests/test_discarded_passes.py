@@ -205,3 +205,75 @@ def test_an_empty_batch_of_images_leaves_the_factors_alone(fisher_type, groups, 
     optimizer.step()
     for factor, old in zip(optimizer.factors("0"), before, strict=True):
         assert torch.equal(factor, old)
+
+
+# Passes within a pass ----------------------------------------------------------------------------
+
+
+class Monitored(nn.Module):
+    """Its output has a hook that differentiates the same graph by something else."""
+
+    def __init__(self, watch):
+        super().__init__()
+        self.body, self.watch, self.norms = network(), watch, []
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        z = self.body(x)
+        other, out = z.sum(), z * 1.0
+        if self.watch:
+            out.register_hook(
+                lambda _: self.norms.append(torch.autograd.grad(other, x, retain_graph=True))
+            )
+        return out
+
+
+class InnerGraph(torch.autograd.Function):
+    """A function that differentiates a graph of its own in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, function):
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.y = function(ctx.x)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.autograd.grad(ctx.y, ctx.x, grad, retain_graph=True)[0], None
+
+
+class CalledTwice(nn.Module):
+    """Layers that are called once more with constant weights, within such a function or not."""
+
+    def __init__(self, nested):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.head, self.nested = nn.Linear(4, 3), nested
+
+    def forward(self, x):
+        h = self.body(x)
+        if self.nested:
+            return self.head(InnerGraph.apply(h, self.body))
+        first, second = self.body[0], self.body[2]
+        h = F.linear(h, first.weight.detach(), first.bias.detach()).tanh()
+        return self.head(F.linear(h, second.weight.detach(), second.bias.detach()))
+
+
+@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac"])
+@pytest.mark.parametrize("fisher_type", FISHERS)
+@pytest.mark.parametrize("make", [Monitored, CalledTwice])
+def test_a_pass_that_a_hook_or_function_starts_is_not_ours(make, fisher_type, preconditioner):
+    found = []
+    for nested in (False, True):
+        torch.manual_seed(0)
+        model = make(nested)
+        optimizer = KFACOptimizer(
+            model.parameters(), fisher_type=fisher_type, preconditioner=preconditioner
+        )
+        objective(model).backward()
+        optimizer.step()
+        found.append([optimizer.factors(name).grad_output_factor for name in ("body.0", "body.2")])
+    for actual, expected in zip(found[1], found[0], strict=True):
+        assert expected.trace() > 0
+        torch.testing.assert_close(actual, expected)

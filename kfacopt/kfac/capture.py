@@ -148,12 +148,16 @@ def would_be_gradients(
         by_node.setdefault(use.edge.node, []).append(use)
     passed = _above_others(by_node)
     ends = [use for use in uses if use.edge.node not in passed]
-    handles = [node.register_prehook(_handing_over(by_node[node], consume)) for node in passed]
+    own = _OwnTask()
+    handles = [node.register_prehook(_handing_over(own, by_node[node], consume)) for node in passed]
+    with torch.enable_grad():
+        root = output.view_as(output)  # only this pass goes through its node
+    handles.append(get_gradient_edge(root).node.register_prehook(own.start))
     try:
         with _would_be_pass():
             edges = [use.edge for use in ends]
             options = {"retain_graph": True, "allow_unused": True}
-            grads = torch.autograd.grad(output, edges, vector, **options)
+            grads = torch.autograd.grad(root, edges, vector, **options)
     finally:
         for handle in handles:
             handle.remove()
@@ -162,14 +166,28 @@ def would_be_gradients(
             consume(use, grad)
 
 
+class _OwnTask:
+    """Which backward pass is ours: users' hooks and functions may start others meanwhile."""
+
+    def __init__(self) -> None:
+        self._number = -1
+
+    def start(self, _: Any) -> None:
+        """Take note that the pass has begun."""
+        self._number = torch._C._current_graph_task_id()
+
+    def runs(self) -> bool:
+        """Tell whether it is the one that calls."""
+        return torch._C._current_graph_task_id() == self._number
+
+
 def _handing_over(
-    uses: Sequence[LayerUse], consume: Callable[[LayerUse, Tensor], object]
+    own: _OwnTask, uses: Sequence[LayerUse], consume: Callable[[LayerUse, Tensor], object]
 ) -> Callable[[Sequence[Tensor | None]], None]:
     """Return a hook before a node that gives the gradients of its outputs to their consumer."""
-    outer = torch._C._current_graph_task_id()  # another device's thread may be in it meanwhile
 
     def hook(grads: Sequence[Tensor | None]) -> None:
-        if torch._C._current_graph_task_id() == outer:
+        if not own.runs():
             return
         for use in uses:
             grad = grads[use.edge.output_nr]
