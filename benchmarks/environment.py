@@ -66,6 +66,7 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "packages": {name: installed(name) for name in PEERS},
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
         "dtype": str(torch.get_default_dtype()),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),

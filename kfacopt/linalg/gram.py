@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Columns of one block: fewer operations with narrow blocks, but small products run at lower rates.
-# On two cores it takes 0.7 to 0.8 of a general product's time, for 384 to 1,000 columns; on an H100
+# On two cores it takes 0.6 to 0.8 of a general product's time, for 256 to 1,000 columns; on an H100
 # 0.65 to 0.7, for 2,304 to 4,000. Up to one and a half blocks nothing is gained.
 BLOCK_WIDTH = 96
 GPU_BLOCK_WIDTH = 512
