@@ -126,13 +126,8 @@ def loss_vectors(
         yield likelihood.sample_gradient(output, weights / mc_samples, generator)
 
 
-def would_be_gradients(
-    output: Tensor,
-    uses: Sequence[LayerUse],
-    vector: Tensor,
-    consume: Callable[[LayerUse, Tensor], object],
-) -> None:
-    """Backpropagate a vector at z to the outputs of all layers at once; the graph stays alive.
+class WouldBePass:
+    """Backward passes from vectors at z to the outputs of all layers; the graph stays alive.
 
     A gradient is handed over when the pass arrives there, and its memory is free again for what
     comes behind, unless it is kept: a pass of its own to all outputs would hold all of them.
@@ -140,30 +135,41 @@ def would_be_gradients(
     Args:
         output: z, with its graph.
         uses: The uses of layers in that graph.
-        vector: v, `[*z.shape]`.
-        consume: Gets each use that z depends on, and the gradient by its output.
     """
-    by_node: dict[Any, list[LayerUse]] = {}
-    for use in uses:
-        by_node.setdefault(use.edge.node, []).append(use)
-    passed = _above_others(by_node)
-    ends = [use for use in uses if use.edge.node not in passed]
-    own = _OwnTask()
-    handles = [node.register_prehook(_handing_over(own, by_node[node], consume)) for node in passed]
-    with torch.enable_grad():
-        root = output.view_as(output)  # only this pass goes through its node
-    handles.append(get_gradient_edge(root).node.register_prehook(own.start))
-    try:
-        with _would_be_pass():
-            edges = [use.edge for use in ends]
-            options = {"retain_graph": True, "allow_unused": True}
-            grads = torch.autograd.grad(root, edges, vector, **options)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for use, grad in zip(ends, grads, strict=True):
-        if grad is not None:
-            consume(use, grad)
+
+    def __init__(self, output: Tensor, uses: Sequence[LayerUse]) -> None:
+        self._by_node: dict[Any, list[LayerUse]] = {}
+        for use in uses:
+            self._by_node.setdefault(use.edge.node, []).append(use)
+        self._passed = _above_others(self._by_node)
+        self._ends = [use for use in uses if use.edge.node not in self._passed]
+        with torch.enable_grad():
+            self._root = output.view_as(output)  # only these passes go through its node
+
+    def run(self, vector: Tensor, consume: Callable[[LayerUse, Tensor], object]) -> None:
+        """Backpropagate a vector.
+
+        Args:
+            vector: v, `[*z.shape]`.
+            consume: Gets each use that z depends on, and the gradient by its output.
+        """
+        own = _OwnTask()
+        handles = [
+            node.register_prehook(_handing_over(own, self._by_node[node], consume))
+            for node in self._passed
+        ]
+        handles.append(get_gradient_edge(self._root).node.register_prehook(own.start))
+        try:
+            with _would_be_pass():
+                edges = [use.edge for use in self._ends]
+                options = {"retain_graph": True, "allow_unused": True}
+                grads = torch.autograd.grad(self._root, edges, vector, **options)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for use, grad in zip(self._ends, grads, strict=True):
+            if grad is not None:
+                consume(use, grad)
 
 
 class _OwnTask:

@@ -25,7 +25,6 @@ from kfacopt.kfac.capture import LayerUse
 from kfacopt.kfac.layers import KFACApprox, Layer, layer_grad_outputs, layer_inputs
 from kfacopt.kfac.patches import patch_moment, patch_sums
 from kfacopt.linalg.gram import gram
-from kfacopt.linalg.kronecker import is_diagonal
 
 
 class Factors(NamedTuple):
@@ -85,30 +84,23 @@ def _total(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(list(values)).sum(0)
 
 
-def bordered(
-    moment: Tensor | Callable[[Tensor], object], sums: Tensor, count: int, constant: float
-) -> Tensor:
-    """Return Σ x xᵀ of vectors x = (a, c) from that of a.
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
+
+
+def bordered(put: Callable[[Tensor], object], sums: Tensor, count: int, constant: float) -> Tensor:
+    """Return Σ x xᵀ `[B, d + 1, d + 1]` of vectors x = (a, c) from that of a.
 
     Args:
-        moment: Σ a aᵀ, `[B, d, d]`; or its diagonal, `[B, d]`; or what writes the former into a
-            view, which spares a copy.
+        put: Writes Σ a aᵀ into a view `[B, d, d]` of the result, which spares a copy.
         sums: Σ a, `[B, d]`.
         count: How many vectors are summed.
         constant: c.
-
-    Returns:
-        `[B, d + 1, d + 1]`, or the diagonal `[B, d + 1]`.
     """
     B, d = sums.shape
-    corner = sums.new_full((B, 1), count * constant**2)
-    if isinstance(moment, Tensor) and is_diagonal(moment):
-        return torch.cat([moment, corner], dim=-1)
     out = sums.new_empty(B, d + 1, d + 1)
-    if isinstance(moment, Tensor):
-        out[:, :d, :d] = moment
-    else:
-        moment(out[:, :d, :d])
+    put(out[:, :d, :d])
+    corner = sums.new_full((B, 1), count * constant**2)
     border = torch.cat([constant * sums, corner], dim=-1)
     out[:, d], out[:, :, d] = border, border
     return out
@@ -141,7 +133,8 @@ def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tenso
             count = positions * sums.shape[0]
             if layer.joint:
                 of_all = sums.sum(0).reshape(layer.groups, -1)
-                moment = bordered(moment, of_all, count, _bias_constant(layer, use))
+                constant = _bias_constant(layer, use)
+                moment = bordered(partial(_copy, moment), of_all, count, constant)
             return moment, count
     return _rows_moment(layer, layer_inputs(module, x, False)[0], diagonal, [use], [1.0])
 
@@ -154,8 +147,11 @@ def _rows_moment(
     if not layer.joint:
         return second_moment(a, diagonal), count
     constant = sum(w * _bias_constant(layer, u) for u, w in zip(uses, weights, strict=True))
-    moment = second_moment(a, True) if diagonal else partial(gram, a.flatten(1, 2))
-    return bordered(moment, a.sum((1, 2)), count, constant), count
+    if diagonal:
+        squares = second_moment(a, True)
+        corner = squares.new_full((len(squares), 1), count * constant**2)
+        return torch.cat([squares, corner], dim=-1), count
+    return bordered(partial(gram, a.flatten(1, 2)), a.sum((1, 2)), count, constant), count
 
 
 def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tuple[Tensor, int]:

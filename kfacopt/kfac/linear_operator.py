@@ -31,10 +31,10 @@ from kfacopt.data import (
 )
 from kfacopt.kfac.capture import (
     LayerUse,
+    WouldBePass,
     capture,
     group_by_layer,
     loss_vectors,
-    would_be_gradients,
 )
 from kfacopt.kfac.factors import FactorForm, Factors, factor_dtype, grad_output_moment, input_moment
 from kfacopt.kfac.layers import (
@@ -356,9 +356,10 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     def _gradients(
         self, output: Tensor, y: Tensor, uses: Sequence[LayerUse], generator: Generator
     ) -> Iterator[dict[LayerUse, Tensor]]:
+        backward = WouldBePass(output, uses)
         for vector in self._vectors(output, y, generator):
             found: dict[LayerUse, Tensor] = {}
-            would_be_gradients(output, uses, vector.to(output.dtype), found.__setitem__)
+            backward.run(vector.to(output.dtype), found.__setitem__)
             yield {use: found[use] for use in uses if use in found}
 
     def _vectors(self, output: Tensor, y: Tensor, generator: Generator) -> Iterator[Tensor]:

@@ -28,6 +28,11 @@ class UnprojectedGradients:
     scale: Tensor | float
 
 
+def is_one(factor: Tensor | float) -> bool:
+    """Tell whether a factor changes nothing, without a look at a device."""
+    return not isinstance(factor, Tensor) and factor == 1
+
+
 def _sum_in_place(total: Tensor | float, value: Tensor | float) -> Tensor | float:
     """Return a sum without a copy; a number is 0, the sum of nothing."""
     if not isinstance(total, Tensor):
@@ -80,7 +85,7 @@ class Moments:
 
     def scale_curvature(self, factor: Tensor | float) -> None:
         """Multiply all that is quadratic in the gradients."""
-        if isinstance(factor, float) and factor == 1:
+        if is_one(factor):
             return
         self.grad_output_sum = self.grad_output_sum * factor
         self.second_moments = {b: value * factor for b, value in self.second_moments.items()}

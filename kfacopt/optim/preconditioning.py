@@ -145,6 +145,9 @@ class PreconditioningOptimizer(ConnectedOptimizer):
             raise RuntimeError(f"KFACOptimizer: {cause}")
 
     def _update_inverses(self, blocks: Iterable[Block]) -> None:
+        blocks = list(blocks)
+        if not blocks:  # of most steps
+            return
         damping = {id(p): g["damping"] for g in self.param_groups for p in g["params"]}
         form = self._schedule.inverse
         entries = [(self.state[b.layer.anchor], b, damping[id(b.anchor)]) for b in blocks]

@@ -23,11 +23,11 @@ from torch.autograd.graph import get_gradient_edge
 from kfacopt.data import is_evaluating
 from kfacopt.kfac.capture import (
     LayerUse,
+    WouldBePass,
     group_by_layer,
     in_would_be_pass,
     loss_vectors,
     record_use,
-    would_be_gradients,
 )
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.factors import grad_output_moment, input_moment
@@ -54,7 +54,7 @@ from kfacopt.optim.loss_probe import (
     record_call,
     unprobe,
 )
-from kfacopt.optim.moments import Moments, UnprojectedGradients
+from kfacopt.optim.moments import Moments, UnprojectedGradients, is_one
 from kfacopt.optim.replay import LossOrigin, ObjectiveTerm, Surroundings
 from kfacopt.optim.settings import CurvatureOptions
 
@@ -354,26 +354,28 @@ class StatisticsCollector:
         terms = likelihood.num_terms(z, call.target)
         share = self._share(terms)
         # A layer's uses in one forward pass count together.
-        together = {
-            use: own for p in passes for own in group_by_layer(p.uses).values() for use in own
-        }
+        groups = [own for p in passes for own in group_by_layer(p.uses).values()]
+        group_of = {use: number for number, own in enumerate(groups) for use in own}
         reached: set[LayerUse] = set()
-        grads: dict[LayerUse, Tensor] = {}
+        arrived: dict[int, dict[LayerUse, Tensor]] = {}
 
-        def count(own: list[LayerUse]) -> None:
-            if own:
-                self._count_gradients(own[0].layer, own, [grads.pop(u) for u in own], share)
+        def count(number: int) -> None:
+            grads = arrived.pop(number)
+            own = [use for use in groups[number] if use in grads]
+            self._count_gradients(own[0].layer, own, [grads[use] for use in own], share)
 
         def take(use: LayerUse, grad: Tensor) -> None:
+            number = group_of[use]
             reached.add(use)
-            grads[use] = grad
-            if all(u in grads for u in together[use]):
-                count(together[use])
+            arrived.setdefault(number, {})[use] = grad
+            if len(arrived[number]) == len(groups[number]):
+                count(number)
 
+        backward = WouldBePass(call.output, uses)
         for vector in loss_vectors(likelihood, z, weights, *sampling):
-            would_be_gradients(call.output, uses, vector.to(call.output.dtype), take)
-            for own in [together[use] for use in grads]:  # uses of the others were not reached
-                count([u for u in own if u in grads])
+            backward.run(vector.to(call.output.dtype), take)
+            for number in list(arrived):  # other uses of these layers were not reached
+                count(number)
         for p in passes:
             self._count_inputs([u for u in p.uses if u in reached])
         for layer in group_by_layer(u for u in uses if u in reached):
@@ -439,7 +441,7 @@ class StatisticsCollector:
         own = self._restricted(own)
         candidate = self._candidate(layer)
         moment = grad_output_moment(layer, own, grads, self._options.form)
-        candidate.add_grad_outputs(moment if _is_one(scale) else moment.mul_(scale))
+        candidate.add_grad_outputs(moment if is_one(scale) else moment.mul_(scale))
         if not self._options.corrected:
             return
         if any(block not in self.bases for block in layer.blocks):
@@ -510,10 +512,6 @@ class StatisticsCollector:
                 moments.scale_curvature(1 / moments.terms)
         self.clear()
         return pending
-
-
-def _is_one(scale: Tensor | float) -> bool:
-    return not isinstance(scale, Tensor) and scale == 1
 
 
 def _is_foreign_call(module: nn.Module) -> bool:
