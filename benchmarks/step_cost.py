@@ -33,7 +33,7 @@ from benchmarks.floors import (
 )
 from benchmarks.interleaving import interleaved, ratio
 from benchmarks.optimizers import missing_packages, state_bytes
-from benchmarks.peak_memory import measured_apart
+from benchmarks.peak_memory import peak_memory
 from benchmarks.step_contestants import StepContestant, amortised, contestants
 from benchmarks.step_tables import tables, update_readme
 from benchmarks.workloads import SIZES, WORKLOADS, Workload, make_workload
@@ -124,7 +124,7 @@ def measure(name: str, size: str, device: str, rounds: int, memory: bool) -> dic
         size: Its size.
         device: Where to run.
         rounds: How often each kind of step is timed.
-        memory: Whether to measure peak memory, in a process for each contestant.
+        memory: Whether to measure peak memory, too.
 
     Returns:
         What is written to the result file for this workload.
@@ -150,11 +150,11 @@ def measure(name: str, size: str, device: str, rounds: int, memory: bool) -> dic
     rate = 2 * GEMM_SIDE**3 / (ratios[PRODUCT] * unit)
     total = sum(p.numel() * p.element_size() for p in work.model.parameters())
     sizes = {key: state_bytes(optimizer) / total for key, optimizer in made.items()}
-    peaks: dict[str, int | None] = {}
+    peaks: dict[str, int] = {}
     if memory:
-        peaks[UNIT] = measured_apart(name, size, device)
+        peaks[UNIT] = peak_memory(name, size, device)
         for c in found:
-            peaks[c.name] = measured_apart(name, size, device, c.name, list(c.kinds)[-1])
+            peaks[c.name] = peak_memory(name, size, device, c.name, list(c.kinds)[-1])
     return {
         "milliseconds_of_forward_backward": 1e3 * unit,
         "products_per_second": rate,

@@ -208,6 +208,15 @@ def test_targets_are_the_baselines_best_and_stay(comparison):
     assert comparison.target(PROBLEM)["value"] == 0.5
 
 
+@pytest.mark.parametrize(("trial", "label"), [("default", "defaults"), ("1", "trial 1")])
+def test_the_report_names_who_set_a_target_and_with_what(comparison, trial, label):
+    comparison.complete()
+    target = comparison.target(PROBLEM) | {"holder": "SGD", "trial": trial, "value": 0.123}
+    (comparison.options.folder / "targets.json").write_text(json.dumps({PROBLEM: target}))
+    table = report._metric_table(outcomes(comparison, tuned=True), comparison)
+    assert f"| 0.123 (SGD, {label}) |" in table
+
+
 def test_baselines_may_have_more_trials(comparison):
     options = dataclasses.replace(comparison.options, baseline_trials=3)
     more = Comparison(options, comparison._map)

@@ -425,6 +425,16 @@ def test_parameters_without_a_model():
         KFACOptimizer(mlp().parameters(), model=model)
 
 
+def test_parameters_of_modules_outside_the_named_model_are_refused():
+    model = mlp()
+    with pytest.raises(
+        ValueError, match=r"Linear\.bias \(3,\), Linear\.weight .* leave model= out"
+    ):
+        KFACOptimizer(model.parameters(), model=model[0])
+    loose = nn.Parameter(torch.ones(3))  # in no module at all: AdamW's
+    assert len(KFACOptimizer([*model.parameters(), loose], model=model)._layers) == 2
+
+
 def test_other_parameters_are_trained_by_the_fallback_and_named(caplog):
     model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
     scale = nn.Parameter(torch.ones(3))

@@ -184,6 +184,26 @@ def test_maximize_is_refused_for_steps_that_tune_themselves():
         optimizer.load_state_dict(state)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_state_of_steps_that_tune_themselves_is_refused_for_a_fixed_lr(steps):
+    model = network()
+    tuned = KFACOptimizer(model.parameters(), lr="auto")
+    train(model, tuned, steps)
+    fixed = KFACOptimizer(model.parameters())
+    with pytest.raises(ValueError, match=r'saved with lr="auto".* Make this optimizer with lr='):
+        fixed.load_state_dict(tuned.state_dict())
+    assert fixed.param_groups[0]["lr"] < 1
+
+
+def test_a_state_of_a_fixed_lr_goes_on_with_steps_that_tune_themselves():
+    model, fixed = trained()
+    tuned = KFACOptimizer(model.parameters(), lr="auto")
+    tuned.load_state_dict(fixed.state_dict())
+    before = F.cross_entropy(model(X), LABELS).item()
+    train(model, tuned, steps=5)
+    assert F.cross_entropy(model(X), LABELS).item() < before
+
+
 # Hooks --------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import optimizers
+from benchmarks import optimizers, peak_memory
 from benchmarks.floors import LayerShape, bare_calls, layer_shapes, operations
 from benchmarks.interleaving import interleaved, ratio
 from benchmarks.step_contestants import amortised, contestants
@@ -140,8 +140,23 @@ def test_quick_run_writes_a_result_and_tables(tmp_path):
     assert "| K-FAC (10, 100) |" in found.stdout
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read in /proc")
-def test_peak_memory_is_measured_apart():
-    found = run("benchmarks.peak_memory", "mlp", "quick", "cpu", "K-FAC", "inverses")
-    assert found.returncode == 0, found.stderr
-    assert int(found.stdout) > 0
+def test_peak_memory_is_the_most_that_is_allocated_at_once(monkeypatch):
+    def allocate(*_):
+        first = torch.ones(2**20)
+        del first
+        second, third = torch.ones(2**19), torch.ones(2**20)
+        del second, third
+        torch.ones(2**10)
+
+    monkeypatch.setattr(peak_memory, "_run", allocate)
+    assert peak_memory.peak_memory("mlp", "quick", "cpu") == 4 * (2**19 + 2**20)
+
+
+def test_peak_memory_of_an_optimizer_includes_its_state():
+    alone = peak_memory.peak_memory("mlp", "quick", "cpu")
+    work = make_workload("mlp", "quick", "cpu")
+    parameters = sum(p.numel() * p.element_size() for p in work.model.parameters())
+    assert alone > 2 * parameters  # and gradients
+    with_adamw = peak_memory.peak_memory("mlp", "quick", "cpu", "AdamW", "plain")
+    assert with_adamw >= alone + 2 * parameters
+    assert peak_memory.peak_memory("mlp", "quick", "cpu", "K-FAC", "inverses") > with_adamw

@@ -21,7 +21,7 @@ from kfacopt.optim.initial_state import complete_state, state_shapes
 from kfacopt.optim.messages import log_layers, user_stacklevel
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import bases_of, discard_unfitting
-from kfacopt.optim.self_tuning import SelfTuning
+from kfacopt.optim.self_tuning import SelfTuning, is_of_tuned_steps
 from kfacopt.optim.serialization import (
     follow_parameters,
     restore_dtypes,
@@ -171,8 +171,9 @@ class ConnectedOptimizer(Optimizer):
                 the hooks of `register_load_state_dict_pre_hook` have adapted it.
 
         Raises:
-            ValueError: If it is not a KFACOptimizer's, does not fit the layers, or has an entry
-                that no training leads to. Nothing has been changed then.
+            ValueError: If it is not a KFACOptimizer's, does not fit the layers, has an entry that
+                no training leads to, or was saved with lr="auto" where this lr is a number.
+                Nothing has been changed then.
         """
         if not isinstance(state_dict, dict):
             self._check_loaded(state_dict)  # raises, before hooks meet it
@@ -201,6 +202,11 @@ class ConnectedOptimizer(Optimizer):
         shapes = state_shapes(params, self._layers, self._curvature.form)
         named_params = [(self._names[id(p)], p) for p in params]
         check_state_dict(state_dict, self.param_groups, named_params, shapes)
+        if self._tuning is None and is_of_tuned_steps(state_dict["state"]):
+            raise ValueError(
+                'state_dict was saved with lr="auto", whose lr and damping do not suit steps of a '
+                'fixed lr. Make this optimizer with lr="auto", too.'
+            )
         for group in state_dict["param_groups"]:
             self._refuse_maximize(group)
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfacopt.kfac.capture import LayerUse
+from kfacopt.kfac.capture import LayerUse, group_by_layer
+from kfacopt.kfac.layers import Layer
 from kfacopt.optim.loss_probe import ForwardPass
 
 
@@ -31,7 +32,8 @@ class EmpiricalPass:
         receive: Callable[[EmpiricalPass, LayerUse, Tensor], None],
     ) -> None:
         self.forward_pass = forward_pass
-        self.grads: dict[LayerUse, Tensor] = {}
+        self._uses_of = group_by_layer(forward_pass.uses)
+        self._grads: dict[Layer, dict[LayerUse, Tensor]] = {}
         self._losses: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
         method = weakref.WeakMethod(receive)
         for i, use in enumerate(forward_pass.uses):
@@ -48,6 +50,17 @@ class EmpiricalPass:
         key = (output.data_ptr(), output.shape)
         known = self._losses.get(key)
         self._losses[key] = (scale if known is None else known[0] + scale, terms)
+
+    def add_gradient(self, use: LayerUse, grad: Tensor) -> bool:
+        """Take note of a gradient by a layer's output; tell whether it was the layer's last one."""
+        arrived = self._grads.setdefault(use.layer, {})
+        arrived[use] = grad
+        return len(arrived) == len(self._uses_of[use.layer])
+
+    def take_gradients(self, layer: Layer) -> dict[LayerUse, Tensor]:
+        """Return the gradients that have arrived for a layer, by use, in order; forget them."""
+        arrived = self._grads.pop(layer, {})
+        return {use: arrived[use] for use in self._uses_of.get(layer, []) if use in arrived}
 
     def scale_and_terms(self) -> tuple[Tensor, Tensor]:
         """Return κ of the objective and its number of data."""

@@ -23,7 +23,8 @@ def find_modules(
         module, the shortest one where there are several.
 
     Raises:
-        ValueError: If no module owns any of the parameters.
+        ValueError: If no module owns any of the parameters, or if modules outside the model own
+            some.
     """
     found = _living_modules() if model is None else model.modules()
     modules = [m for m in found if not _is_compiled(m)]
@@ -35,6 +36,8 @@ def find_modules(
             f"params: no nn.Module {where} owns any of the {len(params)} parameters. Give the "
             "parameters of a model, or say with model= where they are."
         )
+    if model is not None:
+        _refuse_strangers(params, hosts.values())
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
         for part in module._modules.values():
@@ -49,6 +52,25 @@ def find_modules(
                 unseen.append(parent)
     roots = [m for m in hosts.values() if not parents.get(id(m))]
     return _named(roots, hosts)
+
+
+def _refuse_strangers(params: Sequence[Parameter], hosts: Iterable[nn.Module]) -> None:
+    """Raise if a parameter is in none of the model's modules, but in another that is alive."""
+    owned = {id(p) for host in hosts for p in host._parameters.values()}
+    missing = {id(p) for p in params} - owned
+    if not missing:
+        return
+    owners = {
+        f"{type(m).__name__}.{name} {tuple(p.shape)}"
+        for m in _living_modules()
+        for name, p in m._parameters.items()
+        if id(p) in missing and p is not None
+    }
+    if owners:
+        raise ValueError(
+            f"params: {', '.join(sorted(owners))} are in no module of the model that model= names. "
+            "Give a module that contains all layers, or leave model= out."
+        )
 
 
 def _living_modules() -> list[nn.Module]:

@@ -50,6 +50,11 @@ def initialise_previous(state: dict[str, Any], p: Parameter) -> None:
         state |= {_PREVIOUS: p.detach().clone(), _HAS_PREVIOUS: 0}
 
 
+def is_of_tuned_steps(states: Mapping[Any, Mapping[str, Any]]) -> bool:
+    """Tell whether a state, by parameter, is that of an optimizer with lr="auto"."""
+    return any(_HAS_PREVIOUS in state for state in states.values())
+
+
 @dataclass
 class TuningStatistics:
     """What the last self-tuned step was made of, as plain numbers.

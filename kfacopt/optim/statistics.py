@@ -414,19 +414,17 @@ class StatisticsCollector:
         """Take a gradient by a layer's output; fold it when the layer's other uses have come."""
         if in_would_be_pass() or torch._C._current_graph_task_id() != self._task:
             return
-        entry.grads[use] = grad
-        own = [u for u in entry.forward_pass.uses if u.layer is use.layer]
-        if all(u in entry.grads for u in own):
+        if entry.add_gradient(use, grad):
             self._fold_empirical(entry, use.layer)
 
     def _fold_empirical(self, entry: EmpiricalPass, layer: Layer) -> None:
         """Turn a layer's gradients in the user's own backward pass into moments."""
-        own = [u for u in entry.forward_pass.uses if u.layer is layer and u in entry.grads]
-        if not own:
+        grads = entry.take_gradients(layer)
+        if not grads:
             return
         scale, terms = entry.scale_and_terms()
-        grads = [entry.grads.pop(u) for u in own]
-        self._count_gradients(layer, own, grads, self._share(terms) / scale)
+        own = list(grads)
+        self._count_gradients(layer, own, list(grads.values()), self._share(terms) / scale)
         self._candidate(layer).terms += terms
         self._count_inputs(own)
 
