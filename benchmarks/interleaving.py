@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+from scipy.stats import binom
 from tqdm import tqdm
 
 from benchmarks.environment import seconds
@@ -40,13 +41,17 @@ def interleaved(
     return times
 
 
-def ratio(times: Sequence[float], unit: Sequence[float]) -> dict[str, float]:
-    """Return the median and the quartiles of ratios of times from the same rounds.
+def median_with_interval(values: Sequence[float]) -> dict[str, float]:
+    """Return the median, and between which of the values it lies with a probability of 95 %.
+
+    Of n independent values, the median of their distribution lies between the j-th lowest and the
+    j-th highest unless fewer than j fall on one side of it, which is binomial, whatever the
+    distribution. Of less than 6 values it is the least and the most, and the probability is lower.
 
     Args:
-        times: Of what is measured.
-        unit: Of what it is compared with.
+        values: At least one.
     """
-    ratios = sorted(t / u for t, u in zip(times, unit, strict=True))
-    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-    return {"median": statistics.median(ratios), "low": low, "high": high}
+    ordered = sorted(values)
+    outside = max(0, int(binom.ppf(0.025, len(ordered), 0.5)) - 1)
+    low, high = ordered[outside], ordered[-1 - outside]
+    return {"median": statistics.median(ordered), "low": low, "high": high}

@@ -31,7 +31,7 @@ from benchmarks.floors import (
     square_product,
     total_operations,
 )
-from benchmarks.interleaving import interleaved, ratio
+from benchmarks.interleaving import interleaved, median_with_interval
 from benchmarks.optimizers import missing_packages, state_bytes
 from benchmarks.peak_memory import peak_memory
 from benchmarks.step_contestants import StepContestant, amortised, contestants
@@ -61,54 +61,57 @@ def training_step(workload: Workload, make: Any) -> tuple[Callable[[], None], An
     return step, optimizer
 
 
+Series = dict[str, list[float]]  # of each function, one value per round
+
+
 def _phases(
-    found: list[StepContestant],
-    spreads: dict[str, dict[str, float]],
-    work: Workload,
-    rate: float,
-    unit: float,
+    found: list[StepContestant], ratios: Series, work: Workload, rate: float, unit: float
 ) -> dict[str, Any]:
     """Return for each K-FAC contestant its phases, the floor, and the bare calls.
 
-    A phase is a difference of two kinds of step; beside it stands what their quartiles span.
+    A phase is the difference of two kinds of step in the same round.
     """
     shapes, phases = layer_shapes(work.model, work.X), {}
-    ratios = {key: s["median"] for key, s in spreads.items()}
-    spans = {key: s["high"] - s["low"] for key, s in spreads.items()}
     for contestant in (c for c in found if c.is_kfac):
         plain, factors, inverses = (ratios[f"{contestant.name}/{k}"] for k in contestant.kinds)
         counts = total_operations(shapes, contestant.reduce, contestant.ekfac)
-        measured = (factors - plain, inverses - factors, plain - 1)
-        spans_of = [spans[f"{contestant.name}/{kind}"] for kind in contestant.kinds]
-        spread = (spans_of[0] + spans_of[1], spans_of[1] + spans_of[2], spans_of[0])
+        pairs = ((factors, plain), (inverses, factors), (plain, [1.0] * len(plain)))
         form = "reduce" if contestant.reduce else "expand"
-        phases[contestant.name] = {
-            phase: {
-                "measured": value,
-                "spread": span,
+        phases[contestant.name] = {}
+        for phase, (more, less) in zip(PHASES, pairs, strict=True):
+            extra = median_with_interval([a - b for a, b in zip(more, less, strict=True)])
+            bare = None if contestant.ekfac else ratios[f"bare {form}/{phase}"]
+            phases[contestant.name][phase] = {
+                "measured": extra["median"],
+                "low": extra["low"],
+                "high": extra["high"],
                 "floor": counts[phase] / rate / unit,
-                "bare_calls": None if contestant.ekfac else ratios[f"bare {form}/{phase}"],
+                "bare_calls": None if bare is None else statistics.median(bare),
                 "operations": counts[phase],
             }
-            for phase, value, span in zip(PHASES, measured, spread, strict=True)
-        }
     return phases
 
 
 def _rows(
-    found: list[StepContestant], ratios: dict[str, float], sizes: dict[str, float], peaks: Any
+    found: list[StepContestant], ratios: Series, sizes: dict[str, float], peaks: dict[str, int]
 ) -> list[dict[str, Any]]:
     rows = []
     for contestant in found:
-        costs = [ratios[f"{contestant.name}/{kind}"] for kind in contestant.kinds]
+        rounds = list(
+            zip(*(ratios[f"{contestant.name}/{k}"] for k in contestant.kinds), strict=True)
+        )
         for label, intervals in contestant.intervals.items():
-            cost = amortised(costs, intervals)
+            costs = [amortised(kinds, intervals) for kinds in rounds]
+            cost = median_with_interval(costs)
+            per_adamw = [c / a for c, a in zip(costs, ratios["AdamW/plain"], strict=True)]
             rows.append(
                 {
                     "contestant": contestant.name,
                     "intervals": label,
-                    "per_forward_backward": cost,
-                    "per_adamw_step": cost / ratios["AdamW/plain"],
+                    "per_forward_backward": cost["median"],
+                    "low": cost["low"],
+                    "high": cost["high"],
+                    "per_adamw_step": statistics.median(per_adamw),
                     "state_per_parameter_byte": sizes[contestant.name],
                     "peak_memory": peaks.get(contestant.name),
                 }
@@ -131,23 +134,27 @@ def measure(name: str, size: str, device: str, rounds: int, memory: bool) -> dic
     """
     work = make_workload(name, size, device)
     found = contestants(name, work.terms)
-    functions: dict[str, Callable[[], object]] = {UNIT: training_step(work, None)[0]}
-    functions[PRODUCT] = square_product(device)
+    functions: dict[str, Callable[[], object]] = {PRODUCT: square_product(device)}
     shapes = layer_shapes(work.model, work.X)
     for form in ("expand", "reduce") if name == "cnn" else ("expand",):
         calls = bare_calls(shapes, form == "reduce", device)
         functions |= {f"bare {form}/{phase}": call for phase, call in calls.items()}
-    made = {}
+    made, forward_backward = {}, training_step(work, None)[0]
     for contestant in found:
+        functions[f"{UNIT}, before {contestant.name}"] = forward_backward
         for kind, make in contestant.kinds.items():
             functions[f"{contestant.name}/{kind}"], made[contestant.name] = training_step(
                 work, make
             )
     times = interleaved(functions, device, rounds, progress=name)
-    spreads = {key: ratio(value, times[UNIT]) for key, value in times.items()}
-    ratios = {key: spread["median"] for key, spread in spreads.items()}
-    unit = statistics.median(times[UNIT])
-    rate = 2 * GEMM_SIDE**3 / (ratios[PRODUCT] * unit)
+    # Over a whole round, so that its noise is less than that of what is divided by it.
+    alone = [value for key, value in times.items() if key.startswith(UNIT)]
+    units = [statistics.median(of_round) for of_round in zip(*alone, strict=True)]
+    ratios = {
+        key: [t / u for t, u in zip(value, units, strict=True)] for key, value in times.items()
+    }
+    unit = statistics.median(units)
+    rate = 2 * GEMM_SIDE**3 / statistics.median(times[PRODUCT])
     total = sum(p.numel() * p.element_size() for p in work.model.parameters())
     sizes = {key: state_bytes(optimizer) / total for key, optimizer in made.items()}
     peaks: dict[str, int] = {}
@@ -161,8 +168,10 @@ def measure(name: str, size: str, device: str, rounds: int, memory: bool) -> dic
         "parameter_bytes": total,
         "peak_memory_of_forward_backward": peaks.get(UNIT),
         "rows": _rows(found, ratios, sizes, peaks),
-        "phases": _phases(found, spreads, work, rate, unit),
-        "kinds_of_step": {key: s for key, s in spreads.items() if key != PRODUCT},
+        "phases": _phases(found, ratios, work, rate, unit),
+        "kinds_of_step": {
+            key: median_with_interval(r) for key, r in ratios.items() if key != PRODUCT
+        },
     }
 
 
@@ -170,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="stated")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=9, help="how often each step is timed")
+    parser.add_argument("--rounds", type=int, default=25, help="how often each step is timed")
     parser.add_argument("--workloads", nargs="+", choices=tuple(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds: tiny models")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")

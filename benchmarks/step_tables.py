@@ -25,11 +25,16 @@ def _memory(peak: int | None) -> str:
     return "" if peak is None else f"{peak / MEBIBYTE:.0f}"
 
 
+def _cost(row: dict[str, Any]) -> str:
+    text = f"{row['per_forward_backward']:.2f}"
+    return f"{text} ({row['low']:.2f}…{row['high']:.2f})" if "low" in row else text
+
+
 def _cost_table(found: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['contestant']} {row['intervals']}".strip(),
-            f"{row['per_forward_backward']:.2f}",
+            _cost(row),
             f"{row['per_adamw_step']:.2f}",
             f"{row['state_per_parameter_byte']:.1f}",
             _memory(row["peak_memory"]),
@@ -42,18 +47,29 @@ def _cost_table(found: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def _uncertainty(phase: dict[str, Any]) -> tuple[str, bool]:
+    """Return how well a phase is known, and whether it is told from nothing.
+
+    Results of before 27 November 2026, nine rounds, have the span of the quartiles instead of the
+    interval for the median.
+    """
+    if "spread" in phase:
+        return f"± {phase['spread']:.2f}", phase["measured"] > phase["spread"]
+    return f"{phase['low']:.2f}…{phase['high']:.2f}", phase["low"] > 0
+
+
 def _phase_table(found: dict[str, Any]) -> str:
     rows = []
     for name, phases in found["phases"].items():
         for phase, entry in phases.items():
             bare = entry["bare_calls"]
-            seen = entry["measured"] > entry["spread"]  # else it is lost in the noise
+            interval, seen = _uncertainty(entry)
             cells = [name, phase, f"{entry['measured']:.2f}" if seen else "–"]
-            cells += [f"{entry['spread']:.2f}", f"{entry['floor']:.2f}"]
+            cells += [interval, f"{entry['floor']:.2f}"]
             cells.append("" if bare is None else f"{bare:.2f}")
             cells.append(f"{entry['measured'] / entry['floor']:.1f}" if seen else "–")
             rows.append(cells)
-    header = ["", "phase", "measured", "±", "floor", "bare calls", "measured / floor"]
+    header = ["", "phase", "measured", "uncertainty", "floor", "bare calls", "measured / floor"]
     return markdown(header, rows)
 
 

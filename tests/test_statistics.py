@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfacopt import KFACOptimizer
 from kfacopt.optim import preconditioner as preconditioner_module
+from kfacopt.optim import running_factors
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -113,7 +114,8 @@ def test_a_step_asks_the_device_once(depth, preconditioner, monkeypatch):
 
     That K-FAC's inverses are finite is asked for all at once (by `tolist`, which does not count).
     """
-    monkeypatch.setattr(preconditioner_module, "is_free_to_read", lambda value: False)  # as a GPU's
+    for module in (running_factors, preconditioner_module):
+        monkeypatch.setattr(module, "is_free_to_read", lambda value: False)  # as a GPU's
     layers = [layer for _ in range(depth) for layer in (nn.Linear(4, 4), nn.Tanh())]
     model = nn.Sequential(*layers, nn.Linear(4, 3))  # AdamW reads its step counters on the CPU
     optimizer = KFACOptimizer(

@@ -2,19 +2,22 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import optimizers, peak_memory
-from benchmarks.floors import LayerShape, bare_calls, layer_shapes, operations
-from benchmarks.interleaving import interleaved, ratio
+from benchmarks.floors import PHASES, LayerShape, bare_calls, layer_shapes, operations
+from benchmarks.interleaving import interleaved, median_with_interval
 from benchmarks.step_contestants import amortised, contestants
+from benchmarks.step_cost import _phases, _rows
 from benchmarks.workloads import WORKLOADS, make_workload
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +80,37 @@ def test_interleaving_times_each_function_once_a_round():
     times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu", 3)
     assert calls == ["a", "a", "b", "b"] * 4
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
-    assert ratio([2.0, 9.0, 4.0], [1.0, 1.0, 1.0])["median"] == 4.0
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(2, 0, 1), (5, 0, 4), (9, 1, 7), (25, 7, 17)])
+def test_the_interval_of_a_median_holds_it_19_times_in_20(count, low, high):
+    values = [*range(count)][::-1]
+    found = median_with_interval(values)
+    assert found == {"median": (count - 1) / 2, "low": low, "high": high}
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        of = median_with_interval(generator.exponential(size=count))
+        held += of["low"] <= math.log(2) <= of["high"]
+    assert held >= 945 or count < 6
+
+
+def test_phases_are_differences_within_a_round():
+    """A machine that slows down between rounds does not blur them."""
+    kfac = next(c for c in contestants("mlp", "rows") if c.name == "K-FAC")
+    slow = [1.0, 1.5, 3.0, 2.0, 1.2, 1.1, 4.0]
+    ratios = {
+        f"K-FAC/{kind}": [cost * s for s in slow]
+        for kind, cost in zip(kfac.kinds, (2.0, 3.0, 7.0), strict=True)
+    }
+    ratios |= {f"bare expand/{phase}": [1.0] for phase in PHASES}
+    found = _phases([kfac], ratios, make_workload("mlp", "quick", "cpu"), 1e9, 1.0)["K-FAC"]
+    assert (found["factors"]["measured"], found["inverses"]["measured"]) == (1.5, 6.0)
+    assert found["factors"]["low"] == 1.0
+    row = _rows([kfac], ratios | {"AdamW/plain": slow}, {"K-FAC": 1.0}, {})[1]
+    assert row["intervals"] == "(1, 1)"
+    assert row["per_adamw_step"] == pytest.approx(7.0)
+    assert row["per_forward_backward"] == pytest.approx(10.5)
 
 
 def trained(model, work, make, steps):

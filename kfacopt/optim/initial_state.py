@@ -16,13 +16,8 @@ from torch.nn import Parameter
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.optim.fallback import initialise_moments
-from kfacopt.optim.preconditioner import (
-    NO_INVERSE,
-    InverseForm,
-    factor_shapes,
-    initialise_factors,
-    refresh_inverse,
-)
+from kfacopt.optim.preconditioner import NO_INVERSE, InverseForm, refresh_inverse
+from kfacopt.optim.running_factors import factor_shapes, initialise_factors
 from kfacopt.optim.self_tuning import initialise_previous
 
 

@@ -26,14 +26,13 @@ from kfacopt.optim.messages import (
 from kfacopt.optim.moments import Moments
 from kfacopt.optim.preconditioner import (
     bases_of,
-    fold_factors,
-    fold_second_moments,
     has_inverse,
     inverse_of,
     inverses_at_once,
     precondition,
     refresh_inverse,
 )
+from kfacopt.optim.running_factors import fold_factors, fold_second_moments
 
 
 class PreconditioningOptimizer(ConnectedOptimizer):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kfacopt.optim.preconditioner import NO_INVERSE, RECORDS
+from kfacopt.optim.preconditioner import NO_INVERSE
+from kfacopt.optim.running_factors import RECORDS
 from kfacopt.optim.settings import check_group
 
 Shapes = Mapping[str, tuple[int, ...]]
