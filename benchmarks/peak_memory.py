@@ -4,14 +4,16 @@
 
 prints it in bytes, counted from before the model is made. Without a contestant it runs forward and
 backward passes alone. A GPU's allocator keeps the figure; on the CPU it is the highest total that
-torch's profiler notes at an allocation. (The process's resident set also depends on how the
-heap lies: for the same steps it was seen to grow by 304 to 350 MiB.)
+torch's profiler notes at an allocation, in a process of its own, as it counts garbage of earlier
+models that is still to be collected. (The resident set of a process also depends on how the heap
+lies: for the same steps it was seen to grow by 304 to 350 MiB.)
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -64,6 +66,21 @@ def peak_memory(workload: str, size: str, device: str, contestant: str = "", kin
         found.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     return max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]")
+
+
+def measured_apart(*arguments: str) -> int:
+    """Call `peak_memory` in a new process, or here for a GPU.
+
+    Args:
+        arguments: Those of `peak_memory`.
+    """
+    if "cuda" in arguments:
+        return peak_memory(*arguments)
+    command = [sys.executable, "-m", "benchmarks.peak_memory", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{found.stderr}")
+    return int(found.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

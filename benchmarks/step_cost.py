@@ -33,7 +33,7 @@ from benchmarks.floors import (
 )
 from benchmarks.interleaving import interleaved, median_with_interval
 from benchmarks.optimizers import missing_packages, state_bytes
-from benchmarks.peak_memory import peak_memory
+from benchmarks.peak_memory import measured_apart
 from benchmarks.step_contestants import StepContestant, amortised, contestants
 from benchmarks.step_tables import tables, update_readme
 from benchmarks.workloads import SIZES, WORKLOADS, Workload, make_workload
@@ -159,9 +159,9 @@ def measure(name: str, size: str, device: str, rounds: int, memory: bool) -> dic
     sizes = {key: state_bytes(optimizer) / total for key, optimizer in made.items()}
     peaks: dict[str, int] = {}
     if memory:
-        peaks[UNIT] = peak_memory(name, size, device)
+        peaks[UNIT] = measured_apart(name, size, device)
         for c in found:
-            peaks[c.name] = peak_memory(name, size, device, c.name, list(c.kinds)[-1])
+            peaks[c.name] = measured_apart(name, size, device, c.name, list(c.kinds)[-1])
     return {
         "milliseconds_of_forward_backward": 1e3 * unit,
         "products_per_second": rate,

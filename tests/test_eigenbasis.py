@@ -1,5 +1,6 @@
-"""Eigenbases that follow a factor, and eigenvalues that follow the bases."""
+"""Eigenbases that follow a factor, eigenvalues that follow the bases, and products of factors."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from kfacopt.linalg.eigenbasis import (
     refreshed_basis,
     rotated_eigenvalues,
 )
-from kfacopt.linalg.kronecker import DecompositionError
+from kfacopt.linalg.kronecker import DecompositionError, KroneckerProduct
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -110,3 +111,36 @@ def test_a_reordered_basis_permutes_the_eigenvalues():
     order = torch.tensor([3, 1, 0, 2])
     rotated = rotated_eigenvalues(values, Q, (Q[0][..., order], Q[1]))
     assert torch.allclose(rotated, values[:, order], atol=TOLERANCE)
+
+
+# Products of factors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize(
+    ("groups", "d_out", "widths"),
+    [(1, 5, (4, 1)), (1, 600, (500, 1)), (1, 530, (501,)), (1, 1001, (261, 1)), (3, 300, (299, 1))],
+)
+def test_a_kronecker_product_times_columns_is_the_dense_one(groups, d_out, widths, diagonal):
+    """Small parts are joined by a copy, large ones written side by side, odd widths cut in two."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    d_in = sum(widths)
+    G, A, X = draw(groups, d_out, d_out), draw(groups, d_in, d_in), draw(groups, d_out, d_in)
+    G, A = G + G.mT, A + A.mT
+    if diagonal:
+        G = G.diagonal(dim1=-2, dim2=-1)
+    found = KroneckerProduct(G, A).apply_columns(X.split(widths, dim=-1))
+    expected = np.stack(
+        [
+            (np.diag(g) if diagonal else g) @ x @ a
+            for g, x, a in zip(G.numpy(), X.numpy(), A.numpy(), strict=True)
+        ]
+    )
+    assert [x.shape[-1] for x in found] == [*widths]
+    assert all(x.is_contiguous() for x in found)
+    np.testing.assert_allclose(torch.cat(found, dim=-1).numpy(), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(KroneckerProduct(G, A).apply(X), expected, rtol=1e-9, atol=1e-9)

@@ -186,10 +186,13 @@ def test_peak_memory_is_the_most_that_is_allocated_at_once(monkeypatch):
 
 
 def test_peak_memory_of_an_optimizer_includes_its_state():
-    alone = peak_memory.peak_memory("mlp", "quick", "cpu")
+    alone = peak_memory.measured_apart("mlp", "quick", "cpu")
     work = make_workload("mlp", "quick", "cpu")
     parameters = sum(p.numel() * p.element_size() for p in work.model.parameters())
     assert alone > 2 * parameters  # and gradients
-    with_adamw = peak_memory.peak_memory("mlp", "quick", "cpu", "AdamW", "plain")
+    with_adamw = peak_memory.measured_apart("mlp", "quick", "cpu", "AdamW", "plain")
     assert with_adamw >= alone + 2 * parameters
-    assert peak_memory.peak_memory("mlp", "quick", "cpu", "K-FAC", "inverses") > with_adamw
+    kfac = ("mlp", "quick", "cpu", "K-FAC", "inverses")
+    assert peak_memory.measured_apart(*kfac) > with_adamw
+    with pytest.raises(RuntimeError, match="peak_memory mlp quick cpu Nobody plain failed"):
+        peak_memory.measured_apart("mlp", "quick", "cpu", "Nobody", "plain")

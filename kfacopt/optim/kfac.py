@@ -149,7 +149,8 @@ class KFACOptimizer(PreconditioningOptimizer):
     `statistics`.
 
     Raises:
-        ValueError: If an argument is out of its range, or no module owns the parameters.
+        ValueError: If an argument is out of its range, no module owns the parameters, or modules
+            outside of `model` own some.
         RuntimeError: In `step`, if no loss was recognised.
         UnsupportedLossError: In `backward`, for an option of a known loss that is not supported.
 

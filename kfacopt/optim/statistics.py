@@ -29,12 +29,11 @@ from kfacopt.kfac.capture import (
     loss_vectors,
     record_use,
 )
-from kfacopt.kfac.eigenvalues import Bases, block_second_moments
-from kfacopt.kfac.factors import grad_output_moment, input_moment
+from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.kfac.subsampling import data_count, draw_subset, restricted_grad, restricted_use
 from kfacopt.likelihoods import UnsupportedLossError, widened
 from kfacopt.optim.activation_checkpointing import refuse_reentrant_checkpointing
+from kfacopt.optim.candidates import CandidateMoments
 from kfacopt.optim.compilation import (
     is_called_from_compiled_code,
     leave_hooks_uncompiled,
@@ -54,7 +53,7 @@ from kfacopt.optim.loss_probe import (
     record_call,
     unprobe,
 )
-from kfacopt.optim.moments import Moments, UnprojectedGradients, is_one
+from kfacopt.optim.moments import Moments
 from kfacopt.optim.replay import LossOrigin, ObjectiveTerm, Surroundings
 from kfacopt.optim.settings import CurvatureOptions
 
@@ -150,10 +149,8 @@ class StatisticsCollector:
             self._objective += self._candidate_terms
         self._task, self._confirmed = task, False
         self._candidate_terms: list[ObjectiveTerm] = []
-        self._candidates: dict[Layer, Moments] = {}
+        self._candidates = CandidateMoments(self._options, self.generator, self.bases)
         self._empirical: list[EmpiricalPass] = []
-        self._counted: set[LayerUse] = set()
-        self._subsets: dict[int, Tensor] = {}  # of the data that factors are summed over, by N
 
     def _rewind(self, state: Tensor | None) -> None:
         if state is not None:
@@ -356,13 +353,13 @@ class StatisticsCollector:
         # A layer's uses in one forward pass count together.
         groups = [own for p in passes for own in group_by_layer(p.uses).values()]
         group_of = {use: number for number, own in enumerate(groups) for use in own}
-        reached: set[LayerUse] = set()
+        candidates, reached = self._candidates, set[LayerUse]()
         arrived: dict[int, dict[LayerUse, Tensor]] = {}
 
         def count(number: int) -> None:
             grads = arrived.pop(number)
             own = [use for use in groups[number] if use in grads]
-            self._count_gradients(own[0].layer, own, [grads[use] for use in own], share)
+            candidates.count_gradients(own[0].layer, own, [grads[use] for use in own], share)
 
         def take(use: LayerUse, grad: Tensor) -> None:
             number = group_of[use]
@@ -377,9 +374,9 @@ class StatisticsCollector:
             for number in list(arrived):  # other uses of these layers were not reached
                 count(number)
         for p in passes:
-            self._count_inputs([u for u in p.uses if u in reached])
+            candidates.count_inputs([u for u in p.uses if u in reached])
         for layer in group_by_layer(u for u in uses if u in reached):
-            self._candidate(layer).terms += terms
+            candidates.count_terms(layer, terms)
 
     def _share(self, terms: Tensor) -> Tensor | float:
         """Return what a backward pass's G counts in a step of several.
@@ -424,55 +421,10 @@ class StatisticsCollector:
             return
         scale, terms = entry.scale_and_terms()
         own = list(grads)
-        self._count_gradients(layer, own, list(grads.values()), self._share(terms) / scale)
-        self._candidate(layer).terms += terms
-        self._count_inputs(own)
-
-    def _count_gradients(
-        self, layer: Layer, own: list[LayerUse], grads: list[Tensor], scale: Tensor | float
-    ) -> None:
-        """Count the gradients by the outputs of a layer's uses in one forward pass."""
-        kept = [self._subset(use) for use in own]
-        grads = [
-            g if k is None else restricted_grad(g, k) for g, k in zip(grads, kept, strict=True)
-        ]
-        own = self._restricted(own)
-        candidate = self._candidate(layer)
-        moment = grad_output_moment(layer, own, grads, self._options.form)
-        candidate.add_grad_outputs(moment if is_one(scale) else moment.mul_(scale))
-        if not self._options.corrected:
-            return
-        if any(block not in self.bases for block in layer.blocks):
-            candidate.unprojected.append(UnprojectedGradients(own, grads, scale))
-            return
-        for block in layer.blocks:
-            value = block_second_moments(block, own, grads, self.bases[block])
-            candidate.add_second_moments(block, value * scale)
-
-    def _count_inputs(self, uses: Iterable[LayerUse]) -> None:
-        """Count the inputs of uses of one forward pass once, however many losses reach them."""
-        new = [u for u in uses if u not in self._counted]
-        self._counted.update(new)
-        for layer, own in group_by_layer(new).items():
-            moment, rows = input_moment(layer, self._restricted(own), self._options.form)
-            self._candidate(layer).add_inputs(moment, rows)
-
-    def _subset(self, use: LayerUse) -> Tensor | None:
-        """Return which data of a use count, the same for all uses by as many data."""
-        count = data_count(use)
-        if self._options.batch_fraction == 1 or count is None:
-            return None
-        if count not in self._subsets:
-            fraction = self._options.batch_fraction
-            self._subsets[count] = draw_subset(count, fraction, self.generator)
-        return self._subsets[count]
-
-    def _restricted(self, uses: list[LayerUse]) -> list[LayerUse]:
-        kept = [(use, self._subset(use)) for use in uses]
-        return [use if k is None else restricted_use(use, k) for use, k in kept]
-
-    def _candidate(self, layer: Layer) -> Moments:
-        return self._candidates.setdefault(layer, Moments())
+        share = self._share(terms) / scale
+        self._candidates.count_gradients(layer, own, list(grads.values()), share)
+        self._candidates.count_terms(layer, terms)
+        self._candidates.count_inputs(own)
 
     def _confirm(self, layer: Layer) -> None:
         """Let a layer's candidates count: its parameter's gradient has been accumulated."""
@@ -482,7 +434,7 @@ class StatisticsCollector:
         self._confirmed = True
         for entry in self._empirical:  # uses of the layer that no gradient reached are left out
             self._fold_empirical(entry, layer)
-        candidate = self._candidates.pop(layer, None)
+        candidate = self._candidates.by_layer.pop(layer, None)
         if candidate is not None:
             self._labels_of_task = None
             self._pending.setdefault(layer, Moments()).add(candidate)
@@ -499,7 +451,7 @@ class StatisticsCollector:
         Where no gradient was accumulated at all, the last backward pass counts: the gradients come
         from `torch.autograd.grad`.
         """
-        pending = self._pending or self._candidates
+        pending = self._pending or self._candidates.by_layer
         if pending:
             self._labels_of_step = None
         if not self._pending:  # else a task that was not confirmed gives its labels back
