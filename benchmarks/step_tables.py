@@ -55,7 +55,7 @@ def _uncertainty(phase: dict[str, Any]) -> tuple[str, bool]:
     """
     if "spread" in phase:
         return f"± {phase['spread']:.2f}", phase["measured"] > phase["spread"]
-    return f"{phase['low']:.2f}…{phase['high']:.2f}", phase["low"] > 0
+    return f"{phase['low']:.2f}…{phase['high']:.2f}", phase["low"] >= 0.005
 
 
 def _phase_table(found: dict[str, Any]) -> str:

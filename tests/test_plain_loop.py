@@ -425,14 +425,48 @@ def test_parameters_without_a_model():
         KFACOptimizer(mlp().parameters(), model=model)
 
 
-def test_parameters_of_modules_outside_the_named_model_are_refused():
+def test_layers_outside_the_named_model_are_refused():
     model = mlp()
-    with pytest.raises(
-        ValueError, match=r"Linear\.bias \(3,\), Linear\.weight .* leave model= out"
-    ):
+    message = r"Linear\.bias \(3,\), Linear\.weight .* leave model= out"
+    with pytest.raises(ValueError, match=message):
         KFACOptimizer(model.parameters(), model=model[0])
-    loose = nn.Parameter(torch.ones(3))  # in no module at all: AdamW's
-    assert len(KFACOptimizer([*model.parameters(), loose], model=model)._layers) == 2
+    # What AdamW would train in any case may be anywhere.
+    others = [nn.Parameter(torch.ones(3)), *nn.LayerNorm(2).parameters()]
+    kept = nn.ParameterList([torch.ones(2)])
+    others += [*kept, *model[0].parameters()]
+    model[0].requires_grad_(False)
+    assert len(KFACOptimizer([*model[2].parameters(), *others], model=model[2:])._layers) == 1
+
+
+def test_a_refused_group_leaves_no_trace():
+    model, head = mlp(), nn.Linear(3, 2)
+    optimizer = make(model.parameters(), model=model)
+    with pytest.raises(ValueError, match=r"leave model= out"):
+        optimizer.add_param_group({"params": head.parameters()})
+    with pytest.raises(ValueError, match="momentum must be"):
+        optimizer.add_param_group({"params": head.parameters(), "momentum": -1})
+    assert len(optimizer.param_groups) == 1
+    step(optimizer, F.cross_entropy(model(X), LABELS))
+    assert_factors(optimizer, model, CE(), [(X, LABELS)])
+    model.append(head)
+    optimizer.add_param_group({"params": head.parameters()})
+    assert len(optimizer._layers) == 3
+
+
+def test_a_module_whose_constructor_failed_is_passed_over():
+    class Unfinished(nn.Module):
+        def __init__(self):
+            kept.append(self)
+            self.layer = nn.Linear(2, 2)
+
+    kept = []
+    with pytest.raises(AttributeError):
+        Unfinished()
+    model = mlp()
+    parameters = [*model.parameters()]
+    assert len(KFACOptimizer(parameters)._layers) == 2
+    loose = nn.Parameter(torch.ones(2))
+    assert len(KFACOptimizer([*parameters, loose], model=model)._layers) == 2
 
 
 def test_other_parameters_are_trained_by_the_fallback_and_named(caplog):

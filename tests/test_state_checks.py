@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kfacopt import KFACOptimizer
+from kfacopt.optim import running_factors
 
 X = torch.linspace(-2, 2, 36).reshape(6, 6).sin()
 LABELS = torch.tensor([0, 2, 1, 0, 2, 2])
@@ -185,22 +186,33 @@ def test_maximize_is_refused_for_steps_that_tune_themselves():
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_state_of_steps_that_tune_themselves_is_refused_for_a_fixed_lr(steps):
+@pytest.mark.parametrize(("saved", "own"), [("auto", 0.1), (0.1, "auto")])
+def test_a_state_of_the_other_kind_of_steps_is_refused(saved, own, steps):
+    """A state with lr="auto" has lr 1; a fixed lr would shorten steps that tune themselves."""
     model = network()
-    tuned = KFACOptimizer(model.parameters(), lr="auto")
-    train(model, tuned, steps)
-    fixed = KFACOptimizer(model.parameters())
-    with pytest.raises(ValueError, match=r'saved with lr="auto".* Make this optimizer with lr='):
-        fixed.load_state_dict(tuned.state_dict())
-    assert fixed.param_groups[0]["lr"] < 1
+    first = KFACOptimizer(model.parameters(), lr=saved)
+    train(model, first, steps)
+    second = KFACOptimizer(model.parameters(), lr=own)
+    before = copy.deepcopy(second.state_dict())
+    with pytest.raises(ValueError, match=r"state_dict was saved with .* this optimizer has .*lr"):
+        second.load_state_dict(first.state_dict())
+    assert_equal_states(before, second.state_dict())
 
 
-def test_a_state_of_a_fixed_lr_goes_on_with_steps_that_tune_themselves():
-    model, fixed = trained()
-    tuned = KFACOptimizer(model.parameters(), lr="auto")
-    tuned.load_state_dict(fixed.state_dict())
+@pytest.mark.parametrize(("saved", "own"), [("auto", 0.1), (0.1, "auto")])
+def test_factors_alone_go_over_to_the_other_kind_of_steps(saved, own):
+    model = network()
+    first = KFACOptimizer(model.parameters(), lr=saved)
+    train(model, first)
+    second = KFACOptimizer(model.parameters(), lr=own)
+    state = second.state_dict()
+    names = ("input_factor", "grad_output_factor", *running_factors.RECORDS)
+    for key, entries in first.state_dict()["state"].items():
+        state["state"][key] |= {name: entries[name] for name in names if name in entries}
+    second.load_state_dict(state)
+    assert torch.equal(second.factors("0").input_factor, first.factors("0").input_factor)
     before = F.cross_entropy(model(X), LABELS).item()
-    train(model, tuned, steps=5)
+    train(model, second, steps=5)
     assert F.cross_entropy(model(X), LABELS).item() < before
 
 

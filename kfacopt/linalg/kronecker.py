@@ -81,8 +81,9 @@ _LARGE = 2**18
 def _multiplied_left(factor: Tensor, columns: Sequence[Tensor]) -> Tensor:
     """Return `factor @ X` for X `[..., B, d, n]` that is given in columns."""
     lead, widths = columns[0].shape[:-1], [x.shape[-1] for x in columns]
-    large = len(lead) == 2 and lead.numel() * sum(widths) >= _LARGE
-    if is_diagonal(factor) or columns[0].device.type != "cpu" or not large:
+    large = lead.numel() * sum(widths) >= _LARGE and columns[0].device.type == "cpu"
+    alike = len(lead) == 2 and lead[:1] == factor.shape[:1] and not torch.is_grad_enabled()
+    if is_diagonal(factor) or not (large and alike):
         parts = [multiply_left(factor, x) for x in columns]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     stride = -(-sum(widths) // (2 * _VECTOR)) * 2 * _VECTOR

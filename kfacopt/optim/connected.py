@@ -21,7 +21,7 @@ from kfacopt.optim.initial_state import complete_state, state_shapes
 from kfacopt.optim.messages import log_layers, user_stacklevel
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import bases_of, discard_unfitting
-from kfacopt.optim.self_tuning import SelfTuning, is_of_tuned_steps
+from kfacopt.optim.self_tuning import SelfTuning, steps_of
 from kfacopt.optim.serialization import (
     follow_parameters,
     restore_dtypes,
@@ -70,7 +70,14 @@ class ConnectedOptimizer(Optimizer):
         if self._tuning is not None and self.param_groups:
             param_group.setdefault("damping", self.param_groups[0]["damping"])
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._admit(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()  # a refused group leaves no trace
+            raise
+
+    def _admit(self, group: dict[str, Any]) -> None:
+        """Check the last group, and find its layers."""
         if any(is_lazy(p) for p in group["params"]):
             raise ValueError(
                 "params: a parameter is not initialized yet (nn.Lazy...); run a forward pass of "
@@ -86,7 +93,6 @@ class ConnectedOptimizer(Optimizer):
         check_group(group)
         self._refuse_maximize(group)
         if self._names:
-            self._collector.active = False
             self._connect()
 
     def _refuse_maximize(self, group: Mapping[str, Any]) -> None:
@@ -97,9 +103,7 @@ class ConnectedOptimizer(Optimizer):
         """Find the layers anew where parameters were frozen or unfrozen since; tell of new ones."""
         if [p.requires_grad for p in self._parameters()] == self._trained:
             return False
-        modules = self._collector.living_modules()
-        self._collector.active = False
-        self._connect(modules)
+        self._connect(self._collector.living_modules())
         return not all(self._has_statistics(layer) for layer in self._layers)
 
     def _follow_moved_parameters(self) -> None:
@@ -122,6 +126,8 @@ class ConnectedOptimizer(Optimizer):
         if modules is None:
             modules = find_modules(params, None if self._model is None else self._model())
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
+        if self._names:
+            self._collector.active = False
         self._names = parameter_names(modules, params)
         self._embeddings = embeddings(module for _, module in modules)
         self._trained = [p.requires_grad for p in params]
@@ -172,8 +178,8 @@ class ConnectedOptimizer(Optimizer):
 
         Raises:
             ValueError: If it is not a KFACOptimizer's, does not fit the layers, has an entry that
-                no training leads to, or was saved with lr="auto" where this lr is a number.
-                Nothing has been changed then.
+                no training leads to, or was saved with lr="auto" where this lr is a number, or
+                the reverse. Nothing has been changed then.
         """
         if not isinstance(state_dict, dict):
             self._check_loaded(state_dict)  # raises, before hooks meet it
@@ -202,13 +208,21 @@ class ConnectedOptimizer(Optimizer):
         shapes = state_shapes(params, self._layers, self._curvature.form)
         named_params = [(self._names[id(p)], p) for p in params]
         check_state_dict(state_dict, self.param_groups, named_params, shapes)
-        if self._tuning is None and is_of_tuned_steps(state_dict["state"]):
-            raise ValueError(
-                'state_dict was saved with lr="auto", whose lr and damping do not suit steps of a '
-                'fixed lr. Make this optimizer with lr="auto", too.'
-            )
+        self._refuse_other_steps(state_dict["state"])
         for group in state_dict["param_groups"]:
             self._refuse_maximize(group)
+
+    def _refuse_other_steps(self, states: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Raise for a state of steps with a fixed lr where they tune themselves, or the reverse."""
+        saved = steps_of(states)
+        own = "fixed" if self._tuning is None else "tuned"
+        if saved not in (None, own):
+            lr = {"fixed": "a number for lr", "tuned": 'lr="auto"'}
+            raise ValueError(
+                f"state_dict was saved with {lr[saved]}, and this optimizer has {lr[own]}: what lr "
+                f"and damping in it mean is another. Make this one with {lr[saved]}, too; or put "
+                "the entries of the factors alone into a state_dict() of this one."
+            )
 
     def _complete_state(self) -> None:
         forms = self._curvature.form, self._schedule.inverse

@@ -149,7 +149,7 @@ class KFACOptimizer(PreconditioningOptimizer):
     `statistics`.
 
     Raises:
-        ValueError: If an argument is out of its range, no module owns the parameters, or modules
+        ValueError: If an argument is out of its range, no module owns the parameters, or layers
             outside of `model` own some.
         RuntimeError: In `step`, if no loss was recognised.
         UnsupportedLossError: In `backward`, for an option of a known loss that is not supported.

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.nn import Parameter
 
+from kfacopt.kfac.layers import is_supported
+
 
 def find_modules(
     params: Sequence[Parameter], model: nn.Module | None
@@ -23,8 +25,7 @@ def find_modules(
         module, the shortest one where there are several.
 
     Raises:
-        ValueError: If no module owns any of the parameters, or if modules outside the model own
-            some.
+        ValueError: If no module owns any of the parameters, or layers outside the model own some.
     """
     found = _living_modules() if model is None else model.modules()
     modules = [m for m in found if not _is_compiled(m)]
@@ -55,28 +56,33 @@ def find_modules(
 
 
 def _refuse_strangers(params: Sequence[Parameter], hosts: Iterable[nn.Module]) -> None:
-    """Raise if a parameter is in none of the model's modules, but in another that is alive."""
+    """Raise if a layer outside the model owns parameters that the model does not have.
+
+    They would be trained by AdamW, where the layer would have factors if its module were known.
+    """
     owned = {id(p) for host in hosts for p in host._parameters.values()}
-    missing = {id(p) for p in params} - owned
+    missing = {id(p) for p in params if p.requires_grad} - owned
     if not missing:
         return
     owners = {
         f"{type(m).__name__}.{name} {tuple(p.shape)}"
         for m in _living_modules()
+        if is_supported(m)
         for name, p in m._parameters.items()
-        if id(p) in missing and p is not None
+        if p is not None and id(p) in missing
     }
     if owners:
         raise ValueError(
-            f"params: {', '.join(sorted(owners))} are in no module of the model that model= names. "
-            "Give a module that contains all layers, or leave model= out."
+            f"params: {', '.join(sorted(owners))} are in layers outside of the model that model= "
+            "names. Give a module that contains all layers, or leave model= out."
         )
 
 
 def _living_modules() -> list[nn.Module]:
     # `type(o)` instead of `isinstance(o, ...)`: the latter asks `o.__class__`, which wakes lazy
-    # proxies all over the process.
-    return [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    # proxies all over the process. A module whose constructor failed has no parameters yet.
+    found = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    return [m for m in found if {"_parameters", "_modules"} <= vars(m).keys()]
 
 
 def _is_compiled(module: nn.Module) -> bool:

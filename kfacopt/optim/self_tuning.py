@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,9 +50,19 @@ def initialise_previous(state: dict[str, Any], p: Parameter) -> None:
         state |= {_PREVIOUS: p.detach().clone(), _HAS_PREVIOUS: 0}
 
 
-def is_of_tuned_steps(states: Mapping[Any, Mapping[str, Any]]) -> bool:
-    """Tell whether a state, by parameter, is that of an optimizer with lr="auto"."""
-    return any(_HAS_PREVIOUS in state for state in states.values())
+def steps_of(states: Mapping[Any, Mapping[str, Any]]) -> Literal["tuned", "fixed"] | None:
+    """Tell whether a state, by parameter, is that of an optimizer with lr="auto".
+
+    `None` for a state without layers, which cannot tell.
+    """
+    if any(_is_there(state, _HAS_PREVIOUS) for state in states.values()):
+        return "tuned"
+    return "fixed" if any(_is_there(s, "factor_weight") for s in states.values()) else None
+
+
+def _is_there(state: Mapping[str, Any], name: str) -> bool:
+    # torch.distributed.checkpoint makes an empty dict of an entry that was not saved.
+    return name in state and not isinstance(state[name], dict)
 
 
 @dataclass
