@@ -21,7 +21,7 @@ from kfacopt.optim.initial_state import complete_state, state_shapes
 from kfacopt.optim.messages import log_layers, user_stacklevel
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import bases_of, discard_unfitting
-from kfacopt.optim.self_tuning import SelfTuning, steps_of
+from kfacopt.optim.self_tuning import SelfTuning
 from kfacopt.optim.serialization import (
     follow_parameters,
     restore_dtypes,
@@ -29,7 +29,7 @@ from kfacopt.optim.serialization import (
     store_generator,
 )
 from kfacopt.optim.settings import CurvatureOptions, Schedule, check_group
-from kfacopt.optim.state_checks import check_state_dict
+from kfacopt.optim.state_checks import check_kind_of_steps, check_state_dict
 from kfacopt.optim.statistics import StatisticsCollector
 
 
@@ -208,21 +208,9 @@ class ConnectedOptimizer(Optimizer):
         shapes = state_shapes(params, self._layers, self._curvature.form)
         named_params = [(self._names[id(p)], p) for p in params]
         check_state_dict(state_dict, self.param_groups, named_params, shapes)
-        self._refuse_other_steps(state_dict["state"])
+        check_kind_of_steps(state_dict["state"], self._tuning is not None)
         for group in state_dict["param_groups"]:
             self._refuse_maximize(group)
-
-    def _refuse_other_steps(self, states: Mapping[Any, Mapping[str, Any]]) -> None:
-        """Raise for a state of steps with a fixed lr where they tune themselves, or the reverse."""
-        saved = steps_of(states)
-        own = "fixed" if self._tuning is None else "tuned"
-        if saved not in (None, own):
-            lr = {"fixed": "a number for lr", "tuned": 'lr="auto"'}
-            raise ValueError(
-                f"state_dict was saved with {lr[saved]}, and this optimizer has {lr[own]}: what lr "
-                f"and damping in it mean is another. Make this one with {lr[saved]}, too; or put "
-                "the entries of the factors alone into a state_dict() of this one."
-            )
 
     def _complete_state(self) -> None:
         forms = self._curvature.form, self._schedule.inverse

@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,28 +41,13 @@ REJECTION_FACTOR = 4.0  # λ grows by it when a step is undone
 MAX_ATTEMPTS = 12
 
 _PREVIOUS = "previous_parameter"
-_HAS_PREVIOUS = "has_previous_parameter"
+HAS_PREVIOUS = "has_previous_parameter"
 
 
 def initialise_previous(state: dict[str, Any], p: Parameter) -> None:
     """Give a parameter's state the entries that the last step leaves in it, as before any step."""
-    if _HAS_PREVIOUS not in state:
-        state |= {_PREVIOUS: p.detach().clone(), _HAS_PREVIOUS: 0}
-
-
-def steps_of(states: Mapping[Any, Mapping[str, Any]]) -> Literal["tuned", "fixed"] | None:
-    """Tell whether a state, by parameter, is that of an optimizer with lr="auto".
-
-    `None` for a state without layers, which cannot tell.
-    """
-    if any(_is_there(state, _HAS_PREVIOUS) for state in states.values()):
-        return "tuned"
-    return "fixed" if any(_is_there(s, "factor_weight") for s in states.values()) else None
-
-
-def _is_there(state: Mapping[str, Any], name: str) -> bool:
-    # torch.distributed.checkpoint makes an empty dict of an entry that was not saved.
-    return name in state and not isinstance(state[name], dict)
+    if HAS_PREVIOUS not in state:
+        state |= {_PREVIOUS: p.detach().clone(), HAS_PREVIOUS: 0}
 
 
 @dataclass
@@ -193,7 +178,7 @@ class SelfTuning:
             return False
         self._learn(groups, model, coefficients)
         for p, value in zip(params, before, strict=True):
-            states[p] |= {_PREVIOUS: value, _HAS_PREVIOUS: 1}
+            states[p] |= {_PREVIOUS: value, HAS_PREVIOUS: 1}
             shrinkage = settings[p]["lr"] * min(abs(record.step_size), 1.0)
             p.mul_(1 - shrinkage * settings[p]["weight_decay"])
         return True
@@ -254,7 +239,7 @@ def _last_step(
     known = [
         p
         for p in params
-        if states[p].get(_HAS_PREVIOUS) and settings[p]["momentum"] and settings[p]["lr"]
+        if states[p].get(HAS_PREVIOUS) and settings[p]["momentum"] and settings[p]["lr"]
     ]
     return [{p: p.detach() - states[p][_PREVIOUS] for p in known}] if known else []
 

@@ -42,6 +42,11 @@ _OWN_DTYPE = _INVERSE_SIDES | frozenset(
 )
 
 
+def was_not_saved(value: Any) -> bool:
+    """Tell the empty dict that `torch.distributed.checkpoint` makes of an entry that is missing."""
+    return isinstance(value, dict) and not value
+
+
 def restore_dtypes(
     states: MutableMapping[Tensor, Any],
     param_groups: Sequence[dict[str, Any]],
@@ -58,8 +63,7 @@ def restore_dtypes(
     params = chain.from_iterable(g["params"] for g in param_groups)
     for key, p in zip(saved, params, strict=True):
         for name, value in state_dict["state"].get(key, {}).items():
-            if isinstance(value, dict) and not value:
-                # What torch.distributed.checkpoint makes of an entry that was not saved.
+            if was_not_saved(value):
                 states[p].pop(name, None)
             elif name in _OWN_DTYPE and isinstance(value, Tensor):
                 states[p][name] = value.detach().to(p.device, copy=True)

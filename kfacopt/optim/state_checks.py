@@ -12,6 +12,8 @@ from torch.nn import Parameter
 
 from kfacopt.optim.preconditioner import NO_INVERSE
 from kfacopt.optim.running_factors import RECORDS
+from kfacopt.optim.self_tuning import HAS_PREVIOUS
+from kfacopt.optim.serialization import was_not_saved
 from kfacopt.optim.settings import check_group
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -95,6 +97,31 @@ def check_state_dict(
         _check_entries(f"{name!r}", state_dict["state"].get(key, {}), shapes[p])
 
 
+def _present(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if not was_not_saved(value)}
+
+
+def check_kind_of_steps(states: Mapping[Any, Mapping[str, Any]], tuned: bool) -> None:
+    """Raise for a state of steps with a fixed lr where steps tune themselves, or the reverse.
+
+    A state without layers cannot tell, and passes.
+
+    Args:
+        states: The state that is to be loaded, by parameter, once it has been checked otherwise.
+        tuned: Whether the optimizer that loads it has lr="auto".
+    """
+    there = [_present(entries) for entries in states.values()]
+    saved_tuned = any(HAS_PREVIOUS in entries for entries in there)
+    if saved_tuned == tuned or not any("factor_weight" in entries for entries in there):
+        return
+    saved, own = ('lr="auto"', "a number for lr")[:: 1 if saved_tuned else -1]
+    raise ValueError(
+        f"state_dict was saved with {saved}, and this optimizer has {own}: what lr and damping in "
+        f"it mean is another. Make this one with {saved}, too; or put the entries of the factors "
+        "alone into a state_dict() of this one."
+    )
+
+
 def _described(value: Any) -> str:
     if isinstance(value, Mapping):
         entries = {str(key): type(entry).__name__ for key, entry in value.items()}
@@ -130,8 +157,7 @@ def _check_entries(parameter: str, entries: Any, shapes: Shapes) -> None:
         raise ValueError(
             f"state_dict: the state of {parameter} must be a dict, got {_described(entries)}."
         )
-    # torch.distributed.checkpoint makes an empty dict of an entry that was not saved.
-    there = {k: v for k, v in entries.items() if not (isinstance(v, dict) and not v)}
+    there = _present(entries)
     for name, value in there.items():
         where = f"state_dict: {name} of {parameter}"
         if not isinstance(value, Tensor | int | float | dict):
