@@ -226,13 +226,14 @@ class ConnectedOptimizer(Optimizer):
 
     def _watch(self, active: bool) -> None:
         """Put hooks on the modules or take them off, and tell the collector of the bases."""
+        active = active and bool(self._layers)
         if active and self._schedule.inverse.corrected:
             # Where the next step changes the bases, its second moments wait for the new ones.
             stay = not self._due(self._schedule.inverse_update_interval)
             bases = {b: bases_of(self.state.get(b.anchor, {})) for b in self._blocks if stay}
             self._collector.bases = {b: known for b, known in bases.items() if known is not None}
         self._collector.collecting = active
-        self._collector.active = active or self._tuning is not None
+        self._collector.active = active or (self._tuning is not None and bool(self._layers))
         due = self._due(self._schedule.factor_update_interval)
         self._labels_before = self._generator.get_state() if active and not due else None
 

@@ -321,6 +321,7 @@ class KFACOptimizer(PreconditioningOptimizer):
                 result = closure()
         self._follow_moved_parameters()
         if self._only_initialises() or not self._has_finite_gradients():
+            self._collector.close_passes()
             return result
         terms = self._collector.objective() if self._tuning is not None else []
         first: dict[Layer, Moments] = {}
@@ -351,6 +352,7 @@ class KFACOptimizer(PreconditioningOptimizer):
             group["num_steps"] += 1
         due = self._due(self._schedule.factor_update_interval)
         self._watch(due or new or self._waiting)
+        self._collector.close_passes()
         return result
 
     def _only_initialises(self) -> bool:

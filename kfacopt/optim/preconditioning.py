@@ -22,6 +22,7 @@ from kfacopt.optim.messages import (
     missing_statistics,
     stale_factors,
     uncompiled_cause,
+    without_curvature,
 )
 from kfacopt.optim.moments import Moments
 from kfacopt.optim.preconditioner import (
@@ -70,7 +71,7 @@ class PreconditioningOptimizer(ConnectedOptimizer):
         self._ddp_group = self._data_parallel_group()
         unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
         ignored = self._collector.unknown_objectives
-        reached = self._collector.reached
+        reached, used = self._collector.reached, self._collector.used
         pending = self._collector.finish()
         form = self._curvature.form
         if self._ddp_group is not None:
@@ -82,7 +83,8 @@ class PreconditioningOptimizer(ConnectedOptimizer):
                 "known: it counts by its gradient alone.",
             )
         if not pending:
-            self._report_missing_loss(forward_seen, unknown_losses)
+            if not self._collector.undercounted and (used or not forward_seen):
+                self._report_missing_loss(forward_seen, unknown_losses)
         else:
             self._report_stale(layer for layer in reached if layer not in pending)
         if not self._due(self._schedule.factor_update_interval):  # here for new layers alone
@@ -169,11 +171,9 @@ class PreconditioningOptimizer(ConnectedOptimizer):
                 log_new_layer(block.layer)
                 continue
             if inverse is None:
+                otherwise = block.layer in self._collector.undercounted
                 self._warn(
-                    f"uncaptured {block.layer.name}",
-                    f"layer {block.layer.name!r} has a gradient but no curvature was captured "
-                    "(its forward pass runs outside the hooks, or the loss on it was not "
-                    "recognised, or was not finite); it gets the AdamW fallback update.",
+                    f"uncaptured {block.layer.name}", without_curvature(block.layer, otherwise)
                 )
                 continue
             products = precondition(inverse, block, grads)
