@@ -27,8 +27,9 @@ def leave_hooks_uncompiled(probed: type[Tensor]) -> None:
         import torch._dynamo.trace_rules as rules
 
         rules.add("kfacopt")
-        kept_out = getattr(torch._dynamo.config, "nontraceable_tensor_subclasses", set())
-        kept_out.add(probed)
+        kept_out = getattr(torch._dynamo.config, "nontraceable_tensor_subclasses", None)
+        if kept_out is not None:
+            kept_out.add(probed)
 
 
 def is_called_from_compiled_code() -> bool:

@@ -28,7 +28,13 @@ from kfacopt.optim.serialization import (
     restore_generator,
     store_generator,
 )
-from kfacopt.optim.settings import CurvatureOptions, Schedule, check_group
+from kfacopt.optim.settings import (
+    CurvatureOptions,
+    Schedule,
+    as_number,
+    check_group,
+    numbers_alone,
+)
 from kfacopt.optim.state_checks import check_kind_of_steps, check_state_dict
 from kfacopt.optim.statistics import StatisticsCollector
 
@@ -56,6 +62,8 @@ class ConnectedOptimizer(Optimizer):
         self._names: dict[int, str] = {}
         self._embeddings: set[int] = set()
         self._collector: StatisticsCollector
+        self._connected = False
+        self._checked_settings: list[tuple[Any, ...]] = []
         self._placement: list[tuple[torch.dtype, torch.device]] = []
         self._warned: set[str] = set()
         self._skipped_steps = self._num_fallback = 0
@@ -88,11 +96,17 @@ class ConnectedOptimizer(Optimizer):
                 "params: a parameter is sharded (FSDP, DTensor), which KFACOptimizer does not "
                 "support. Use nn.parallel.DistributedDataParallel."
             )
-        group.setdefault("base_lr", group["lr"])
+        if any(p.is_meta for p in group["params"]):
+            raise ValueError(
+                "params: a parameter is on the meta device, without values; give the model its "
+                "values (to_empty, then load or initialize) before making the optimizer, which "
+                "would go on with the old parameters."
+            )
+        group.setdefault("base_lr", as_number(group["lr"]))
         group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
         check_group(group)
         self._refuse_maximize(group)
-        if self._names:
+        if self._connected:
             self._connect()
 
     def _refuse_maximize(self, group: Mapping[str, Any]) -> None:
@@ -113,20 +127,27 @@ class ConnectedOptimizer(Optimizer):
             return
         self._placement = [(p.dtype, p.device) for p in params]
         follow_parameters(self.state, self._curvature.form, self._schedule.inverse)
-        if self._generator.device != params[0].device:
-            self._generator = Generator(params[0].device).manual_seed(self._seed)
+        if self._generator.device != self._device:
+            self._generator = Generator(self._device).manual_seed(self._seed)
             self._collector.generator = self._generator
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    @property
+    def _device(self) -> torch.device:
+        """Where labels are drawn: with the first parameter."""
+        return next((p.device for p in self._parameters()), torch.device("cpu"))
+
     def _connect(self, modules: list[tuple[str, nn.Module]] | None = None) -> None:
         """Find the modules of the parameters and put hooks on them."""
         params = self._parameters()
+        if modules is None and not params:  # of a group that is empty so far
+            modules = []
         if modules is None:
             modules = find_modules(params, None if self._model is None else self._model())
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
-        if self._names:
+        if self._connected:
             self._collector.active = False
         self._names = parameter_names(modules, params)
         self._embeddings = embeddings(module for _, module in modules)
@@ -138,11 +159,12 @@ class ConnectedOptimizer(Optimizer):
             discard_unfitting(self.state, layer, self._curvature.form)
         settings = (self._curvature, self._generator, self._ddp)
         self._collector = StatisticsCollector(layers, modules, *settings)
+        self._connected = True
         self._watch(True)
         covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
         rest = [self._names[id(p)] for p in params if id(p) not in covered]
         log_layers(self._layers, rest, self._curvature.form)
-        if not self._layers:
+        if params and not self._layers:
             self._warn(
                 "no-layers",
                 "none of the parameters is in a layer that K-FAC knows (nn.Linear, nn.Conv2d); "
@@ -215,7 +237,8 @@ class ConnectedOptimizer(Optimizer):
     def _complete_state(self) -> None:
         forms = self._curvature.form, self._schedule.inverse
         tuned = self._tuning is not None
-        complete_state(self.state, self._layers, self.param_groups, *forms, tuned)
+        with numbers_alone(self.param_groups):
+            complete_state(self.state, self._layers, self.param_groups, *forms, tuned)
         store_generator(self.state, self._layers, self._generator)
 
     def _resume(self) -> None:
@@ -256,7 +279,7 @@ class ConnectedOptimizer(Optimizer):
             return
         self._start_unconnected(None)
         super().__setstate__(state)
-        self._generator = Generator(self._parameters()[0].device).manual_seed(self._seed)
+        self._generator = Generator(self._device).manual_seed(self._seed)
         self._connect(modules)
         self._resume()
 
@@ -264,11 +287,9 @@ class ConnectedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and with them the statistics that wait for the next step."""
-        seen = self._collector.forward_seen  # forward, zero_grad, backward is a usual order, too
-        if not seen:
+        if not self._collector.forward_seen:
             self._reconnect_if_frozen()
-        self._collector.clear()
-        self._collector.forward_seen = seen
+        self._collector.clear(forward_is_over=False)  # forward, zero_grad, backward is usual, too
         super().zero_grad(set_to_none)
 
     def _due(self, interval: int) -> bool:

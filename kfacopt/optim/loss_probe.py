@@ -92,7 +92,7 @@ class ForwardPass:
                 if not tensor._passes:
                     vars(tensor).pop("_source", None)
                     del tensor._passes
-                    tensor.__class__ = Tensor
+                    tensor.__class__ = Tensor  # type: ignore[assignment]
         self._probed.clear()
 
 
@@ -126,7 +126,8 @@ class ProbedTensor(Tensor):
             result = func(*args, **kwargs)
         if func in LOSS_FUNCTIONS:
             origin = None if call is None else LossOrigin(call)
-            _notify(func, unprobe(args), unprobe(kwargs), result, list(passes), origin)
+            with torch._C.DisableTorchFunctionSubclass():
+                _notify(func, unprobe(args), unprobe(kwargs), result, list(passes), origin)
             return result
         if func in _KEPT_TENSORS:
             return result
@@ -139,7 +140,7 @@ class ProbedTensor(Tensor):
 
 
 # Of attributes that are tensors with a life of their own, not functions of the tensor.
-_KEPT_TENSORS = (Tensor._base.__get__, Tensor.grad.__get__)
+_KEPT_TENSORS = tuple(vars(torch._C.TensorBase)[name].__get__ for name in ("_base", "grad"))
 
 
 @contextmanager
@@ -257,7 +258,7 @@ class _Prober:
         known: tuple[ForwardPass, ...] = ()
         if isinstance(tensor, ProbedTensor):
             known = tensor._passes
-        elif type(tensor) is Tensor and tensor.is_floating_point() and tensor.requires_grad:
+        elif type(tensor) is Tensor and tensor.requires_grad:
             if self.given is None or id(tensor) in self.given:
                 tensor = tensor.as_subclass(ProbedTensor)
             else:

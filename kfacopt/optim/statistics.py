@@ -133,8 +133,12 @@ class StatisticsCollector:
         living = [(name, ref()) for name, ref in self._modules]
         return [(name, module) for name, module in living if module is not None]
 
-    def clear(self) -> None:
-        """Forget all statistics since the last step, and take back the labels drawn for them."""
+    def clear(self, forward_is_over: bool = True) -> None:
+        """Forget all statistics since the last step, and take back the labels drawn for them.
+
+        Args:
+            forward_is_over: Whether no backward pass of an earlier forward pass will come.
+        """
         self._start_task(-1)
         self._rewind(self._labels_of_step)
         self._labels_of_step = None
@@ -142,7 +146,8 @@ class StatisticsCollector:
         self.reached: set[Layer] = set()
         self.unknown_losses: set[str] = set()
         self.unknown_objectives: set[str] = set()
-        self.forward_seen = self.used = False
+        if forward_is_over:
+            self.forward_seen = self.used = False
         self._also_used_otherwise: set[Layer] = set()
         self._objective: list[ObjectiveTerm] = []
 
