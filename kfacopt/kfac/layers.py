@@ -177,7 +177,8 @@ def find_layers(
     own = [p for p in params if p.requires_grad and p.is_floating_point() and p.numel()]
     wanted = {id(p) for p in own}
     for _, module in modules_by_name:
-        if not is_supported(module):  # tied to a supported layer, for instance an embedding
+        # Tied to a supported layer, for instance an embedding; but a list of parameters uses none.
+        if not (is_supported(module) or isinstance(module, nn.ParameterList | nn.ParameterDict)):
             wanted -= {id(p) for p in module._parameters.values()}
     layers: dict[int, tuple[Layer, list[nn.Module]]] = {}
     for name, module in modules_by_name:
