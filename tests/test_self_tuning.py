@@ -479,7 +479,6 @@ def test_closures():
 
 PENALTIES = {
     "by hand": lambda m: 0.1 * sum(p.square().sum() for p in m.parameters()),
-    "past the module": lambda m: F.mse_loss(m(X[:, :4]) + X @ m[0].weight[:3].T, TARGETS),
     "another loss": lambda m: (m(X) ** 4).mean(),
 }
 
@@ -489,6 +488,23 @@ def test_terms_that_are_not_seen_need_a_closure(name):
     model = mlp()
     with pytest.raises(RuntimeError, match=r'lr="auto": the objective has terms besides .*closure'):
         step(model, make(model), lambda m: F.mse_loss(m(X), TARGETS) + PENALTIES[name](m))
+
+
+def test_a_weight_that_is_used_past_its_module_is_a_constant_for_the_model_and_left_to_adamw():
+    model = mlp()
+    before = copy.deepcopy(model)
+
+    def loss_of(m):
+        return F.mse_loss(m(X) + X @ m[0].weight[:3].T, TARGETS)
+
+    optimizer = make(model)
+    with pytest.warns(KFACWarning, match="layer '0': the loss depends on its parameters in other"):
+        step(model, optimizer, loss_of)
+    assert "exp_avg" in optimizer.state[model[0].weight]
+    before[0].load_state_dict(model[0].state_dict())  # what AdamW did is not in the model
+    change = loss_of(before).item()
+    before[2].load_state_dict(model[2].state_dict())
+    assert loss_of(before).item() < change
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first-step", "later"])
@@ -627,8 +643,11 @@ def test_what_autograd_does_inside_is_named():
         (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
         return F.mse_loss(m(x) + slope[:, :1], TARGETS[:, :1])
 
-    with pytest.raises(RuntimeError, match=r'lr="auto": .*'):
-        step(model, make(model), loss_of)
+    optimizer = make(model)
+    with pytest.warns(KFACWarning, match="derivative of the model by its input") as caught:
+        step(model, optimizer, loss_of)
+    assert len(caught) == 2
+    assert all("exp_avg" in optimizer.state[p] for p in model.parameters())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
