@@ -91,7 +91,7 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
 
     def _predict(self) -> list[tuple[int, ...]]:
         """Return the shapes of the predictions, by one pass over the data."""
-        with self._model.evaluation(), torch.no_grad():
+        with self._model.evaluation():  # with graphs, for models that differentiate by their input
             shapes = [
                 tuple(Linearization(self._model, self._to_device(X, y)[0]).output.shape)
                 for X, y in self._batches()

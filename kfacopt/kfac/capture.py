@@ -26,6 +26,7 @@ class LayerUse:
         edge: The gradient edge of its output. Unlike the tensor, it survives an in-place
             activation behind the layer and keeps no memory alive.
         version: The input's version counter at the call.
+        input_edge: The gradient edge of the input, if it has one.
     """
 
     layer: Layer
@@ -33,6 +34,7 @@ class LayerUse:
     input: Tensor
     edge: GradientEdge
     version: int
+    input_edge: GradientEdge | None
 
     def checked_input(self) -> Tensor:
         """Return the input, or raise if it was changed in place after the call."""
@@ -49,15 +51,19 @@ def record_use(
 ) -> LayerUse | None:
     """Return the record of a call of `module`, or `None` if no gradient can reach it.
 
-    A call through `torch.func.functional_call` with other parameters is not one of the layer.
+    A call through `torch.func.functional_call` with other parameters is not one of the layer, and
+    one in a transform of `torch.func` has tensors that are gone at its end.
     """
+    if torch._C._are_functorch_transforms_active():
+        return None
     if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
         return None
     if all(p is not layer.anchor for p in module._parameters.values()):
         return None
     x = args[0] if args else kwargs["input"]
     detached = x.detach()
-    return LayerUse(layer, module, detached, get_gradient_edge(output), detached._version)
+    before = get_gradient_edge(x) if x.requires_grad else None
+    return LayerUse(layer, module, detached, get_gradient_edge(output), detached._version, before)
 
 
 @contextmanager
@@ -143,8 +149,9 @@ class WouldBePass:
             self._by_node.setdefault(use.edge.node, []).append(use)
         self._passed = _above_others(self._by_node)
         self._ends = [use for use in uses if use.edge.node not in self._passed]
-        with torch.enable_grad():
-            self._root = output.view_as(output)  # only these passes go through its node
+        if self._ends:  # else there is nothing to arrive at
+            with torch.enable_grad():
+                self._root = output.view_as(output)  # only these passes go through its node
 
     def run(self, vector: Tensor, consume: Callable[[LayerUse, Tensor], object]) -> None:
         """Backpropagate a vector.
@@ -153,6 +160,8 @@ class WouldBePass:
             vector: v, `[*z.shape]`.
             consume: Gets each use that z depends on, and the gradient by its output.
         """
+        if not self._ends:
+            return
         own = _OwnTask()
         handles = [
             node.register_prehook(_handing_over(own, self._by_node[node], consume))

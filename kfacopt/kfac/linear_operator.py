@@ -45,6 +45,7 @@ from kfacopt.kfac.layers import (
     Layer,
     find_layers,
 )
+from kfacopt.kfac.unseen_uses import is_undercounted, unseen_parameters
 from kfacopt.likelihoods import (
     FISHER_TYPES,
     SUPPORTED_LOSSES,
@@ -317,6 +318,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         normalizer: Tensor | float = 0.0
         terms: Tensor | float = 0.0
         for X, y, output, uses, gradients in self._passes("K-FAC factors"):
+            _check_uses(self._model_func, self._params, output, uses)
             z = widened(output)
             normalizer = normalizer + self._likelihood.normalizer(z, y)
             terms = terms + self._empirical_terms(z, y, batch_size(X))
@@ -400,6 +402,25 @@ def _check_output(output: Any) -> None:
         raise TypeError(
             f"model_func must return one tensor, got {type(output).__name__}; wrap the model in a "
             "module that selects what the loss sees."
+        )
+
+
+def _check_uses(
+    model: nn.Module, params: Sequence[Parameter], output: Tensor, uses: Sequence[LayerUse]
+) -> None:
+    """Raise if a parameter's block would lack uses that no hook saw."""
+    unseen = unseen_parameters([output], uses, params)
+    missing = {id(p) for p in unseen if is_undercounted(output, uses, p)}
+    if missing:
+        named = model.named_parameters()
+        names = ", ".join(repr(name) for name, p in named if id(p) in missing)
+        raise NotImplementedError(
+            f"params: model_func uses {names} other than by calling the module, so that K-FAC's "
+            "block would lack that part: F.linear(x, layer.weight), layer.forward(x), a weight in "
+            "a sum or penalty, a derivative by the input (torch.autograd.grad or torch.func in the "
+            "forward pass), compiled code that ignores hooks (give the module that was compiled). "
+            "Call the module, or leave the parameters out of params; the other operators "
+            "(GGNLinearOperator, EFLinearOperator, ...) are exact for any use."
         )
 
 

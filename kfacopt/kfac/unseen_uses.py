@@ -1,0 +1,101 @@
+"""Parameters that a model uses past the calls of their modules, whose blocks would be too small.
+
+A module's hook sees the calls of the module alone. `F.linear(x, layer.weight)`, `layer.forward(x)`,
+a weight that is added to another one, and a derivative of the network by its input, whose backward
+pass multiplies by the weights again, are paths from a parameter to the output past all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.nn import Parameter
+
+from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer
+from kfacopt.kfac.layers import layer_grad_outputs, layer_inputs
+
+# Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
+_ROUND_OFFS = 16
+
+
+def unseen_parameters(
+    outputs: Iterable[Tensor], uses: Iterable[LayerUse], params: Iterable[Parameter]
+) -> list[Parameter]:
+    """Return those of some parameters that outputs depend on past the recorded uses of layers.
+
+    A walk through the graph, without a backward pass: at the output of a recorded use it goes on
+    at the input of that use. Compiled code is one node, of which nobody can see what leads where:
+    a parameter that it uses is returned, and `is_undercounted` tells.
+
+    Args:
+        outputs: Tensors with their graphs, for instance z, or a loss.
+        uses: The uses of layers that were recorded in these graphs.
+        params: The parameters to look for.
+
+    Returns:
+        The parameters that were found, in the order of `params`.
+    """
+    behind: dict[Any, list[Any]] = {}  # from the node of a use's output to that of its input
+    for use in uses:
+        if not isinstance(use.edge.node, BackwardCFunction):
+            behind.setdefault(use.edge.node, [])
+            if use.input_edge is not None:
+                behind[use.edge.node].append(use.input_edge.node)
+    found: set[int] = set()
+    waiting: list[Any] = [z.grad_fn for z in outputs if z.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):  # that accumulates the gradient of a leaf
+            found.add(id(node.variable))
+            continue
+        following = behind.get(node)
+        if following is None:
+            following = [n for n, _ in node.next_functions if n is not None]
+        for n in following:
+            if n not in seen:
+                seen.add(n)
+                waiting.append(n)
+    return [p for p in params if id(p) in found]
+
+
+def is_undercounted(output: Tensor, uses: Sequence[LayerUse], param: Parameter) -> bool:
+    """Tell whether recorded uses explain less, or more, than the whole derivative by a parameter.
+
+    The vector-Jacobian product of a random vector is compared with the sum of g aᵀ over the
+    recorded uses, at the cost of two backward passes. Meant for what `unseen_parameters` returns: a
+    path may have been seen by compiled code's hooks, or count nothing (`z + 0 * weight.sum()`).
+
+    Args:
+        output: z with its graph, which stays alive.
+        uses: The uses of layers that were recorded in this graph.
+        param: A weight or bias of these layers, or any other.
+    """
+    draws = torch.randn(output.shape, generator=Generator().manual_seed(0), dtype=torch.float64)
+    vector = draws.to(output)
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    (whole,) = torch.autograd.grad(output, [param], vector, **options)
+    arrived: dict[LayerUse, Tensor] = {}
+    WouldBePass(output, uses).run(vector, arrived.__setitem__)
+    wide = torch.promote_types(param.dtype, torch.float32)
+    explained, bound, rows = torch.zeros_like(whole, dtype=wide), whole.abs().to(wide), 1
+    for layer, own in group_by_layer(arrived).items():
+        if param is not layer.weight and param is not layer.bias:
+            continue
+        for use in own:
+            g = layer_grad_outputs(use.module, arrived[use].to(wide))
+            if param is layer.weight:
+                a, _ = layer_inputs(use.module, use.checked_input().to(wide), reduce=False)
+            else:
+                adds = use.module._parameters.get("bias") is param
+                a = g.new_full((*g.shape[:-1], 1), float(adds))
+            rows += g.shape[1] * g.shape[2]
+            explained += torch.einsum("bnso,bnsi->boi", g, a).reshape(param.shape)
+            bound += torch.einsum("bnso,bnsi->boi", g.abs(), a.abs()).reshape(param.shape)
+    dtypes = {output.dtype, param.dtype, *(g.dtype for g in arrived.values())}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)  # autocast's, too
+    return not bool(((whole - explained).abs() <= _ROUND_OFFS * eps * rows**0.5 * bound).all())
