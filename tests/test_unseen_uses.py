@@ -93,6 +93,7 @@ def loss_and_data(num_data=4):
     return nn.CrossEntropyLoss(), [(X, y)]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 @pytest.mark.parametrize("forward", UNSEEN.values(), ids=UNSEEN)
 def test_unseen_uses_are_refused_by_name(forward, operator):
@@ -180,6 +181,18 @@ def test_layers_that_are_never_used_have_zero_blocks(operator):
         assert not (K @ torch.ones(D * D + D, dtype=DTYPE)).any()
         inverse = K.inverse(0.5) @ torch.ones(D * D + D, dtype=DTYPE)
         torch.testing.assert_close(inverse, 2 * torch.ones_like(inverse))
+
+
+def test_compiled_models_have_the_blocks_of_the_model():
+    """Compiled code would ignore the hooks that see the calls."""
+    net, (loss, data) = Net(SEEN["modules"]), loss_and_data()
+    params = [net.layer.weight, net.head.weight]
+    expected = KFACLinearOperator(net, loss, params, data).trace()
+    compiled = torch.compile(net, backend="eager")
+    compiled(data[0][0])
+    assert KFACLinearOperator(compiled, loss, params, data).trace() == expected
+    net.layer.compile(backend="eager")
+    assert KFACLinearOperator(net, loss, params, data).trace() == expected
 
 
 def test_the_search_tells_compiled_code_by_its_derivatives():

@@ -417,8 +417,7 @@ def _check_uses(
         raise NotImplementedError(
             f"params: model_func uses {names} other than by calling the module, so that K-FAC's "
             "block would lack that part: F.linear(x, layer.weight), layer.forward(x), a weight in "
-            "a sum or penalty, a derivative by the input (torch.autograd.grad or torch.func in the "
-            "forward pass), compiled code that ignores hooks (give the module that was compiled). "
+            "a sum or penalty, torch.func, or a derivative by the input in the forward pass. "
             "Call the module, or leave the parameters out of params; the other operators "
             "(GGNLinearOperator, EFLinearOperator, ...) are exact for any use."
         )
