@@ -95,7 +95,10 @@ class Likelihood(ABC):
 
     @abstractmethod
     def num_terms(self, output: Tensor, target: Tensor | None) -> Tensor:
-        """Return, as a scalar, how many data the loss counts: by weight, ignored ones not."""
+        """Return, as a scalar, how many data the loss counts: all that are not ignored.
+
+        A weight is part of a datum's loss, and does not make it more than one datum.
+        """
 
     @abstractmethod
     def num_positions(self, output: Tensor) -> int:
@@ -207,6 +210,10 @@ class _Categorical(Likelihood):
     def _spread(self, weights: Tensor, output: Tensor) -> Tensor:
         return weights.unsqueeze(self._class_axis(output))
 
+    def _class_free_ones(self, output: Tensor) -> Tensor:
+        """Return a one for each term."""
+        return torch.ones_like(output.select(self._class_axis(output), 0))
+
     def _class_weights(self, output: Tensor) -> Tensor:
         if self.weight is not None:
             return self.weight.to(output)
@@ -233,7 +240,7 @@ class _Categorical(Likelihood):
                     "loss_func: class weights need the targets, which are unknown when the loss "
                     "is only stated. Compute the loss with F.cross_entropy on the model's output."
                 )
-            return torch.ones_like(output.select(axis, 0))
+            return self._class_free_ones(output)
         smoothing, class_weights = self.label_smoothing, self._class_weights(output)
         classes = output.shape[axis]
         if self._has_probabilities(output, target):
@@ -246,12 +253,14 @@ class _Categorical(Likelihood):
     def normalizer(self, output: Tensor, target: Tensor | None) -> Tensor:
         """Return Σ_t w_{y_t}, or the number of terms for probabilities or unknown targets."""
         if target is None or self._has_probabilities(output, target):
-            return torch.ones_like(output.select(self._class_axis(output), 0)).sum()
+            return self._class_free_ones(output).sum()
         return self._target_weights(output, target).sum()
 
     def num_terms(self, output: Tensor, target: Tensor | None) -> Tensor:
-        """Return what the mean divides by: every term is a datum of its own."""
-        return self.normalizer(output, target)
+        """Return the number of targets that are not ignored: each is a datum of its own."""
+        if target is None or self._has_probabilities(output, target):
+            return self._class_free_ones(output).sum()
+        return self._kept(target).sum().to(output.dtype)
 
     def num_positions(self, output: Tensor) -> int:
         """Return the number of targets."""

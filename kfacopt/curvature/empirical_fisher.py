@@ -29,8 +29,9 @@ class EFLinearOperator(OuterProductLinearOperator):
     dimensions, and for predictions whose positions were flattened into rows, as in
     `logits.view(-1, classes)`, ℓ_n is the datum's mean over its positions (its sum for `"sum"`).
     Targets that cross entropy ignores are not counted: with Z the sum that the mean divides by and
-    s_n a datum's summed loss, N is the number of data times the share of targets that count, by
-    class weight, and ℓ_n = (N / Z) s_n.
+    s_n a datum's summed loss, N is the number of data times the share of targets that are not
+    ignored, and ℓ_n = (N / Z) s_n: a factor of all class weights changes nothing, as in L. A target
+    whose class has the weight 0 is a datum whose gradient is 0.
 
     `loss_func` may be any callable with an attribute `reduction` that is the mean or sum of the
     data's losses; that each ℓ_n depends on the n-th prediction only is taken for granted. See

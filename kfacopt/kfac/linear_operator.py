@@ -387,6 +387,11 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     def _scale_of(self, normalizer: Tensor | float, terms: Tensor | float) -> Tensor | float:
         if self._likelihood.reduction == "sum":
             return 1.0
+        if normalizer == 0:
+            raise ValueError(
+                "data: the loss is a mean over no terms; all batches are empty, or all targets "
+                "ignored."
+            )
         if self._fisher_type == "empirical":
             return terms / normalizer**2
         return 1.0 / normalizer
