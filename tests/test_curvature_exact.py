@@ -76,7 +76,7 @@ def counted(loss_name, loss_func, data):
     weights = torch.ones(NUM_CLASSES, dtype=DTYPE)
     if loss_func.weight is not None:
         weights = loss_func.weight
-    kept = y != loss_func.ignore_index
+    kept = (y != loss_func.ignore_index).to(DTYPE)
     return kept.sum() / y[0].numel(), (weights[y] * kept).sum()
 
 
