@@ -11,10 +11,11 @@ the vectors v that `hessian_root` and `sample_gradient` give satisfy, for each d
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -460,6 +461,13 @@ def has_likelihood(loss_func: object) -> bool:
         isinstance(loss_func, kind) and type(loss_func).forward is kind.forward
         for kind in SUPPORTED_LOSSES
     )
+
+
+def with_sum(loss_func: nn.Module) -> Any:
+    """Return a loss that is the sum of the terms of which a loss is the mean or the sum."""
+    summed: Any = copy.copy(loss_func)
+    summed.reduction = "sum"
+    return summed
 
 
 def likelihood_of(loss_func: nn.Module) -> Likelihood:

@@ -1,7 +1,7 @@
 """Weights and ignored targets: what matrices of a mean loss are, and that scaling weights is none.
 
-With s_n a datum's summed loss and Z what the mean divides by, the empirical Fisher is N / Z² Σ s sᵀ,
-where N counts the data that are not ignored, whatever their weight.
+With s_n a datum's summed loss and Z what the mean divides by, the empirical Fisher is
+N / Z² Σ s sᵀ, where N counts the data that are not ignored, whatever their weight.
 """
 
 import dense_curvature as dense

@@ -74,7 +74,7 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
     ) -> Callable[[Columns], Columns]:
         z = linearization.output.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(
-            summed_loss(self._loss_func, z, X, y), z, create_graph=True
+            summed_loss(self._loss_func, z, X, y, self._batch_size_fn), z, create_graph=True
         )
 
         def product(V: Columns) -> Columns:

@@ -64,8 +64,9 @@ def measure_saved_bytes(known: Sequence[Tensor]) -> Iterator[list[int]]:
     sizes: list[int] = []
 
     def pack(tensor: Tensor) -> tuple[Tensor, int]:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in seen:
+        # A tangent that is zero has no memory.
+        pointer = None if tensor._is_zerotensor() else tensor.untyped_storage().data_ptr()
+        if pointer is not None and pointer not in seen:
             seen.add(pointer)
             sizes.append(tensor.untyped_storage().nbytes())
         # detach: torch asks a hook not to return the tensor itself, which would be a cycle

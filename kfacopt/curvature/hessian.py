@@ -61,7 +61,8 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
     ) -> Callable[[Columns], Columns]:
         # What is kept must not refer to the operator, which keeps it.
         params, loss_func = self._model.leaves, self._loss_func
-        loss = summed_loss(loss_func, linearization.output, X, y)
+        batch_size_fn = self._batch_size_fn
+        loss = summed_loss(loss_func, linearization.output, X, y, batch_size_fn)
         if not loss.requires_grad:
             return lambda V: [torch.zeros_like(v) for v in V]
         gradient: list[tuple[int, Tensor]] = []
@@ -79,7 +80,7 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
 
         def product(V: Columns) -> Columns:
             result = linearization.gradient_jvp(
-                lambda z: summed_loss(loss_func, z, X, y), V, double_backward
+                lambda z: summed_loss(loss_func, z, X, y, batch_size_fn), V, double_backward
             )
             return double_backward(V) if result is None else result
 

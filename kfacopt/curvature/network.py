@@ -113,9 +113,19 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
             cache.offer(index, batch, term, size)
         else:
             known = [*self._model.leaves, *_tensors_in(self._modules, *batch)]
+            term = None
             with measure_saved_bytes(known) as sizes:
-                action(self._make_term(*self._to_device(*batch)))
+                try:
+                    term = self._make_term(*self._to_device(*batch))
+                except RuntimeError as error:
+                    if "saved tensor hooks" not in str(error):
+                        raise
+                else:
+                    action(term)
             cache.note_size(sum(sizes))
+            if term is None:  # torch.func within the model allows no measurement
+                self._cache = None
+                action(self._make_term(*self._to_device(*batch)))
 
     def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[T, int]:
         """Prepare a term that will be kept if it fits; return it and its size.
