@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.confirmation import check_twice_differentiable
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.network import largest_rows
 from kfacopt.curvature.risk import (
@@ -73,9 +74,12 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
         self, linearization: Linearization, X: Any, y: Any
     ) -> Callable[[Columns], Columns]:
         z = linearization.output.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(
-            summed_loss(self._loss_func, z, X, y), z, create_graph=True
+        loss_func, confirmed = self._loss_func, self._model.confirmed
+        loss = summed_loss(loss_func, z, X, y)
+        check_twice_differentiable(
+            "loss_func", loss, lambda at: summed_loss(loss_func, at, X, y), z, confirmed
         )
+        (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
 
         def product(V: Columns) -> Columns:
             if not gradient.requires_grad:  # the loss is linear in z

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.confirmation import Functions, check_twice_differentiable
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.risk import (
     Columns,
@@ -64,6 +65,11 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
         loss = summed_loss(loss_func, linearization.output, X, y)
         if not loss.requires_grad:
             return lambda V: [torch.zeros_like(v) for v in V]
+        functions, z = Functions(loss), linearization.output
+        linearization.check_second_derivatives()
+        check_twice_differentiable(
+            "loss_func", loss, lambda at: summed_loss(loss_func, at, X, y), z, self._model.confirmed
+        )
         gradient: list[tuple[int, Tensor]] = []
 
         def double_backward(V: Columns) -> Columns:
@@ -79,7 +85,7 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
 
         def product(V: Columns) -> Columns:
             result = linearization.gradient_jvp(
-                lambda z: summed_loss(loss_func, z, X, y), V, double_backward
+                lambda z: summed_loss(loss_func, z, X, y), functions, V, double_backward
             )
             return double_backward(V) if result is None else result
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
 from kfacopt.curvature.batched_autograd import batched_grad, quiet_vmap
+from kfacopt.curvature.confirmation import (
+    CONFIRMATION_DIGITS,
+    Functions,
+    agree_with_differences,
+    are_adjoint,
+    moved,
+    random_like,
+    refusal,
+    root_mean_square,
+    single_rows,
+)
 from kfacopt.curvature.data_gradients import (
     DataGradients,
     GradientPlan,
@@ -24,11 +36,12 @@ from kfacopt.data import random_devices, tensors_put_back
 # From this many columns on, the forward pass that forward mode repeats is cheap beside the rest.
 _FORWARD_MODE_COLUMNS = 8
 
-# Forward mode is right if it agrees with backward passes to this part of the dtype's digits.
-_CONFIRMATION_DIGITS = 0.5
-
 # From this ratio of saved activations to parameters on, second derivatives take double backward.
 _ACTIVATIONS_PER_PARAMETER = 2
+
+# Rows of J that were computed for want of another way are kept up to this size.
+_ROWS_BYTES = 2**26
+_ROWS_AT_ONCE = 16
 
 
 class Linearization:
@@ -42,6 +55,12 @@ class Linearization:
     - in forward mode, one forward pass for all columns together. It is preferred for many
       columns, and for convolutions, whose double derivative computes by-products
       (`_convolution_double_backward` forms all of its outputs, asked for or not).
+
+    Either is confirmed with the first vectors that are multiplied through a graph of some
+    functions, by ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ for random u and v, where Jᵀ u is a plain backward pass.
+    Forward mode does not see `torch.no_grad()`, custom functions may not be twice differentiable,
+    and torch has rules that are wrong without an error. Where neither holds, the rows of J are
+    computed by as many backward passes.
 
     Where J itself is small beside the graphs, it can be kept in their place, as rows of
     `DataGradients`: J v and Jᵀ u then cost half as much, or less where weights are shared.
@@ -74,6 +93,8 @@ class Linearization:
         self._pullback: tuple[Tensor, list[int], list[Tensor]] | None = None
         self.can_substitute = model.can_substitute()
         self._checked: bool | None = None
+        self._functions: Functions | None = None
+        self._jacobian: Tensor | None = None
         self._calls = calls
         self._rows: DataGradients | None = None
         self._columns, self._enough = 0, math.inf
@@ -136,63 +157,129 @@ class Linearization:
             assert self._rows is not None
             return self._rows.project(list(V)).reshape(-1, *self.output.shape)
         wide = self._convolves or V[0].shape[0] >= _FORWARD_MODE_COLUMNS
-        if wide and self._can_forward():
-            result = self._confirmed_forward_mode(
-                "jvp",
-                lambda *p: (self._model.at(p, self._X),),
-                V,
-                lambda v: [self._double_backward(v)],
-            )
+        ways = [self._confirmed_forward_mode, self._confirmed_double_backward]
+        for way in ways if wide else reversed(ways):
+            result = way(V)
             if result is not None:
-                return result[0]
-        return self._double_backward(V)
+                return result
+        return self._multiply_rows(V)
 
-    def _confirmed_forward_mode(
+    def _confirmed_forward_mode(self, V: Sequence[Tensor]) -> Tensor | None:
+        """Return J v in forward mode, or `None` where it fails or is wrong."""
+
+        def function(*p: Tensor) -> tuple[Tensor]:
+            return (self._model.at(p, self._X),)
+
+        if not self._can_forward():
+            return None
+        key = "jvp", self.functions.signature
+        result = self._confirmed(key, function, V, lambda v, Jv: self._is_adjoint(v, Jv[0]))
+        return None if result is None else result[0]
+
+    def _confirmed_double_backward(self, V: Sequence[Tensor]) -> Tensor | None:
+        """Return J v by double backward, or `None` where it fails or is wrong."""
+        confirmed = self._model.confirmed
+        if not confirmed.get(key := ("double backward", self.functions.signature), True):
+            return None
+        try:
+            result = self._double_backward(V)
+            if key not in confirmed:
+                probe = random_like(self._model.leaves)
+                verdict = self._is_adjoint(probe, self._double_backward(probe))
+                if verdict is None:  # J has entries that are NaN, as has the result
+                    return result
+                confirmed[key] = verdict
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation has no double derivative
+            confirmed[key] = False
+        return result if confirmed[key] else None
+
+    def _is_adjoint(self, v: list[Tensor], Jv: Tensor) -> bool | None:
+        u = random_like([self.output], seed=1)[0]
+        return are_adjoint(u, Jv, self._pull(u), v)
+
+    def _multiply_rows(self, V: Sequence[Tensor]) -> Tensor:
+        """Return J v, with the rows of J by a backward pass for each."""
+        if ("rows", self.functions.signature) not in self._model.confirmed:
+            probe = random_like(self._model.leaves)
+            if self._is_adjoint(probe, self._rows_times(probe)) is False:
+                raise RuntimeError(
+                    f"model_func: the backward pass of {self.functions} is not linear in the "
+                    "gradient that it is given (does it clip, round or draw random numbers?), so "
+                    "that there is no Jacobian; use a function in its place that has one."
+                )
+            warnings.warn(
+                "model_func: products with the Jacobian take a backward pass for each prediction, "
+                f"since {self.functions} can be differentiated once only, and by backward passes. "
+                "Write its backward with torch's operations to have them cost two passes.",
+                stacklevel=2,
+            )
+            self._model.confirmed["rows", self.functions.signature] = True
+        return self._rows_times(V)
+
+    def _rows_times(self, V: Sequence[Tensor]) -> Tensor:
+        """Multiply the rows of J; keep them if they are small."""
+        columns = torch.cat([v.reshape(v.shape[0], -1) for v in V], dim=1)
+        blocks = [self._jacobian] if self._jacobian is not None else self._blocks_of_rows()
+        number, width = self.output.numel(), columns.shape[1]
+        keep = self._jacobian is None and number * width * columns.element_size() <= _ROWS_BYTES
+        kept, pieces = list[Tensor](), [columns.new_zeros(len(columns), 0)]
+        for rows in blocks:
+            pieces.append(columns @ rows.mT)
+            if keep:
+                kept.append(rows)
+        if kept:
+            self._jacobian = torch.cat(kept)
+        product = torch.cat(pieces, dim=1).to(self.output.dtype)
+        return product.reshape(-1, *self.output.shape)
+
+    def _blocks_of_rows(self) -> Iterator[Tensor]:
+        number = self.output.numel()
+        for start in range(0, number, _ROWS_AT_ONCE):
+            place = torch.arange(start, min(start + _ROWS_AT_ONCE, number))
+            unit = self.output.new_zeros(len(place), number)
+            unit[place - start, place] = 1
+            pulled = self._pull(unit.reshape(-1, *self.output.shape))
+            yield torch.cat([p.reshape(len(unit), -1) for p in pulled], dim=1)
+
+    @property
+    def functions(self) -> Functions:
+        """The functions that make z out of θ."""
+        if self._functions is None:
+            self._functions = Functions(self.output)
+        return self._functions
+
+    def _confirmed(
         self,
-        name: str,
+        key: tuple[str, int],
         function: Callable[..., tuple[Tensor, ...]],
         V: Sequence[Tensor],
-        reference: Callable[[list[Tensor]], list[Tensor]],
+        is_right: Callable[[list[Tensor], list[Tensor]], bool | None],
     ) -> list[Tensor] | None:
         """Return derivatives along K vectors in forward mode, or `None` where it fails or is wrong.
 
-        Torch has rules that are wrong without an error. One random vector more, along all of θ, is
-        multiplied in both ways with the first vectors of a model; not with those of every product.
+        One random vector more, along all of θ, is multiplied with the first vectors that a graph of
+        the same functions meets; not with those of every product.
 
         Args:
-            name: Which derivative.
+            key: Which derivative, and of which functions.
             function: Maps θ to what is differentiated.
             V: The vectors.
-            reference: Computes the same by backward passes.
+            is_right: Judges the derivatives along the random vector. `None`: it cannot tell, and
+                will be asked again.
         """
         confirmed = self._model.confirmed
-        if name in confirmed:
-            return self._forward_mode(function, V) if confirmed[name] else None
-        generator = torch.Generator().manual_seed(0)
-        probe = [torch.randn(1, *v.shape[1:], generator=generator).to(v) for v in V]
+        if key in confirmed:
+            return self._forward_mode(function, V) if confirmed[key] else None
+        probe = random_like(self._model.leaves)
         result = self._forward_mode(
             function, [torch.cat([v, r]) for v, r in zip(V, probe, strict=True)]
         )
-        if result is None:
-            return None
-        try:
-            expected = reference(probe)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # forward mode is the only way
-            expected = []
-        pairs = [(x[-1:], b) for x, b in zip(result, expected, strict=False) if b.numel()]
-        if pairs:
-            error = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
-            scale = torch.stack([b.abs().max() for _, b in pairs]).max()
-            bound = torch.finfo(V[0].dtype).eps ** _CONFIRMATION_DIGITS
-            # A derivative that is 0 along a random vector says nothing: it is asked again.
-            if bool(scale == 0) and bool(error == 0):
-                return [x[:-1] for x in result]
-            confirmed[name] = not bool(error > bound * scale)
-        else:
-            confirmed[name] = True
-        return [x[:-1] for x in result] if confirmed[name] else None
+        verdict = False if result is None else is_right(probe, [x[-1:] for x in result])
+        if verdict is not None:
+            confirmed[key] = verdict
+        return [x[:-1] for x in result] if result is not None and verdict else None
 
     def _can_forward(self) -> bool:
         """Tell whether substitution sees every path from θ to z.
@@ -212,6 +299,9 @@ class Linearization:
             assert self._rows is not None
             rows = U.reshape(U.shape[0], len(self.output), -1).to(self._model.leaves[0].dtype)
             return self._rows.combine(rows, self._model.leaves)
+        return self._pull(U)
+
+    def _pull(self, U: Tensor) -> list[Tensor]:
         if not self.output.requires_grad:
             return [p.new_zeros(U.shape[0], *p.shape) for p in self._model.leaves]
         return batched_grad([self.output], self._model.leaves, [U])
@@ -219,6 +309,7 @@ class Linearization:
     def gradient_jvp(
         self,
         scalar: Callable[[Tensor], Tensor],
+        functions: Functions,
         V: Sequence[Tensor],
         reference: Callable[[list[Tensor]], list[Tensor]],
     ) -> list[Tensor] | None:
@@ -226,8 +317,10 @@ class Linearization:
 
         Args:
             scalar: s, maps z to a scalar.
+            functions: Those of which s(z) is made.
             V: The vectors, one `[K, *p.shape]` for each parameter.
-            reference: Computes the same by backward passes, to confirm the first result.
+            reference: Computes the same by backward passes, to confirm the first result. If it
+                fails, or its result is not finite, differences of gradients do.
 
         Returns:
             One `[K, *p.shape]` for each parameter; or `None` where forward mode is not at hand, or
@@ -240,7 +333,26 @@ class Linearization:
             return None
         every = tuple(range(len(self._model.leaves)))
         gradient = grad(lambda *p: scalar(self._model.at(p, self._X)), argnums=every)
-        return self._confirmed_forward_mode("gradient_jvp", gradient, V, reference)
+
+        def is_right(probe: list[Tensor], product: list[Tensor]) -> bool | None:
+            try:
+                expected = reference(probe)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # an operation has no double derivative
+                expected = []
+            if not expected or not all(bool(x.isfinite().all()) for x in expected):
+                length = root_mean_square(*self._model.leaves) / root_mean_square(*probe)
+                v, Hv = ([length * x for x in vectors] for vectors in (probe, product))
+                return self._agrees_with_differences(scalar, v, Hv)
+            pairs = [(x, b) for x, b in zip(product, expected, strict=True) if b.numel()]
+            error = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
+            scale = torch.stack([b.abs().max() for _, b in pairs]).max()
+            if bool(scale == 0) and bool(error == 0):
+                return None
+            return bool(error <= torch.finfo(error.dtype).eps**CONFIRMATION_DIGITS * scale)
+
+        return self._confirmed(("gradient_jvp", functions.signature), gradient, V, is_right)
 
     def _forward_mode(
         self, function: Callable[..., tuple[Tensor, ...]], V: Sequence[Tensor]
@@ -252,17 +364,7 @@ class Linearization:
             derivatives: tuple[Tensor, ...] = jvp(function, primals, v)[1]
             return derivatives
 
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(random_devices()),
-            quiet_vmap(),
-            # Tensors that are assigned inside a transformation cannot be used outside of it.
-            tensors_put_back(self._model.function),
-        ):
-            # A dropout that is active must drop what it dropped in the forward pass.
-            torch.set_rng_state(self._random_state[0])
-            for state, device in zip(self._random_state[1:], random_devices(), strict=True):
-                torch.cuda.set_rng_state(state, device)
+        with torch.no_grad(), quiet_vmap(), self._once_more():
             try:
                 if V[0].shape[0] == 1:
                     return [x.unsqueeze(0) for x in along(*(v[0] for v in V))]
@@ -272,6 +374,65 @@ class Linearization:
             except (RuntimeError, NotImplementedError):
                 self.can_substitute = False
                 return None
+
+    @contextmanager
+    def _once_more(self) -> Iterator[None]:
+        """Run the model as in the forward pass that made z, without a trace."""
+        # Tensors that are assigned inside a transformation cannot be used outside of it.
+        with tensors_put_back(self._model.function), torch.random.fork_rng(random_devices()):
+            # A dropout that is active must drop what it dropped in the forward pass.
+            torch.set_rng_state(self._random_state[0])
+            for state, device in zip(self._random_state[1:], random_devices(), strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+    def check_second_derivatives(self) -> None:
+        """Raise if second derivatives through custom functions of the model are wrong.
+
+        Those of functions of torch are taken to be right. What is compared are the derivatives of
+        ⟨u, z⟩, u for a single datum, along a random vector: by double backward, and by differences
+        of gradients.
+        """
+        confirmed, key = self._model.confirmed, ("second", self.functions.signature)
+        if self.functions.custom and key not in confirmed:
+            confirmed[key] = any(map(self._is_twice_differentiable, single_rows(self.output)))
+        if not confirmed.get(key, True):
+            raise refusal("model_func", self.functions)
+
+    def _is_twice_differentiable(self, u: Tensor) -> bool:
+        leaves = self._model.leaves
+        v = [x * root_mean_square(p) / root_mean_square(x) for x, p in zip(random_like(leaves), leaves, strict=True)]
+        pulled = torch.autograd.grad(
+            self.output, leaves, u, create_graph=True, retain_graph=True, allow_unused=True
+        )
+        gradient = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+        try:
+            product = (
+                batched_grad([g for _, g in gradient], leaves, [v[i] for i, _ in gradient])
+                if gradient
+                else [torch.zeros_like(x) for x in v]
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # what once_differentiable leaves behind
+            return False
+        return self._agrees_with_differences(lambda z: (z * u).sum(), v, product)
+
+    def _agrees_with_differences(
+        self, scalar: Callable[[Tensor], Tensor], v: list[Tensor], product: list[Tensor]
+    ) -> bool:
+        """Tell whether H v, of s(z) by θ, is what differences of gradients give."""
+        leaves = self._model.leaves
+
+        def gradient(step: float) -> list[Tensor]:
+            with self._once_more(), moved(leaves, [x[0] for x in v], step), torch.enable_grad():
+                value = scalar(self._model(self._X))
+                grads = torch.autograd.grad(value, leaves, allow_unused=True)
+            return [
+                torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True)
+            ]
+
+        return agree_with_differences(gradient, product)
 
     def _double_backward(self, V: Sequence[Tensor]) -> Tensor:
         if self._pullback is None:

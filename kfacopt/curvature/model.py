@@ -29,7 +29,7 @@ class ParametrizedModel:
     Attributes:
         leaves: θ, as leaves of autograd's graph.
         device: Where it is evaluated.
-        confirmed: Whether derivatives in forward mode, by name, were found to be right.
+        confirmed: Whether derivatives, by name and the functions of a graph, were found to be right.
 
     Raises:
         ValueError: If `params` is empty, names what the module does not have, repeats a tensor,
@@ -66,7 +66,7 @@ class ParametrizedModel:
             )
         self.device = self.leaves[0].device
         self._kinds = [_kind_of(p) for p in self.leaves]
-        self.confirmed: dict[str, bool] = {}
+        self.confirmed: dict[tuple[str, int], bool] = {}
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ParametrizedModel:
