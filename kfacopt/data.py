@@ -25,7 +25,7 @@ _evaluating: ContextVar[bool] = ContextVar("kfacopt_evaluating", default=False)
 
 
 @contextmanager
-def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
+def evaluation(*functions: Callable[..., Any]) -> Iterator[None]:
     """Run forward passes of kfacopt's own that leave no trace.
 
     Optimizers take no statistics from them. A module's buffers (the running statistics of batch
@@ -33,12 +33,12 @@ def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
     global generators, of which dropout and a `DataLoader` draw, are put back afterwards.
 
     Args:
-        model_func: What is evaluated; its tensors are put back if it is a module.
+        functions: What is evaluated; the tensors of those that are modules are put back.
     """
     token = _evaluating.set(True)
     try:
         with (
-            tensors_put_back(model_func),
+            tensors_put_back(*functions),
             torch.random.fork_rng(random_devices()),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -49,13 +49,14 @@ def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def tensors_put_back(model_func: Callable[..., Any]) -> Iterator[None]:
-    """Put a module's buffers, and tensors among its attributes, back at the end.
+def tensors_put_back(*functions: Callable[..., Any]) -> Iterator[None]:
+    """Put modules' buffers, and tensors among their attributes, back at the end.
 
     Args:
-        model_func: What is evaluated in the context; nothing is done if it is not a module.
+        functions: What is evaluated in the context; nothing is done for what is not a module.
     """
-    modules = list(model_func.modules()) if isinstance(model_func, nn.Module) else []
+    owners = [f for f in functions if isinstance(f, nn.Module)]
+    modules = list({id(m): m for owner in owners for m in owner.modules()}.values())
     # Of a module, both: what was assigned anew, as by `self.mean = 0.9 * self.mean + ...`.
     places: list[dict[str, Any]] = [d for m in modules for d in (m._buffers, vars(m))]
     before = [dict(place) for place in places]
@@ -87,6 +88,25 @@ def _put_back(place: dict[str, Any], entries: dict[str, Any]) -> None:
 def random_devices() -> list[int]:
     """Return the CUDA devices whose global generator a forward pass may draw from."""
     return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
+def random_state() -> list[Tensor]:
+    """Return the states of the global generators that a forward pass may draw from."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in random_devices())]
+
+
+@contextmanager
+def same_random_numbers(states: list[Tensor]) -> Iterator[None]:
+    """Draw again what was drawn from these states of the global generators on.
+
+    Args:
+        states: From `random_state`.
+    """
+    with torch.random.fork_rng(random_devices()):
+        torch.set_rng_state(states[0])
+        for state, device in zip(states[1:], random_devices(), strict=True):
+            torch.cuda.set_rng_state(state, device)
+        yield
 
 
 def is_evaluating() -> bool:

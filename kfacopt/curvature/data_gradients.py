@@ -252,7 +252,7 @@ class GradientPlan:
             return pulled
 
         # Tensors that are assigned inside a transformation cannot be used outside of it.
-        with torch.no_grad(), quiet_vmap(), tensors_put_back(model.function):
+        with torch.no_grad(), quiet_vmap(), tensors_put_back(*model.modules()):
             try:
                 pieces = vmap(of_datum)(self._X, u.movedim(1, 0))
             except torch.OutOfMemoryError:

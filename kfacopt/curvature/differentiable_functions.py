@@ -142,7 +142,7 @@ _STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class DifferentiableFunctions(TorchFunctionMode):
-    """Within this context other functions stand in for those whose derivatives are wrong or missing.
+    """Within this context others stand in for functions whose derivatives are wrong or missing.
 
     - Both forms of PyTorch's weight normalisation, the hook and the parametrization, call the fused
       `torch._weight_norm`. Its double derivative is wrong (torch 2.6 to 2.13: gradgradcheck fails,
@@ -151,8 +151,8 @@ class DifferentiableFunctions(TorchFunctionMode):
       mode none, as is documented. Sparse gradients cannot be multiplied, and those that are divided
       by frequencies are no derivatives.
     - `functional.embedding_bag` has neither double derivatives nor a forward mode.
-    - Layer norm, batch norm and instance norm with a bias and no weight have double derivatives that
-      leave out the bias, without an error; group norm with them has no backward pass (torch 2.13).
+    - Layer norm, batch norm and instance norm with a bias and no weight have double derivatives
+      that leave out the bias, without an error; group norm has no backward pass (torch 2.13).
     """
 
     def __torch_function__(

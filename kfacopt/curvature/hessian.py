@@ -5,11 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from kfacopt.curvature.batched_autograd import batched_grad
-from kfacopt.curvature.confirmation import Functions, check_twice_differentiable
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.risk import (
     Columns,
@@ -17,6 +12,7 @@ from kfacopt.curvature.risk import (
     RiskTerm,
     summed_loss,
 )
+from kfacopt.curvature.second_derivatives import SecondDerivative
 from kfacopt.data import is_empty
 
 
@@ -60,33 +56,5 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
     def _batch_product(
         self, linearization: Linearization, X: Any, y: Any
     ) -> Callable[[Columns], Columns]:
-        # What is kept must not refer to the operator, which keeps it.
-        params, loss_func = self._model.leaves, self._loss_func
-        loss = summed_loss(loss_func, linearization.output, X, y)
-        if not loss.requires_grad:
-            return lambda V: [torch.zeros_like(v) for v in V]
-        functions, z = Functions(loss), linearization.output
-        linearization.check_second_derivatives()
-        check_twice_differentiable(
-            "loss_func", loss, lambda at: summed_loss(loss_func, at, X, y), z, self._model.confirmed
-        )
-        gradient: list[tuple[int, Tensor]] = []
-
-        def double_backward(V: Columns) -> Columns:
-            if not gradient:
-                grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-                # the others are zero, or do not depend on the parameters
-                gradient.extend(
-                    (i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad
-                )
-            if not gradient:  # the risk is linear in the parameters
-                return [torch.zeros_like(v) for v in V]
-            return batched_grad([g for _, g in gradient], params, [V[i] for i, _ in gradient])
-
-        def product(V: Columns) -> Columns:
-            result = linearization.gradient_jvp(
-                lambda z: summed_loss(loss_func, z, X, y), functions, V, double_backward
-            )
-            return double_backward(V) if result is None else result
-
-        return product
+        loss_func = self._loss_func  # what is kept must not refer to the operator, which keeps it
+        return SecondDerivative(linearization, lambda z: summed_loss(loss_func, z, X, y))

@@ -6,23 +6,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp, vmap
+from torch.func import jvp, vmap
 
 from kfacopt.curvature.batched_autograd import batched_grad, quiet_vmap
 from kfacopt.curvature.confirmation import (
-    CONFIRMATION_DIGITS,
     Functions,
-    agree_with_differences,
     are_adjoint,
-    moved,
     random_like,
-    refusal,
-    root_mean_square,
-    single_rows,
 )
 from kfacopt.curvature.data_gradients import (
     DataGradients,
@@ -30,8 +25,9 @@ from kfacopt.curvature.data_gradients import (
     LayerCall,
     watch_linear_layers,
 )
+from kfacopt.curvature.jacobian_rows import JacobianRows, pull_back
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.data import random_devices, tensors_put_back
+from kfacopt.data import random_devices, random_state, same_random_numbers, tensors_put_back
 
 # From this many columns on, the forward pass that forward mode repeats is cheap beside the rest.
 _FORWARD_MODE_COLUMNS = 8
@@ -39,9 +35,15 @@ _FORWARD_MODE_COLUMNS = 8
 # From this ratio of saved activations to parameters on, second derivatives take double backward.
 _ACTIVATIONS_PER_PARAMETER = 2
 
-# Rows of J that were computed for want of another way are kept up to this size.
-_ROWS_BYTES = 2**26
-_ROWS_AT_ONCE = 16
+
+def checked_output(output: Any) -> Tensor:
+    """Return what a model returned, if it is one tensor."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"model_func must return one tensor, got {type(output).__name__}; wrap the model in a "
+            "module that selects what the loss sees."
+        )
+    return output
 
 
 class Linearization:
@@ -72,6 +74,8 @@ class Linearization:
         graph_bytes: How many bytes the graph saves, where that is known and it will be kept.
 
     Attributes:
+        model: f and θ.
+        inputs: X.
         output: z, with its graph.
         can_substitute: Whether f can be evaluated with other tensors in the place of θ.
     """
@@ -79,27 +83,22 @@ class Linearization:
     def __init__(
         self, model: ParametrizedModel, X: Any, watch: bool = False, graph_bytes: int = 0
     ) -> None:
-        self._model, self._X = model, X
-        self._random_state = [torch.get_rng_state()]
-        self._random_state += [torch.cuda.get_rng_state(d) for d in random_devices()]
+        self.model, self.inputs = model, X
+        # A dropout that is active must drop what it dropped in the forward pass.
+        self._random_state = random_state()
         watching: AbstractContextManager[list[LayerCall]] = nullcontext([])
         with watch_linear_layers(model) if watch else watching as calls:
-            self.output: Tensor = model(X)
-        if not isinstance(self.output, Tensor):
-            raise TypeError(
-                f"model_func must return one tensor, got {type(self.output).__name__}; wrap the "
-                "model in a module that selects what the loss sees."
-            )
+            self.output = checked_output(model(X))
         self._pullback: tuple[Tensor, list[int], list[Tensor]] | None = None
         self.can_substitute = model.can_substitute()
         self._checked: bool | None = None
         self._functions: Functions | None = None
-        self._jacobian: Tensor | None = None
+        self._single_rows = JacobianRows(self.output, model.leaves)
         self._calls = calls
         self._rows: DataGradients | None = None
         self._columns, self._enough = 0, math.inf
         convolutions = nn.modules.conv._ConvNd
-        modules = model.module.modules() if model.module is not None else ()
+        modules = chain.from_iterable(m.modules() for m in model.modules())
         # Double backward forms products of the size of θ for every column, forward mode passes over
         # the activations in many small operations: each pays where that size is the smaller one.
         # Measured on sequences: 0.7 to 0.9 times the time of forward mode.
@@ -109,12 +108,12 @@ class Linearization:
 
     def plan(self) -> GradientPlan | None:
         """Return how gradients of single data are to be kept, or `None` if there are no data."""
-        single = not isinstance(self._X, Tensor) or not self._X.ndim or not self.output.ndim
-        if single or not self.can_substitute or len(self._X) != len(self.output):
+        single = not isinstance(self.inputs, Tensor) or not self.inputs.ndim or not self.output.ndim
+        if single or not self.can_substitute or len(self.inputs) != len(self.output):
             return None
         if not self.output.requires_grad or not self.output.numel():
             return None
-        return GradientPlan(self._model, self._X, self.output, self._calls)
+        return GradientPlan(self.model, self.inputs, self.output, self._calls)
 
     def keep_rows(self, max_bytes: int, chunk_size: int) -> int:
         """Keep J in place of graphs, once as many columns were multiplied as it has rows a datum.
@@ -148,6 +147,7 @@ class Linearization:
             if self._rows is not None:  # free the graphs
                 self._pullback, self._calls = None, []
                 self.output = self.output.detach()
+                self._single_rows = JacobianRows(self.output, self.model.leaves)
             del self._plan
         return self._rows is not None
 
@@ -168,23 +168,23 @@ class Linearization:
         """Return J v in forward mode, or `None` where it fails or is wrong."""
 
         def function(*p: Tensor) -> tuple[Tensor]:
-            return (self._model.at(p, self._X),)
+            return (self.model.at(p, self.inputs),)
 
-        if not self._can_forward():
+        if not self.can_forward():
             return None
         key = "jvp", self.functions.signature
-        result = self._confirmed(key, function, V, lambda v, Jv: self._is_adjoint(v, Jv[0]))
+        result = self.along(key, function, V, lambda v, Jv: self._is_adjoint(v, Jv[0]))
         return None if result is None else result[0]
 
     def _confirmed_double_backward(self, V: Sequence[Tensor]) -> Tensor | None:
         """Return J v by double backward, or `None` where it fails or is wrong."""
-        confirmed = self._model.confirmed
+        confirmed = self.model.confirmed
         if not confirmed.get(key := ("double backward", self.functions.signature), True):
             return None
         try:
             result = self._double_backward(V)
             if key not in confirmed:
-                probe = random_like(self._model.leaves)
+                probe = random_like(self.model.leaves)
                 verdict = self._is_adjoint(probe, self._double_backward(probe))
                 if verdict is None:  # J has entries that are NaN, as has the result
                     return result
@@ -197,51 +197,26 @@ class Linearization:
 
     def _is_adjoint(self, v: list[Tensor], Jv: Tensor) -> bool | None:
         u = random_like([self.output], seed=1)[0]
-        return are_adjoint(u, Jv, self._pull(u), v)
+        return are_adjoint(u, Jv, pull_back(self.output, self.model.leaves, u), v)
 
     def _multiply_rows(self, V: Sequence[Tensor]) -> Tensor:
         """Return J v, with the rows of J by a backward pass for each."""
-        if ("rows", self.functions.signature) not in self._model.confirmed:
-            probe = random_like(self._model.leaves)
-            if self._is_adjoint(probe, self._rows_times(probe)) is False:
+        if ("rows", self.functions.signature) not in self.model.confirmed:
+            probe = random_like(self.model.leaves)
+            if self._is_adjoint(probe, self._single_rows.multiply(probe)) is False:
                 raise RuntimeError(
                     f"model_func: the backward pass of {self.functions} is not linear in the "
                     "gradient that it is given (does it clip, round or draw random numbers?), so "
                     "that there is no Jacobian; use a function in its place that has one."
                 )
             warnings.warn(
-                "model_func: products with the Jacobian take a backward pass for each prediction, "
-                f"since {self.functions} can be differentiated once only, and by backward passes. "
-                "Write its backward with torch's operations to have them cost two passes.",
+                f"model_func: {self.functions} can be differentiated once only, by backward "
+                "passes. Products with the Jacobian are right, but take a backward pass for each "
+                "prediction; with operations of torch in its place they take two.",
                 stacklevel=2,
             )
-            self._model.confirmed["rows", self.functions.signature] = True
-        return self._rows_times(V)
-
-    def _rows_times(self, V: Sequence[Tensor]) -> Tensor:
-        """Multiply the rows of J; keep them if they are small."""
-        columns = torch.cat([v.reshape(v.shape[0], -1) for v in V], dim=1)
-        blocks = [self._jacobian] if self._jacobian is not None else self._blocks_of_rows()
-        number, width = self.output.numel(), columns.shape[1]
-        keep = self._jacobian is None and number * width * columns.element_size() <= _ROWS_BYTES
-        kept, pieces = list[Tensor](), [columns.new_zeros(len(columns), 0)]
-        for rows in blocks:
-            pieces.append(columns @ rows.mT)
-            if keep:
-                kept.append(rows)
-        if kept:
-            self._jacobian = torch.cat(kept)
-        product = torch.cat(pieces, dim=1).to(self.output.dtype)
-        return product.reshape(-1, *self.output.shape)
-
-    def _blocks_of_rows(self) -> Iterator[Tensor]:
-        number = self.output.numel()
-        for start in range(0, number, _ROWS_AT_ONCE):
-            place = torch.arange(start, min(start + _ROWS_AT_ONCE, number))
-            unit = self.output.new_zeros(len(place), number)
-            unit[place - start, place] = 1
-            pulled = self._pull(unit.reshape(-1, *self.output.shape))
-            yield torch.cat([p.reshape(len(unit), -1) for p in pulled], dim=1)
+            self.model.confirmed["rows", self.functions.signature] = True
+        return self._single_rows.multiply(V)
 
     @property
     def functions(self) -> Functions:
@@ -250,7 +225,7 @@ class Linearization:
             self._functions = Functions(self.output)
         return self._functions
 
-    def _confirmed(
+    def along(
         self,
         key: tuple[str, int],
         function: Callable[..., tuple[Tensor, ...]],
@@ -269,10 +244,10 @@ class Linearization:
             is_right: Judges the derivatives along the random vector. `None`: it cannot tell, and
                 will be asked again.
         """
-        confirmed = self._model.confirmed
+        confirmed = self.model.confirmed
         if key in confirmed:
             return self._forward_mode(function, V) if confirmed[key] else None
-        probe = random_like(self._model.leaves)
+        probe = random_like(self.model.leaves)
         result = self._forward_mode(
             function, [torch.cat([v, r]) for v, r in zip(V, probe, strict=True)]
         )
@@ -281,90 +256,42 @@ class Linearization:
             confirmed[key] = verdict
         return [x[:-1] for x in result] if result is not None and verdict else None
 
-    def _can_forward(self) -> bool:
+    def can_forward(self) -> bool:
         """Tell whether substitution sees every path from θ to z.
 
         A module may reach a parameter past its own name (in a closure, a list, a plain
         attribute); with other tensors in the place of θ, the predictions then still depend on it.
         """
         if self.can_substitute and self._checked is None:
-            values = [p.detach() for p in self._model.leaves]
+            values = [p.detach() for p in self.model.leaves]
             with torch.enable_grad(), torch.random.fork_rng(random_devices()):
-                self._checked = not self._model.reached_by(self._model.at(values, self._X))
+                self._checked = not self.model.reached_by(self.model.at(values, self.inputs))
         return self.can_substitute and bool(self._checked)
 
     def vjp(self, U: Tensor) -> list[Tensor]:
         """Return Jᵀ u, one `[K, *p.shape]` for each parameter, for `U` `[K, *z.shape]`."""
         if self._has_rows(U.shape[0]):
             assert self._rows is not None
-            rows = U.reshape(U.shape[0], len(self.output), -1).to(self._model.leaves[0].dtype)
-            return self._rows.combine(rows, self._model.leaves)
-        return self._pull(U)
+            rows = U.reshape(U.shape[0], len(self.output), -1).to(self.model.leaves[0].dtype)
+            return self._rows.combine(rows, self.model.leaves)
+        return pull_back(self.output, self.model.leaves, U)
 
-    def _pull(self, U: Tensor) -> list[Tensor]:
-        if not self.output.requires_grad:
-            return [p.new_zeros(U.shape[0], *p.shape) for p in self._model.leaves]
-        return batched_grad([self.output], self._model.leaves, [U])
-
-    def gradient_jvp(
-        self,
-        scalar: Callable[[Tensor], Tensor],
-        functions: Functions,
-        V: Sequence[Tensor],
-        reference: Callable[[list[Tensor]], list[Tensor]],
-    ) -> list[Tensor] | None:
-        """Return the derivatives of ∇_θ s(z) along K vectors, in forward mode over reverse mode.
-
-        Args:
-            scalar: s, maps z to a scalar.
-            functions: Those of which s(z) is made.
-            V: The vectors, one `[K, *p.shape]` for each parameter.
-            reference: Computes the same by backward passes, to confirm the first result. If it
-                fails, or its result is not finite, differences of gradients do.
-
-        Returns:
-            One `[K, *p.shape]` for each parameter; or `None` where forward mode is not at hand, or
-            does not pay for as few columns.
-        """
-        few = V[0].shape[0] < _FORWARD_MODE_COLUMNS
-        if few or (self._wide_activations and not self._convolves) or not self._can_forward():
-            return None
-        if self._model.reached_by(scalar(self.output.detach())):  # a loss that sees θ itself
-            return None
-        every = tuple(range(len(self._model.leaves)))
-        gradient = grad(lambda *p: scalar(self._model.at(p, self._X)), argnums=every)
-
-        def is_right(probe: list[Tensor], product: list[Tensor]) -> bool | None:
-            try:
-                expected = reference(probe)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # an operation has no double derivative
-                expected = []
-            if not expected or not all(bool(x.isfinite().all()) for x in expected):
-                length = root_mean_square(*self._model.leaves) / root_mean_square(*probe)
-                v, Hv = ([length * x for x in vectors] for vectors in (probe, product))
-                return self._agrees_with_differences(scalar, v, Hv)
-            pairs = [(x, b) for x, b in zip(product, expected, strict=True) if b.numel()]
-            error = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
-            scale = torch.stack([b.abs().max() for _, b in pairs]).max()
-            if bool(scale == 0) and bool(error == 0):
-                return None
-            return bool(error <= torch.finfo(error.dtype).eps**CONFIRMATION_DIGITS * scale)
-
-        return self._confirmed(("gradient_jvp", functions.signature), gradient, V, is_right)
+    def prefers_double_backward(self, columns: int) -> bool:
+        """Tell whether second derivatives cost less by double backward, ."""
+        few = columns < _FORWARD_MODE_COLUMNS
+        return few or (self._wide_activations and not self._convolves)
 
     def _forward_mode(
         self, function: Callable[..., tuple[Tensor, ...]], V: Sequence[Tensor]
     ) -> list[Tensor] | None:
         """Return the derivatives of a function of θ along K vectors, or `None` if torch cannot."""
-        primals = tuple(p.detach() for p in self._model.leaves)
+        primals = tuple(p.detach() for p in self.model.leaves)
 
         def along(*v: Tensor) -> tuple[Tensor, ...]:
             derivatives: tuple[Tensor, ...] = jvp(function, primals, v)[1]
             return derivatives
 
-        with torch.no_grad(), quiet_vmap(), self._once_more():
+        with torch.no_grad(), quiet_vmap(), self.once_more():
             try:
                 if V[0].shape[0] == 1:
                     return [x.unsqueeze(0) for x in along(*(v[0] for v in V))]
@@ -376,63 +303,11 @@ class Linearization:
                 return None
 
     @contextmanager
-    def _once_more(self) -> Iterator[None]:
+    def once_more(self) -> Iterator[None]:
         """Run the model as in the forward pass that made z, without a trace."""
         # Tensors that are assigned inside a transformation cannot be used outside of it.
-        with tensors_put_back(self._model.function), torch.random.fork_rng(random_devices()):
-            # A dropout that is active must drop what it dropped in the forward pass.
-            torch.set_rng_state(self._random_state[0])
-            for state, device in zip(self._random_state[1:], random_devices(), strict=True):
-                torch.cuda.set_rng_state(state, device)
+        with tensors_put_back(*self.model.modules()), same_random_numbers(self._random_state):
             yield
-
-    def check_second_derivatives(self) -> None:
-        """Raise if second derivatives through custom functions of the model are wrong.
-
-        Those of functions of torch are taken to be right. What is compared are the derivatives of
-        ⟨u, z⟩, u for a single datum, along a random vector: by double backward, and by differences
-        of gradients.
-        """
-        confirmed, key = self._model.confirmed, ("second", self.functions.signature)
-        if self.functions.custom and key not in confirmed:
-            confirmed[key] = any(map(self._is_twice_differentiable, single_rows(self.output)))
-        if not confirmed.get(key, True):
-            raise refusal("model_func", self.functions)
-
-    def _is_twice_differentiable(self, u: Tensor) -> bool:
-        leaves = self._model.leaves
-        v = [x * root_mean_square(p) / root_mean_square(x) for x, p in zip(random_like(leaves), leaves, strict=True)]
-        pulled = torch.autograd.grad(
-            self.output, leaves, u, create_graph=True, retain_graph=True, allow_unused=True
-        )
-        gradient = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-        try:
-            product = (
-                batched_grad([g for _, g in gradient], leaves, [v[i] for i, _ in gradient])
-                if gradient
-                else [torch.zeros_like(x) for x in v]
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # what once_differentiable leaves behind
-            return False
-        return self._agrees_with_differences(lambda z: (z * u).sum(), v, product)
-
-    def _agrees_with_differences(
-        self, scalar: Callable[[Tensor], Tensor], v: list[Tensor], product: list[Tensor]
-    ) -> bool:
-        """Tell whether H v, of s(z) by θ, is what differences of gradients give."""
-        leaves = self._model.leaves
-
-        def gradient(step: float) -> list[Tensor]:
-            with self._once_more(), moved(leaves, [x[0] for x in v], step), torch.enable_grad():
-                value = scalar(self._model(self._X))
-                grads = torch.autograd.grad(value, leaves, allow_unused=True)
-            return [
-                torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True)
-            ]
-
-        return agree_with_differences(gradient, product)
 
     def _double_backward(self, V: Sequence[Tensor]) -> Tensor:
         if self._pullback is None:
@@ -448,7 +323,7 @@ class Linearization:
         if not self.output.requires_grad:
             return u, [], []
         pulled = torch.autograd.grad(
-            self.output, self._model.leaves, u, create_graph=True, allow_unused=True
+            self.output, self.model.leaves, u, create_graph=True, allow_unused=True
         )
         reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         return u, reached, [g for g in pulled if g is not None and g.requires_grad]
