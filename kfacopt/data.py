@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
+from kfacopt.linalg.snapshots import same_entries, strided_parts
+
 Batch = tuple[Any, Any]
 
 # Two runs of the same computation may differ by the order of summation of parallel reductions.
@@ -68,7 +70,7 @@ def tensors_put_back(*functions: Callable[..., Any]) -> Iterator[None]:
         for place, entries in zip(places, before, strict=True):
             _put_back(place, entries)
         for key, tensor in tensors.items():
-            if not torch.equal(tensor, values[key]):
+            if not same_entries(tensor, values[key]):
                 # Through .data: a graph that is kept over products saved the buffer, and would
                 # take a changed version counter for a changed value.
                 tensor.data.copy_(values[key])
@@ -195,7 +197,8 @@ def _fingerprint(x: Any) -> Tensor:
     """Summarise a tensor so that a change of values or of their order shows; bounded memory."""
     if not isinstance(x, Tensor):
         return torch.zeros(0)
-    flat = x.detach().flatten()
+    parts = [p.detach().flatten() for p in strided_parts(x)]
+    flat = parts[0] if len(parts) == 1 else torch.cat([torch.zeros(0), *parts])
     # The devices that lack float64 (MPS) are left for the CPU.
     flat = flat.to("cpu" if flat.device.type == "mps" else flat.device, torch.float64)
     count = flat.numel()

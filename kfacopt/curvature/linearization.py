@@ -246,9 +246,9 @@ class Linearization:
         """
         confirmed = self.model.confirmed
         if key in confirmed:
-            return self._forward_mode(function, V) if confirmed[key] else None
+            return self.forward_mode(function, V) if confirmed[key] else None
         probe = random_like(self.model.leaves)
-        result = self._forward_mode(
+        result = self.forward_mode(
             function, [torch.cat([v, r]) for v, r in zip(V, probe, strict=True)]
         )
         verdict = False if result is None else is_right(probe, [x[-1:] for x in result])
@@ -265,7 +265,12 @@ class Linearization:
         if self.can_substitute and self._checked is None:
             values = [p.detach() for p in self.model.leaves]
             with torch.enable_grad(), torch.random.fork_rng(random_devices()):
-                self._checked = not self.model.reached_by(self.model.at(values, self.inputs))
+                try:
+                    self._checked = not self.model.reached_by(self.model.at(values, self.inputs))
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError:  # parts in TorchScript take no other tensors
+                    self._checked = False
         return self.can_substitute and bool(self._checked)
 
     def vjp(self, U: Tensor) -> list[Tensor]:
@@ -281,7 +286,7 @@ class Linearization:
         few = columns < _FORWARD_MODE_COLUMNS
         return few or (self._wide_activations and not self._convolves)
 
-    def _forward_mode(
+    def forward_mode(
         self, function: Callable[..., tuple[Tensor, ...]], V: Sequence[Tensor]
     ) -> list[Tensor] | None:
         """Return the derivatives of a function of θ along K vectors, or `None` if torch cannot."""

@@ -154,6 +154,8 @@ class ParametrizedModel:
 
     def can_substitute(self) -> bool:
         """Tell whether `at` is defined: whether the module, as it is now, owns θ."""
+        if isinstance(self.function, torch.jit.ScriptModule):
+            return False
         return self.is_functional or (
             self.names is not None and _names_in(self.function, self.leaves) == self.names
         )
