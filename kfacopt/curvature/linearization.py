@@ -246,9 +246,9 @@ class Linearization:
         """
         confirmed = self.model.confirmed
         if key in confirmed:
-            return self.forward_mode(function, V) if confirmed[key] else None
+            return self._forward_mode(function, V) if confirmed[key] else None
         probe = random_like(self.model.leaves)
-        result = self.forward_mode(
+        result = self._forward_mode(
             function, [torch.cat([v, r]) for v, r in zip(V, probe, strict=True)]
         )
         verdict = False if result is None else is_right(probe, [x[-1:] for x in result])
@@ -286,7 +286,7 @@ class Linearization:
         few = columns < _FORWARD_MODE_COLUMNS
         return few or (self._wide_activations and not self._convolves)
 
-    def forward_mode(
+    def _forward_mode(
         self, function: Callable[..., tuple[Tensor, ...]], V: Sequence[Tensor]
     ) -> list[Tensor] | None:
         """Return the derivatives of a function of θ along K vectors, or `None` if torch cannot."""
