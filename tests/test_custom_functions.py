@@ -330,3 +330,24 @@ def test_losses_that_are_not_twice_differentiable_are_refused(operator, function
     for columns in (1, 8):
         with pytest.raises(RuntimeError, match=f"loss_func: .* {function.__name__} is not diff"):
             A @ torch.eye(8, dtype=DTYPE)[:, :columns]
+
+
+@pytest.mark.parametrize("operator", (*FIRST_ORDER[:3], kfacopt.HessianLinearOperator))
+def test_predictions_without_a_graph_are_said_once(operator):
+    net = nn.Linear(3, 2).to(DTYPE)
+    X, y = torch.randn(5, 3, dtype=DTYPE), torch.randint(2, (5,))
+    args = lambda X: net(X).detach(), nn.CrossEntropyLoss(), list(net.parameters())
+    A = operator(*args, [(X, y), (X, y)])
+    with pytest.warns(UserWarning, match="predictions have no graph") as caught:
+        assert not (A @ torch.ones(8, dtype=DTYPE)).any()
+    A @ torch.ones(8, dtype=DTYPE)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("operator", MATRICES, ids=lambda c: c.__name__)
+def test_a_loss_without_a_graph_is_refused(operator):
+    net = nn.Linear(3, 2).to(DTYPE)
+    data = [(torch.randn(5, 3, dtype=DTYPE), torch.randn(5, 2, dtype=DTYPE))]
+    A = operator(net, lambda z, y: quartic(z.detach(), y), list(net.parameters()), data)
+    with pytest.raises(RuntimeError, match="loss_func: its value has no graph"):
+        A @ torch.ones(8, dtype=DTYPE)

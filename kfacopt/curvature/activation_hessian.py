@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfacopt.argument_checks import check_evaluation, check_loss
 from kfacopt.curvature.batched_autograd import batched_grad
-from kfacopt.curvature.confirmation import check_gradient
+from kfacopt.curvature.confirmation import check_gradient, check_has_graph
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import (
     CACHE_BYTES,
@@ -169,6 +169,7 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
                 f"loss_func must return a scalar, got the shape {tuple(loss.shape)}; set its "
                 'reduction to "mean" or "sum".'
             )
+        check_has_graph(loss)
 
         def gradient_at(shift: Tensor) -> Tensor:
             assert self._loss_func is not None

@@ -187,6 +187,16 @@ def check_twice_differentiable(
     check_gradient(name, value, x, [x], gradient_at, confirmed)
 
 
+def check_has_graph(loss: Tensor) -> None:
+    """Raise if a loss is a constant to backward passes."""
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "loss_func: its value has no graph, so that it has no derivatives by the predictions. "
+            "Compute it with torch's operations, without torch.no_grad(), detach(), item() or "
+            "NumPy."
+        )
+
+
 def check_gradient(
     name: str,
     value: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kfacopt.curvature.batched_autograd import batched_grad
-from kfacopt.curvature.confirmation import check_twice_differentiable
+from kfacopt.curvature.confirmation import check_has_graph, check_twice_differentiable
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.network import largest_rows
 from kfacopt.curvature.risk import (
@@ -76,6 +76,7 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
         z = linearization.output.detach().requires_grad_()
         loss_func, confirmed = self._loss_func, self._model.confirmed
         loss = summed_loss(loss_func, z, X, y)
+        check_has_graph(loss)
         check_twice_differentiable(
             "loss_func", loss, lambda at: summed_loss(loss_func, at, X, y), z, confirmed
         )

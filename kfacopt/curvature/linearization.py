@@ -89,6 +89,8 @@ class Linearization:
         watching: AbstractContextManager[list[LayerCall]] = nullcontext([])
         with watch_linear_layers(model) if watch else watching as calls:
             self.output = checked_output(model(X))
+        if not self.output.requires_grad and self.output.numel():
+            self._say_that_it_is_constant()
         self._pullback: tuple[Tensor, list[int], list[Tensor]] | None = None
         self.can_substitute = model.can_substitute()
         self._checked: bool | None = None
@@ -105,6 +107,16 @@ class Linearization:
         own_bytes = sum(p.numel() * p.element_size() for p in model.leaves)
         self._wide_activations = graph_bytes > _ACTIVATIONS_PER_PARAMETER * own_bytes
         self._convolves = any(isinstance(m, convolutions) for m in modules)
+
+    def _say_that_it_is_constant(self) -> None:
+        if self.model.confirmed.setdefault(("constant", 0), True):
+            self.model.confirmed["constant", 0] = False
+            warnings.warn(
+                "model_func: its predictions have no graph, so that their derivatives by params "
+                "are 0. Does it use torch.no_grad(), detach(), NumPy, or torch.autograd.grad "
+                "without create_graph=True? Does it use other tensors than params?",
+                stacklevel=2,
+            )
 
     def plan(self) -> GradientPlan | None:
         """Return how gradients of single data are to be kept, or `None` if there are no data."""

@@ -13,6 +13,7 @@ from kfacopt.curvature.confirmation import (
     CONFIRMATION_DIGITS,
     Functions,
     agree_with_differences,
+    check_has_graph,
     check_twice_differentiable,
     moved,
     random_like,
@@ -45,6 +46,8 @@ class SecondDerivative:
         self._leaves, self._confirmed = linearization.model.leaves, linearization.model.confirmed
         z = linearization.output
         self._value = scalar(z)
+        if z.requires_grad:
+            check_has_graph(self._value)
         self._signature = Functions(self._value).signature
         self._gradient: list[tuple[int, Tensor]] | None = None
         _check_model(linearization)
