@@ -37,6 +37,7 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
     Raises:
         ValueError: For `nn.NLLLoss`: it is linear in its input, so that its GGN at
             log-probabilities is 0; move the log-softmax into the loss with `nn.CrossEntropyLoss`.
+        RuntimeError: In a product, if second derivatives of a custom loss function are wrong.
 
     Example:
         >>> import torch

@@ -26,7 +26,10 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
     `loss_func` may be any callable that returns a scalar. A product is the derivative of ∇L along
     the vectors: by a second backward pass through the graph of the gradient, or, for many columns,
     in forward mode, which shares the gradient's evaluation among them. A column costs about two
-    gradient evaluations. See `EmpiricalRiskLinearOperator` for the arguments and errors.
+    gradient evaluations. See `EmpiricalRiskLinearOperator` for the arguments and further errors.
+
+    Raises:
+        RuntimeError: In a product, if a custom function's second derivatives are wrong.
 
     Example:
         >>> import torch
