@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 from kfacopt.argument_checks import as_integer
+from kfacopt.linalg.snapshots import same_entries, strided_parts
 
 Batch = tuple[Any, Any]
 
@@ -29,7 +30,7 @@ _evaluating: ContextVar[bool] = ContextVar("kfacopt_evaluating", default=False)
 
 
 @contextmanager
-def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
+def evaluation(*functions: Callable[..., Any]) -> Iterator[None]:
     """Run forward passes of kfacopt's own that leave no trace.
 
     Optimizers take no statistics from them. A module's buffers (the running statistics of batch
@@ -37,12 +38,12 @@ def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
     global generators, of which dropout and a `DataLoader` draw, are put back afterwards.
 
     Args:
-        model_func: What is evaluated; its tensors are put back if it is a module.
+        functions: What is evaluated; the tensors of those that are modules are put back.
     """
     token = _evaluating.set(True)
     try:
         with (
-            tensors_put_back(model_func),
+            tensors_put_back(*functions),
             torch.random.fork_rng(random_devices()),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -53,13 +54,14 @@ def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def tensors_put_back(model_func: Callable[..., Any]) -> Iterator[None]:
-    """Put a module's buffers, and tensors among its attributes, back at the end.
+def tensors_put_back(*functions: Callable[..., Any]) -> Iterator[None]:
+    """Put modules' buffers, and tensors among their attributes, back at the end.
 
     Args:
-        model_func: What is evaluated in the context; nothing is done if it is not a module.
+        functions: What is evaluated in the context; nothing is done for what is not a module.
     """
-    modules = list(model_func.modules()) if isinstance(model_func, nn.Module) else []
+    owners = [f for f in functions if isinstance(f, nn.Module)]
+    modules = list({id(m): m for owner in owners for m in owner.modules()}.values())
     # Of a module, both: what was assigned anew, as by `self.mean = 0.9 * self.mean + ...`.
     places: list[dict[str, Any]] = [d for m in modules for d in (m._buffers, vars(m))]
     before = [dict(place) for place in places]
@@ -71,7 +73,7 @@ def tensors_put_back(model_func: Callable[..., Any]) -> Iterator[None]:
         for place, entries in zip(places, before, strict=True):
             _put_back(place, entries)
         for key, tensor in tensors.items():
-            if not torch.equal(tensor, values[key]):
+            if not same_entries(tensor, values[key]):
                 # Through .data: a graph that is kept over products saved the buffer, and would
                 # take a changed version counter for a changed value.
                 tensor.data.copy_(values[key])
@@ -91,6 +93,25 @@ def _put_back(place: dict[str, Any], entries: dict[str, Any]) -> None:
 def random_devices() -> list[int]:
     """Return the CUDA devices whose global generator a forward pass may draw from."""
     return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
+def random_state() -> list[Tensor]:
+    """Return the states of the global generators that a forward pass may draw from."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in random_devices())]
+
+
+@contextmanager
+def same_random_numbers(states: list[Tensor]) -> Iterator[None]:
+    """Draw again what was drawn from these states of the global generators on.
+
+    Args:
+        states: From `random_state`.
+    """
+    with torch.random.fork_rng(random_devices()):
+        torch.set_rng_state(states[0])
+        for state, device in zip(states[1:], random_devices(), strict=True):
+            torch.cuda.set_rng_state(state, device)
+        yield
 
 
 def is_evaluating() -> bool:
@@ -273,7 +294,8 @@ def _fingerprint(x: Any) -> Tensor:
     """Summarise tensors so that a change of values or of their order shows; bounded memory."""
     if not isinstance(x, Tensor):
         return torch.cat([torch.zeros(0), *(_fingerprint(t) for t in tensors_in(x))])
-    flat = x.detach().flatten()
+    parts = [p.detach().flatten() for p in strided_parts(x)]
+    flat = parts[0] if len(parts) == 1 else torch.cat([torch.zeros(0), *parts])
     # The devices that lack float64 (MPS) are left for the CPU.
     flat = flat.to("cpu" if flat.device.type == "mps" else flat.device, torch.float64)
     count = flat.numel()

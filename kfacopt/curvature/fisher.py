@@ -108,6 +108,9 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
         self._generator = Generator(self.device).manual_seed(self._seed)
         return super()._matmat_tensor(X)
 
+    def _seen(self) -> list[Any]:
+        return [*super()._seen(), self._seed, self._mc_samples]
+
     def _output_vectors(self, output: Tensor, X: Any, y: Any) -> Tensor:
         assert self._generator is not None
         loss_func: Any = self._loss_func
