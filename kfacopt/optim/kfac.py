@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kfacopt.argument_checks import (
@@ -26,6 +26,7 @@ from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 from kfacopt.optim.distributed import mean_over_ranks
 from kfacopt.optim.fallback import adamw_step, by_learning_rate
 from kfacopt.optim.initial_state import is_initialisation
+from kfacopt.optim.label_draws import LabelDraws
 from kfacopt.optim.loss_scale import calling_loss_scale
 from kfacopt.optim.messages import missing_statistics
 from kfacopt.optim.moments import Moments
@@ -296,7 +297,7 @@ class KFACOptimizer(PreconditioningOptimizer):
             "foreach": foreach,
         }
         super().__init__(params, group_defaults)
-        self._generator = Generator(self._parameters()[0].device).manual_seed(seed)
+        self._labels = LabelDraws(seed, self._parameters()[0].device, self._ddp)
         self._connect()
 
     # Steps -------------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ class KFACOptimizer(PreconditioningOptimizer):
         else:
             self._tuned_update(terms, closure, result)
         if self._labels_before is not None:  # layers that are new leave the others' labels alone
-            self._generator.set_state(self._labels_before)
+            self._labels.common.set_state(self._labels_before)
         new = self._reconnect_if_frozen()
         for group in self.param_groups:
             group["num_steps"] += 1
