@@ -30,6 +30,12 @@ from kfacopt.optim.serialization import (
     store_generator,
 )
 from kfacopt.optim.settings import CurvatureOptions, Schedule, check_group
+from kfacopt.optim.sharding import (
+    refuse_pipeline_stages,
+    refuse_replaced,
+    refuse_shared_optimizer,
+    refuse_sharded,
+)
 from kfacopt.optim.state_checks import check_kind_of_steps, check_state_dict
 from kfacopt.optim.statistics import StatisticsCollector
 
@@ -62,7 +68,7 @@ class ConnectedOptimizer(Optimizer):
         self._skipped_steps = self._num_fallback = 0
         self._kl_clip_scale: Tensor | None = None
         self._labels_before: Tensor | None = None
-        self._waiting = False
+        self._waiting = self._stages_looked_for = False
         self._ddp = WrapperWatch()
         self._ddp_group: Any = None
 
@@ -84,11 +90,8 @@ class ConnectedOptimizer(Optimizer):
                 "params: a parameter is not initialized yet (nn.Lazy...); run a forward pass of "
                 "the model before making the optimizer."
             )
-        if any(hasattr(p, "placements") for p in group["params"]):  # a DTensor
-            raise ValueError(
-                "params: a parameter is sharded (FSDP, DTensor), which KFACOptimizer does not "
-                "support. Use nn.parallel.DistributedDataParallel."
-            )
+        refuse_sharded(group["params"])
+        refuse_shared_optimizer()
         group.setdefault("base_lr", group["lr"])
         group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
         check_group(group)
@@ -117,6 +120,14 @@ class ConnectedOptimizer(Optimizer):
         if self._labels.common.device != params[0].device:
             self._labels.start(self._seed, params[0].device)
 
+    def _refuse_other_parallelism(self) -> None:
+        """Raise if the model was shared out over ranks since; on all of them, before they talk."""
+        modules = self._collector.living_modules()
+        refuse_replaced(modules, self._parameters(), self._names)
+        if not self._stages_looked_for:
+            refuse_pipeline_stages(module for _, module in modules)
+            self._stages_looked_for = True
+
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
@@ -125,6 +136,7 @@ class ConnectedOptimizer(Optimizer):
         params = self._parameters()
         if modules is None:
             modules = find_modules(params, None if self._model is None else self._model())
+        refuse_pipeline_stages(module for _, module in modules)
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
         if self._names:
             self._collector.active = False

@@ -320,6 +320,8 @@ class KFACOptimizer(PreconditioningOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        if self._collector.collecting:
+            self._refuse_other_parallelism()
         self._follow_moved_parameters()
         if self._only_initialises() or not self._has_finite_gradients():
             return result
