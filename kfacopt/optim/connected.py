@@ -33,8 +33,8 @@ from kfacopt.optim.settings import CurvatureOptions, Schedule, check_group
 from kfacopt.optim.sharding import (
     refuse_pipeline_stages,
     refuse_replaced,
-    refuse_shared_optimizer,
     refuse_sharded,
+    refuse_shared_optimizer,
 )
 from kfacopt.optim.state_checks import check_kind_of_steps, check_state_dict
 from kfacopt.optim.statistics import StatisticsCollector

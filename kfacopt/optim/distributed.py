@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,10 +70,10 @@ def follow_through_wrapper(carry: Callable[[Any, Any], Any]) -> None:
     original = wrapper._post_forward
 
     def once(output: Any) -> Any:
-        del wrapper._post_forward
+        del vars(wrapper)["_post_forward"]
         return carry(output, original(output))
 
-    wrapper._post_forward = once
+    vars(wrapper)["_post_forward"] = once
 
 
 @contextmanager
@@ -179,6 +178,37 @@ def group_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
         )
     group: dist.ProcessGroup = wrapper.process_group
     return group
+
+
+def refuse_different_optimizers(
+    description: str, steps: int, device: torch.device, group: dist.ProcessGroup
+) -> None:
+    """Raise on all ranks if their optimizers do not have the same to send.
+
+    Args:
+        description: What decides what this rank sends.
+        steps: How many steps this rank's optimizer has made.
+        device: Where the group's tensors are.
+        group: The process group.
+
+    Raises:
+        RuntimeError: If a rank differs.
+    """
+    own = (zlib.crc32(description.encode()), steps)
+    extremes = torch.tensor([*own, *(-x for x in own)], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    largest, steps_largest, smallest, steps_smallest = extremes.tolist()
+    if largest != -smallest:
+        raise RuntimeError(
+            "KFACOptimizer: the ranks' optimizers have different layers or settings, so that their "
+            "factors cannot be averaged. Make it with the same parameters (all of them, frozen "
+            "alike) and the same settings on every rank."
+        )
+    if steps_largest != -steps_smallest:
+        raise RuntimeError(
+            f"KFACOptimizer: the ranks' optimizers have made from {-steps_smallest} to "
+            f"{steps_largest} steps. Load a saved state on every rank, and let all step together."
+        )
 
 
 def average_moments(

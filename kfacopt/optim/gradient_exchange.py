@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -66,8 +68,8 @@ class ExchangeWatch:
 def _collectives() -> int | None:
     """Return how many collectives this process has taken part in; `None` where none are counted."""
     try:
-        groups = list(dist.distributed_c10d._world.pg_map)
-        return sum(group._get_sequence_number_for_group() for group in groups)
+        groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+        return sum(int(group._get_sequence_number_for_group()) for group in groups)
     except (AttributeError, RuntimeError):  # private, and not every backend counts
         return None
 

@@ -347,6 +347,8 @@ class KFACOptimizer(PreconditioningOptimizer):
             self._update_parameters()
         else:
             self._tuned_update(terms, closure, result)
+        if self._due(self._schedule.factor_update_interval):
+            self._align_ranks()
         if self._labels_before is not None:  # layers that are new leave the others' labels alone
             self._labels.common.set_state(self._labels_before)
         new = self._reconnect_if_frozen()
