@@ -138,7 +138,7 @@ class KFACOptimizer(PreconditioningOptimizer):
             is not seen either; a mean is taken over all data since the last step.
         model: The module (or a module that contains all) whose parameters are trained. `None`
             searches the process, once, for the modules that own `params`.
-        seed: Seeds the generator that draws labels.
+        seed: Seeds the generator that draws labels; ranks under DDP draw labels of their own.
         maximize: Maximise the objective instead; groups may set it.
         foreach: `False` updates parameters one after the other, `True` with one call for each
             operation, `None` with fused ones where torch has them; groups may set it.
