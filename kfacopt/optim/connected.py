@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
@@ -18,6 +18,7 @@ from kfacopt.optim.distributed import WrapperWatch
 from kfacopt.optim.fallback import embeddings
 from kfacopt.optim.hooks import remove_hooks
 from kfacopt.optim.initial_state import complete_state, state_shapes
+from kfacopt.optim.label_draws import LabelDraws
 from kfacopt.optim.messages import log_layers, user_stacklevel
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import bases_of, discard_unfitting
@@ -29,6 +30,12 @@ from kfacopt.optim.serialization import (
     store_generator,
 )
 from kfacopt.optim.settings import CurvatureOptions, Schedule, check_group
+from kfacopt.optim.sharding import (
+    refuse_pipeline_stages,
+    refuse_replaced,
+    refuse_sharded,
+    refuse_shared_optimizer,
+)
 from kfacopt.optim.state_checks import check_kind_of_steps, check_state_dict
 from kfacopt.optim.statistics import StatisticsCollector
 
@@ -47,7 +54,7 @@ class ConnectedOptimizer(Optimizer):
     _curvature: CurvatureOptions
     _tuning: SelfTuning | None
     _seed: int
-    _generator: Generator
+    _labels: LabelDraws
 
     def _start_unconnected(self, model: nn.Module | None) -> None:
         self._model = None if model is None else weakref.ref(model)
@@ -61,7 +68,7 @@ class ConnectedOptimizer(Optimizer):
         self._skipped_steps = self._num_fallback = 0
         self._kl_clip_scale: Tensor | None = None
         self._labels_before: Tensor | None = None
-        self._waiting = False
+        self._waiting = self._stages_looked_for = False
         self._ddp = WrapperWatch()
         self._ddp_group: Any = None
 
@@ -83,11 +90,8 @@ class ConnectedOptimizer(Optimizer):
                 "params: a parameter is not initialized yet (nn.Lazy...); run a forward pass of "
                 "the model before making the optimizer."
             )
-        if any(hasattr(p, "placements") for p in group["params"]):  # a DTensor
-            raise ValueError(
-                "params: a parameter is sharded (FSDP, DTensor), which KFACOptimizer does not "
-                "support. Use nn.parallel.DistributedDataParallel."
-            )
+        refuse_sharded(group["params"])
+        refuse_shared_optimizer()
         group.setdefault("base_lr", group["lr"])
         group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
         check_group(group)
@@ -113,9 +117,16 @@ class ConnectedOptimizer(Optimizer):
             return
         self._placement = [(p.dtype, p.device) for p in params]
         follow_parameters(self.state, self._curvature.form, self._schedule.inverse)
-        if self._generator.device != params[0].device:
-            self._generator = Generator(params[0].device).manual_seed(self._seed)
-            self._collector.generator = self._generator
+        if self._labels.common.device != params[0].device:
+            self._labels.start(self._seed, params[0].device)
+
+    def _refuse_other_parallelism(self) -> None:
+        """Raise if the model was shared out over ranks since; on all of them, before they talk."""
+        modules = self._collector.living_modules()
+        refuse_replaced(modules, self._parameters(), self._names)
+        if not self._stages_looked_for:
+            refuse_pipeline_stages(module for _, module in modules)
+            self._stages_looked_for = True
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -125,6 +136,7 @@ class ConnectedOptimizer(Optimizer):
         params = self._parameters()
         if modules is None:
             modules = find_modules(params, None if self._model is None else self._model())
+        refuse_pipeline_stages(module for _, module in modules)
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
         if self._names:
             self._collector.active = False
@@ -136,7 +148,7 @@ class ConnectedOptimizer(Optimizer):
         self._blocks = [block for layer in self._layers for block in layer.blocks]
         for layer in self._layers:
             discard_unfitting(self.state, layer, self._curvature.form)
-        settings = (self._curvature, self._generator, self._ddp)
+        settings = (self._curvature, self._labels, self._ddp)
         self._collector = StatisticsCollector(layers, modules, *settings)
         self._watch(True)
         covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
@@ -216,11 +228,11 @@ class ConnectedOptimizer(Optimizer):
         forms = self._curvature.form, self._schedule.inverse
         tuned = self._tuning is not None
         complete_state(self.state, self._layers, self.param_groups, *forms, tuned)
-        store_generator(self.state, self._layers, self._generator)
+        store_generator(self.state, self._layers, self._labels.common)
 
     def _resume(self) -> None:
         self._collector.clear()
-        restore_generator(self.state, self._generator)
+        restore_generator(self.state, self._labels.common)
         new = not all(self._has_statistics(layer) for layer in self._layers)
         self._watch(new or self._due(self._schedule.factor_update_interval))
 
@@ -234,14 +246,15 @@ class ConnectedOptimizer(Optimizer):
         self._collector.collecting = active
         self._collector.active = active or self._tuning is not None
         due = self._due(self._schedule.factor_update_interval)
-        self._labels_before = self._generator.get_state() if active and not due else None
+        self._labels.step = self.param_groups[0]["num_steps"]
+        self._labels_before = self._labels.common.get_state() if active and not due else None
 
     def _has_statistics(self, layer: Layer) -> bool:
         return bool(self.state.get(layer.anchor, {}).get("factor_updates", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles are made of, the modules included."""
-        store_generator(self.state, self._layers, self._generator)
+        store_generator(self.state, self._layers, self._labels.common)
         own = {
             name: getattr(self, name) for name in ("_schedule", "_curvature", "_seed", "_tuning")
         }
@@ -255,7 +268,7 @@ class ConnectedOptimizer(Optimizer):
             return
         self._start_unconnected(None)
         super().__setstate__(state)
-        self._generator = Generator(self._parameters()[0].device).manual_seed(self._seed)
+        self._labels = LabelDraws(self._seed, self._parameters()[0].device, self._ddp)
         self._connect(modules)
         self._resume()
 
