@@ -285,3 +285,127 @@ def test_a_sequence_of_compiled_sequences_trains_as_the_plain_one(backend):
         assert torch.allclose(p, q, atol=1e-12)
     assert counts[0] == (0, 0)  # a step whose factors are due
     assert counts[1] == (2, 0)
+
+
+# Compiled code around a model that is not compiled ------------------------------------------------
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.linear(x.relu())
+
+
+class LossModule(nn.Module):
+    def forward(self, z, y):
+        return F.cross_entropy(z, y)
+
+
+def accuracy(z, y):
+    return (z.argmax(1) == y).double().mean()
+
+
+def cross_entropy(z, y):
+    return F.cross_entropy(z, y) + 1e-3 * z.square().mean()
+
+
+AROUND = {
+    # name: (head, loss)
+    "a function": (None, lambda: cross_entropy),
+    "nn.CrossEntropyLoss": (None, nn.CrossEntropyLoss),
+    "a module": (None, LossModule),
+    "a bare nn.Linear": (lambda: nn.Linear(3, 3), None),
+    "a head": (Head, None),
+    "head and loss": (Head, nn.CrossEntropyLoss),
+}
+
+
+def loop_around(name, compiled, fisher_type):
+    torch._dynamo.reset()
+    make_head, make_loss = AROUND[name]
+    body = Network()
+    head = nn.Identity() if make_head is None else make_head()
+    loss = F.cross_entropy if make_loss is None else make_loss()
+    optimizer = optimizer_of(nn.ModuleList([body, head]), fisher_type=fisher_type)
+    metric = accuracy
+    if compiled is not None:
+        head = head if make_head is None else compiled(head)
+        loss = loss if make_loss is None else compiled(loss)
+        metric = compiled(accuracy)
+    rights = []
+    counters.clear()
+    for i in range(STEPS):
+        z = head(body(X * (1 + i)))
+        optimizer.zero_grad()
+        with torch.no_grad():
+            rights.append(float(metric(z, LABELS)))
+        value = loss(z, LABELS)
+        value.backward()
+        optimizer.step()
+        with torch.no_grad():
+            rights.append(float(metric(z, LABELS)))
+    graphs = counters["stats"]["unique_graphs"]
+    return list(body.parameters()), rights, float(value.detach()), graphs
+
+
+@pytest.mark.parametrize(
+    ("backend", "fullgraph", "fisher_type"),
+    [("eager", False, "mc"), ("aot_eager", True, "empirical")],
+)
+@pytest.mark.parametrize("name", AROUND)
+def test_compiled_losses_metrics_and_heads_around_an_eager_model(
+    name, backend, fullgraph, fisher_type
+):
+    def compiled(function):
+        return torch.compile(function, backend=backend, dynamic=False, fullgraph=fullgraph)
+
+    params, rights, value, graphs = loop_around(name, compiled, fisher_type)
+    plain, plain_rights, plain_value, _ = loop_around(name, None, fisher_type)
+    assert rights == plain_rights
+    assert value == pytest.approx(plain_value, rel=1e-12)
+    for p, q in zip(params, plain, strict=True):
+        assert torch.allclose(p, q, atol=1e-12)
+    assert graphs > 0  # on the other steps the compiled code runs
+
+
+def test_the_compilers_stance_is_the_users_again_after_a_step():
+    torch._dynamo.reset()
+    model = Network()
+    optimizer = optimizer_of(model)
+    before = torch._dynamo.eval_frame._stance
+    loss = forward(model, 0)
+    assert torch._dynamo.eval_frame._stance is not before
+    loss.backward()
+    optimizer.step()
+    assert torch._dynamo.eval_frame._stance is before
+    optimizer = optimizer_of(model)
+    forward(model, 0)  # whose graph is gone
+    assert torch._dynamo.eval_frame._stance is before
+    loss = forward(model, 0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        users = torch._dynamo.eval_frame._stance
+        loss.backward()
+        optimizer.step()
+        assert torch._dynamo.eval_frame._stance is users
+    train(lambda i: forward(model, i), optimizer, INTERVAL)
+    assert torch._dynamo.eval_frame._stance is before
+
+
+def test_a_probed_tensor_that_the_compiler_meets_nevertheless_is_recognised():
+    torch._dynamo.reset()
+    model, plain = Network(), Network()
+    optimizer = optimizer_of(model)
+    loss = torch.compile(nn.CrossEntropyLoss(), backend="eager", dynamic=False)
+
+    def under_another_stance(i):
+        z = model(X * (1 + i))
+        with torch.compiler.set_stance("default"):
+            return loss(z, LABELS)
+
+    train(under_another_stance, optimizer)
+    train(lambda i: forward(plain, i), optimizer_of(plain))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-12)

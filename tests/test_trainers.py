@@ -102,6 +102,25 @@ def test_accelerate(fisher_type):
     assert_close_models(model, plain_loop(2, 1.0, fisher_type=fisher_type))
 
 
+@pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
+def test_gpt2_of_transformers(fisher_type):
+    """It has no nn.Linear but a tied head, and returns its loss."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config)
+    optimizer = KFACOptimizer(model.parameters(), fisher_type=fisher_type)
+    tokens = torch.randint(50, (4, 12))
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(f"{loss:.3f}")
+    assert float(losses[-1]) < 0.7 * float(losses[0])
+
+
 class Examples(Dataset):
     def __len__(self):
         return len(X)

@@ -162,7 +162,8 @@ def find_layers(
 
     Modules that share their weight (and bias) are one layer. A bias that a module does not share
     with the module of the same weight has no layer, nor has a parameter that a module of another
-    kind owns too (an embedding tied to a linear layer), or one that requires no gradient.
+    kind owns too (an embedding tied to a linear layer), or one that requires no gradient, is
+    complex, or has no entries.
 
     Args:
         named_modules: Candidate modules with their names.
@@ -173,9 +174,11 @@ def find_layers(
         Each layer with the modules that call it, in the order of the modules.
     """
     modules_by_name = list(named_modules)
-    wanted = {id(p) for p in params if p.requires_grad}
+    own = [p for p in params if p.requires_grad and p.is_floating_point() and p.numel()]
+    wanted = {id(p) for p in own}
     for _, module in modules_by_name:
-        if not is_supported(module):  # tied to a supported layer, for instance an embedding
+        # Tied to a supported layer, for instance an embedding; but a list of parameters uses none.
+        if not (is_supported(module) or isinstance(module, nn.ParameterList | nn.ParameterDict)):
             wanted -= {id(p) for p in module._parameters.values()}
     layers: dict[int, tuple[Layer, list[nn.Module]]] = {}
     for name, module in modules_by_name:

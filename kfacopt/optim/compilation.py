@@ -9,18 +9,27 @@ from looking.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._dynamo import eval_frame
 
 
-def leave_hooks_uncompiled() -> None:
-    """Keep the compiler from tracing kfacopt's own code, if there is a compiler in the process."""
+def leave_hooks_uncompiled(probed: type[Tensor]) -> None:
+    """Keep the compiler from tracing kfacopt's own code, if there is a compiler in the process.
+
+    Args:
+        probed: Tensors that it must not trace operations on: these are seen where they run.
+    """
     if "torch._dynamo" in sys.modules:
         import torch._dynamo.trace_rules as rules
 
         rules.add("kfacopt")
+        kept_out = getattr(torch._dynamo.config, "nontraceable_tensor_subclasses", None)
+        if kept_out is not None:
+            kept_out.add(probed)
 
 
 def is_called_from_compiled_code() -> bool:
@@ -46,13 +55,41 @@ def run_uncompiled() -> bool:
     return True
 
 
-def parts_uncompiled() -> AbstractContextManager[None]:
-    """Return a context in which compiled parts of a model that is not compiled itself run eagerly.
+class EagerSpell:
+    """A time in which compiled functions and modules run eagerly: as long as someone needs it.
 
-    The compiler would trace the hooks of such parts under the mode that looks for losses, which it
-    cannot (a bare `nn.Sequential` fails with a RecursionError).
+    A compiled loss hides the loss function that it calls, and compiled parts of a model their
+    layers' hooks. (The compiler could not trace either: a bare `nn.Sequential` with hooks fails
+    with a RecursionError.)
     """
-    if "torch._dynamo" not in sys.modules or is_called_from_compiled_code():
-        return nullcontext()
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
+
+    def __init__(self) -> None:
+        """Start with nobody."""
+        self._owners: set[int] = set()
+        self._stance: Any = None
+
+    def begin(self, owner: object) -> None:
+        """Run compiled code eagerly until `end` is called for an owner, or it is gone."""
+        if "torch._dynamo" not in sys.modules or is_called_from_compiled_code():
+            return
+        self._owners.add(id(owner))
+        weakref.finalize(owner, self._end, id(owner)).atexit = False
+        if not self._in_force():
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def end(self, owner: object) -> None:
+        """Let compiled code be, unless another owner is left."""
+        self._end(id(owner))
+
+    def _end(self, owner: int) -> None:
+        self._owners.discard(owner)
+        # A stance that the user has set meanwhile stays; where it gives way to ours once more, the
+        # next spell ends that.
+        if not self._owners and self._in_force() and not is_called_from_compiled_code():
+            self._stance.__exit__(None, None, None)
+
+    def _in_force(self) -> bool:
+        return self._stance is not None and torch._dynamo.eval_frame._stance is self._stance.stance
+
+
+EAGER_SPELL = EagerSpell()

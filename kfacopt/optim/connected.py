@@ -29,7 +29,13 @@ from kfacopt.optim.serialization import (
     restore_generator,
     store_generator,
 )
-from kfacopt.optim.settings import CurvatureOptions, Schedule, check_group
+from kfacopt.optim.settings import (
+    CurvatureOptions,
+    Schedule,
+    as_number,
+    check_group,
+    numbers_alone,
+)
 from kfacopt.optim.sharding import (
     refuse_pipeline_stages,
     refuse_replaced,
@@ -63,6 +69,8 @@ class ConnectedOptimizer(Optimizer):
         self._names: dict[int, str] = {}
         self._embeddings: set[int] = set()
         self._collector: StatisticsCollector
+        self._connected = False
+        self._checked_settings: list[tuple[Any, ...]] = []
         self._placement: list[tuple[torch.dtype, torch.device]] = []
         self._warned: set[str] = set()
         self._skipped_steps = self._num_fallback = 0
@@ -92,11 +100,17 @@ class ConnectedOptimizer(Optimizer):
             )
         refuse_sharded(group["params"])
         refuse_shared_optimizer()
-        group.setdefault("base_lr", group["lr"])
+        if any(p.is_meta for p in group["params"]):
+            raise ValueError(
+                "params: a parameter is on the meta device, without values; give the model its "
+                "values (to_empty, then load or initialize) before making the optimizer, which "
+                "would go on with the old parameters."
+            )
+        group.setdefault("base_lr", as_number(group["lr"]))
         group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
         check_group(group)
         self._refuse_maximize(group)
-        if self._names:
+        if self._connected:
             self._connect()
 
     def _refuse_maximize(self, group: Mapping[str, Any]) -> None:
@@ -117,8 +131,8 @@ class ConnectedOptimizer(Optimizer):
             return
         self._placement = [(p.dtype, p.device) for p in params]
         follow_parameters(self.state, self._curvature.form, self._schedule.inverse)
-        if self._labels.common.device != params[0].device:
-            self._labels.start(self._seed, params[0].device)
+        if self._labels.common.device != self._device:
+            self._labels.start(self._seed, self._device)
 
     def _refuse_other_parallelism(self) -> None:
         """Raise if the model was shared out over ranks since; on all of them, before they talk."""
@@ -131,14 +145,21 @@ class ConnectedOptimizer(Optimizer):
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    @property
+    def _device(self) -> torch.device:
+        """Where labels are drawn: with the first parameter."""
+        return next((p.device for p in self._parameters()), torch.device("cpu"))
+
     def _connect(self, modules: list[tuple[str, nn.Module]] | None = None) -> None:
         """Find the modules of the parameters and put hooks on them."""
         params = self._parameters()
+        if modules is None and not params:  # of a group that is empty so far
+            modules = []
         if modules is None:
             modules = find_modules(params, None if self._model is None else self._model())
         refuse_pipeline_stages(module for _, module in modules)
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
-        if self._names:
+        if self._connected:
             self._collector.active = False
         self._names = parameter_names(modules, params)
         self._embeddings = embeddings(module for _, module in modules)
@@ -150,11 +171,12 @@ class ConnectedOptimizer(Optimizer):
             discard_unfitting(self.state, layer, self._curvature.form)
         settings = (self._curvature, self._labels, self._ddp)
         self._collector = StatisticsCollector(layers, modules, *settings)
+        self._connected = True
         self._watch(True)
         covered = {id(p) for layer in self._layers for p in (layer.weight, layer.bias)}
         rest = [self._names[id(p)] for p in params if id(p) not in covered]
         log_layers(self._layers, rest, self._curvature.form)
-        if not self._layers:
+        if params and not self._layers:
             self._warn(
                 "no-layers",
                 "none of the parameters is in a layer that K-FAC knows (nn.Linear, nn.Conv2d); "
@@ -227,7 +249,8 @@ class ConnectedOptimizer(Optimizer):
     def _complete_state(self) -> None:
         forms = self._curvature.form, self._schedule.inverse
         tuned = self._tuning is not None
-        complete_state(self.state, self._layers, self.param_groups, *forms, tuned)
+        with numbers_alone(self.param_groups):
+            complete_state(self.state, self._layers, self.param_groups, *forms, tuned)
         store_generator(self.state, self._layers, self._labels.common)
 
     def _resume(self) -> None:
@@ -238,13 +261,14 @@ class ConnectedOptimizer(Optimizer):
 
     def _watch(self, active: bool) -> None:
         """Put hooks on the modules or take them off, and tell the collector of the bases."""
+        active = active and bool(self._layers)
         if active and self._schedule.inverse.corrected:
             # Where the next step changes the bases, its second moments wait for the new ones.
             stay = not self._due(self._schedule.inverse_update_interval)
             bases = {b: bases_of(self.state.get(b.anchor, {})) for b in self._blocks if stay}
             self._collector.bases = {b: known for b, known in bases.items() if known is not None}
         self._collector.collecting = active
-        self._collector.active = active or self._tuning is not None
+        self._collector.active = active or (self._tuning is not None and bool(self._layers))
         due = self._due(self._schedule.factor_update_interval)
         self._labels.step = self.param_groups[0]["num_steps"]
         self._labels_before = self._labels.common.get_state() if active and not due else None
@@ -268,7 +292,7 @@ class ConnectedOptimizer(Optimizer):
             return
         self._start_unconnected(None)
         super().__setstate__(state)
-        self._labels = LabelDraws(self._seed, self._parameters()[0].device, self._ddp)
+        self._labels = LabelDraws(self._seed, self._device, self._ddp)
         self._connect(modules)
         self._resume()
 
@@ -276,11 +300,9 @@ class ConnectedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and with them the statistics that wait for the next step."""
-        seen = self._collector.forward_seen  # forward, zero_grad, backward is a usual order, too
-        if not seen:
+        if not self._collector.forward_seen:
             self._reconnect_if_frozen()
-        self._collector.clear()
-        self._collector.forward_seen = seen
+        self._collector.clear(forward_is_over=False)  # forward, zero_grad, backward is usual, too
         super().zero_grad(set_to_none)
 
     def _due(self, interval: int) -> bool:

@@ -44,8 +44,12 @@ from kfacopt.optim.settings import (
     DEFAULTS,
     CurvatureOptions,
     Schedule,
+    as_number,
+    check_group,
     check_kept_dtype,
+    numbers_alone,
     refuse_flags,
+    settings_of,
 )
 from kfacopt.optim.step_rules import apply_step, are_finite, kl_clip_scale
 
@@ -84,7 +88,8 @@ class KFACOptimizer(PreconditioningOptimizer):
         params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
             may set `lr`, `momentum`, `nesterov`, `weight_decay`, `damping` and `fallback_lr`. A
             joint block [W | b] takes W's damping.
-        lr: The learning rate, in units of a natural-gradient step: 1 is a full one. Where the clip
+        lr: The learning rate, in units of a natural-gradient step: 1 is a full one; a number, or
+            a tensor of one, as for AdamW (the other settings of groups, too). Where the clip
             is active (ν < 1) the step's length follows from κ alone, and a schedule acts where it
             falls below that: tune `kl_clip` first. `"auto"` chooses step size, momentum and damping
             in every step, for large or full batches: see `kfacopt.optim.self_tuning`. The groups'
@@ -185,7 +190,7 @@ class KFACOptimizer(PreconditioningOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Literal["auto"] = 0.07,
+        lr: float | Tensor | Literal["auto"] = 0.07,
         *,
         momentum: float = 0.85,
         nesterov: bool = True,
@@ -214,7 +219,8 @@ class KFACOptimizer(PreconditioningOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        if isinstance(params, nn.Module | Tensor) or not isinstance(params, Iterable):
+        listed = isinstance(params, Iterable) and not isinstance(params, nn.Module | Tensor)
+        if not (listed or isinstance(params, nn.ParameterList)):
             raise ValueError(
                 "params must be an iterable of parameters or groups, as model.parameters(), got "
                 f"{type(params).__name__}."
@@ -235,7 +241,8 @@ class KFACOptimizer(PreconditioningOptimizer):
         check_count("mc_samples", mc_samples)
         if fisher_type != "mc" and mc_samples != 1:
             raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {mc_samples}.')
-        defaults = DEFAULTS["auto" if lr == "auto" else "fixed"]
+        tuned = isinstance(lr, str) and lr == "auto"
+        defaults = DEFAULTS["auto" if tuned else "fixed"]
         damping = defaults.damping if damping is None else damping
         ema_decay = defaults.ema_decay if ema_decay is None else ema_decay
         if factor_update_interval is None:
@@ -268,7 +275,7 @@ class KFACOptimizer(PreconditioningOptimizer):
         likelihood = None if loss_func is None else likelihood_of(loss_func)
         form = FactorForm(kfac_approx, max_factor_dim, factor_dtype)
         self._tuning: SelfTuning | None = None
-        if lr == "auto":
+        if tuned:
             if loss_func is not None:
                 raise ValueError(
                     'loss_func must be None for lr="auto", which evaluates the loss: compute it '
@@ -297,7 +304,7 @@ class KFACOptimizer(PreconditioningOptimizer):
             "foreach": foreach,
         }
         super().__init__(params, group_defaults)
-        self._labels = LabelDraws(seed, self._parameters()[0].device, self._ddp)
+        self._labels = LabelDraws(seed, self._device, self._ddp)
         self._connect()
 
     # Steps -------------------------------------------------------------------------------------
@@ -320,11 +327,18 @@ class KFACOptimizer(PreconditioningOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if self._collector.collecting:
-            self._refuse_other_parallelism()
-        self._follow_moved_parameters()
-        if self._only_initialises() or not self._has_finite_gradients():
-            return result
+        with numbers_alone(self.param_groups):
+            self._check_settings()
+            if self._collector.collecting:
+                self._refuse_other_parallelism()
+            self._follow_moved_parameters()
+            if not (self._has_no_gradients() or self._only_initialises()):
+                if self._has_finite_gradients():
+                    self._step(closure, result)
+                self._collector.close_passes()
+        return result
+
+    def _step(self, closure: Callable[[], Any] | None, result: Any) -> None:
         terms = self._collector.objective() if self._tuning is not None else []
         first: dict[Layer, Moments] = {}
         due, collecting = (
@@ -356,7 +370,22 @@ class KFACOptimizer(PreconditioningOptimizer):
             group["num_steps"] += 1
         due = self._due(self._schedule.factor_update_interval)
         self._watch(due or new or self._waiting)
-        return result
+
+    def _check_settings(self) -> None:
+        """Raise where a group has a setting by now that it could not have been made with."""
+        settings = settings_of(self.param_groups)
+        if settings != self._checked_settings:
+            for i, group in enumerate(self.param_groups):
+                check_group(group, f"param_groups[{i}]: ")
+            self._checked_settings = settings
+
+    def _has_no_gradients(self) -> bool:
+        """Tell whether there is nothing to step along: as for AdamW, that is no step then."""
+        if any(p.grad is not None for p in self._parameters()):
+            return False
+        self._collector.clear(forward_is_over=False)
+        self._reconnect_if_frozen()
+        return True
 
     def _only_initialises(self) -> bool:
         """Make the state, and nothing else, in a step that checkpoint tools take for that."""
@@ -407,7 +436,9 @@ class KFACOptimizer(PreconditioningOptimizer):
         if self._tuning is not None:
             tuned = vars(self._tuning.statistics).items()
             result |= {name: math.nan if x is None else float(x) for name, x in tuned}
-        damping = {p: group["damping"] for group in self.param_groups for p in group["params"]}
+        damping = {
+            p: as_number(group["damping"]) for group in self.param_groups for p in group["params"]
+        }
         for block in self._blocks:
             alone = len(block.layer.blocks) == 1
             name = block.layer.name if alone else self._names[id(block.anchor)]

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.likelihoods import UnsupportedLossError
+from kfacopt.optim.compilation import EAGER_SPELL
 from kfacopt.optim.loss_calls import LOSS_FUNCTIONS, LossCall, recognise_call
 from kfacopt.optim.replay import Call, LossOrigin, Source, Surroundings
 
@@ -53,7 +54,8 @@ class LossObserver(Protocol):
 class ForwardPass:
     """One call of an outermost module: the layers that it used.
 
-    It is referred to by the outputs and the loss's graph alone and goes away with them.
+    It is referred to by the outputs and the loss's graph alone and goes away with them. Until then,
+    or until it is closed, compiled code runs eagerly.
 
     Attributes:
         uses: The uses of layers, in order.
@@ -68,15 +70,38 @@ class ForwardPass:
         self.uses: list[LayerUse] = []
         self.consumed = False
         self.call = call
+        EAGER_SPELL.begin(self)
+        self._probed: list[weakref.ref[ProbedTensor]] = []
 
     @property
     def observer(self) -> LossObserver | None:
         """Who asked for this pass, or `None` if it is gone."""
         return self._observer()
 
+    def probe(self, tensor: ProbedTensor) -> None:
+        """Take note of a tensor that tells of losses on this pass."""
+        self._probed.append(weakref.ref(tensor))
+
+    def close(self) -> None:
+        """Let the tensors that told of losses on this pass alone be plain ones again."""
+        EAGER_SPELL.end(self)
+        for ref in self._probed:
+            tensor = ref()
+            if tensor is not None and isinstance(tensor, ProbedTensor):
+                tensor._passes = tuple(p for p in tensor._passes if p is not self)
+                if not tensor._passes:
+                    vars(tensor).pop("_source", None)
+                    del tensor._passes
+                    tensor.__class__ = Tensor  # type: ignore[assignment]
+        self._probed.clear()
+
 
 class ProbedTensor(Tensor):
-    """A model's output that tells when a loss is computed from it; otherwise a plain tensor."""
+    """A model's output that tells when a loss is computed from it; otherwise a plain tensor.
+
+    It is one until its forward passes are closed. While a function of torch is called, it *is* a
+    plain tensor, so that nothing (formatting, subclasses of others) sees a difference.
+    """
 
     _passes: tuple[ForwardPass, ...]
     _source: Source | None = None
@@ -91,21 +116,51 @@ class ProbedTensor(Tensor):
     ) -> Any:
         """Let `func` through, note it if it is a loss, and pass the probe on to its results."""
         kwargs = kwargs or {}
-        passes = tuple(dict.fromkeys(_passes_of((args, kwargs))))
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        probed = [x for x in given if isinstance(x, ProbedTensor)]
+        passes = tuple(dict.fromkeys(p for x in probed for p in x._passes))
         call = None
         if any(p.call is not None for p in passes):
             call = record_call(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with _plain(probed, alone=all(issubclass(t, ProbedTensor) for t in types)):
             result = func(*args, **kwargs)
-            if func in LOSS_FUNCTIONS:
-                origin = None if call is None else LossOrigin(call)
+        if func in LOSS_FUNCTIONS:
+            origin = None if call is None else LossOrigin(call)
+            with torch._C.DisableTorchFunctionSubclass():
                 _notify(func, unprobe(args), unprobe(kwargs), result, list(passes), origin)
-                return result
-        return _wrap(result, passes, call)
+            return result
+        if func in _KEPT_TENSORS:
+            return result
+        return _Prober(passes, call, {id(x) for x in given}).tree(result)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy as a plain tensor."""
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+# Of attributes that are tensors with a life of their own, not functions of the tensor.
+_KEPT_TENSORS = tuple(vars(torch._C.TensorBase)[name].__get__ for name in ("_base", "grad"))
+
+
+@contextmanager
+def _plain(probed: Sequence[Tensor], alone: bool) -> Iterator[None]:
+    """Make probed tensors plain ones for a while.
+
+    Args:
+        probed: The tensors.
+        alone: Whether no other subclass of tensors has a say; only then others are kept out that
+            hide in containers that pytrees do not know.
+    """
+    for x in probed:
+        x.__class__ = Tensor
+    try:
+        with torch._C.DisableTorchFunctionSubclass() if alone else nullcontext():
+            yield
+    finally:
+        for x in probed:
+            if "_passes" in vars(x):  # else its passes were closed meanwhile
+                x.__class__ = ProbedTensor
 
 
 class LossCallMode(TorchFunctionMode):
@@ -166,39 +221,57 @@ def _passes_of(tree: Any) -> Iterator[ForwardPass]:
             yield from leaf._passes
 
 
-def _wrap_leaf(
-    passes: tuple[ForwardPass, ...], call: Call | None, numbers: Iterator[int], leaf: Any
-) -> Any:
-    if isinstance(leaf, Tensor):
-        number = next(numbers)
-        if isinstance(leaf, ProbedTensor):
-            leaf._passes = tuple(dict.fromkeys(leaf._passes + passes))
-        elif type(leaf) is Tensor and leaf.is_floating_point() and leaf.requires_grad:
-            with torch._C.DisableTorchFunctionSubclass():
-                leaf = leaf.as_subclass(ProbedTensor)
-            leaf._passes = passes
+@dataclasses.dataclass(frozen=True)
+class _Prober:
+    """Probes the tensors in a call's result, numbered as by `replay.tensor_leaves`.
+
+    Attributes:
+        passes: What they tell of.
+        call: The call, if calls are recorded.
+        given: The `id`s of the tensors that the call was given. A result that is none of them is
+            new and becomes a probe itself; else, and for modules, which may keep their outputs,
+            the probe is another tensor on the same data.
+        numbers: Counts the tensors.
+    """
+
+    passes: tuple[ForwardPass, ...]
+    call: Call | None
+    given: set[int] | None
+    numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+
+    def tree(self, tree: Any) -> Any:
+        return self._leaf(tree) if isinstance(tree, Tensor) else tree_map(self._leaf, tree)
+
+    def _leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return self._tensor(leaf)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            # torch's pytrees know dataclasses only if they were registered
+            original, leaf = leaf, copy.copy(leaf)
+            for field in dataclasses.fields(leaf):
+                value = self.tree(getattr(original, field.name))
+                object.__setattr__(leaf, field.name, value)
+        return leaf
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        number = next(self.numbers)
+        known: tuple[ForwardPass, ...] = ()
+        if isinstance(tensor, ProbedTensor):
+            known = tensor._passes
+        elif type(tensor) is Tensor and tensor.requires_grad:
+            if self.given is None or id(tensor) in self.given:
+                tensor = tensor.as_subclass(ProbedTensor)
+            else:
+                tensor.__class__ = ProbedTensor
         else:
-            return leaf
-        leaf._source = None if call is None else Source(call, number)
-    elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-        # torch's pytrees know dataclasses only if they were registered
-        original, leaf = leaf, copy.copy(leaf)
-        for field in dataclasses.fields(leaf):
-            value = _wrap_tree(getattr(original, field.name), passes, call, numbers)
-            object.__setattr__(leaf, field.name, value)
-    return leaf
-
-
-def _wrap_tree(
-    tree: Any, passes: tuple[ForwardPass, ...], call: Call | None, numbers: Iterator[int]
-) -> Any:
-    wrap = functools.partial(_wrap_leaf, passes, call, numbers)
-    return wrap(tree) if isinstance(tree, Tensor) else tree_map(wrap, tree)
-
-
-def _wrap(tree: Any, passes: tuple[ForwardPass, ...], call: Call | None) -> Any:
-    """Probe the tensors in a call's result; they are numbered as by `replay.tensor_leaves`."""
-    return _wrap_tree(tree, passes, call, itertools.count())
+            return tensor
+        probed = cast(ProbedTensor, tensor)
+        probed._passes = tuple(dict.fromkeys(known + self.passes))
+        for forward_pass in self.passes:
+            if forward_pass not in known:
+                forward_pass.probe(probed)
+        probed._source = None if self.call is None else Source(self.call, number)
+        return probed
 
 
 def probe(outputs: Any, forward_pass: ForwardPass, parents: list[ForwardPass]) -> Any:
@@ -209,7 +282,7 @@ def probe(outputs: Any, forward_pass: ForwardPass, parents: list[ForwardPass]) -
         forward_pass: The call that made them.
         parents: The calls that fed it.
     """
-    return _wrap(outputs, (*parents, forward_pass), forward_pass.call)
+    return _Prober((*parents, forward_pass), forward_pass.call, None).tree(outputs)
 
 
 def carry_probes(before: Any, after: Any) -> Any:

@@ -58,9 +58,31 @@ def stale_factors(layer: Layer) -> str:
     """Say that a layer's curvature is no longer captured."""
     return (
         f"layer {layer.name!r} has a gradient but its curvature was not captured in this step, as "
-        "it was before (its forward pass runs outside the hooks, or the loss on it was not "
-        "recognised); the step uses the curvature of earlier steps, whose age is "
+        "it was before (its forward pass runs outside the hooks, its weight was used in other "
+        "ways, or the loss on it was not recognised); the step uses the curvature of earlier "
+        "steps, whose age is "
         f"statistics()['{layer.name}/factor_age']."
+    )
+
+
+def without_curvature(layer: Layer, used_otherwise: bool) -> str:
+    """Say that a layer never had any curvature, and why.
+
+    Args:
+        layer: The layer.
+        used_otherwise: Whether its module is called, but its parameters are used otherwise, too.
+    """
+    if used_otherwise:
+        return (
+            f"layer {layer.name!r}: the loss depends on its parameters in other ways, too, than by "
+            "calls of the module (F.linear(x, layer.weight), layer.forward(x), a derivative of the "
+            "model by its input), which its factors would lack; it gets the AdamW fallback update. "
+            "Call the module wherever its weight is used to have it preconditioned."
+        )
+    return (
+        f"layer {layer.name!r} has a gradient but no curvature was captured (its forward pass runs "
+        "outside the hooks, its weight is used without a call of the module, the loss on it was "
+        "not recognised, or was not finite); it gets the AdamW fallback update."
     )
 
 

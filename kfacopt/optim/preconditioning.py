@@ -27,6 +27,7 @@ from kfacopt.optim.messages import (
     stale_factors,
     uncompiled_cause,
     unwrapped_averaging,
+    without_curvature,
 )
 from kfacopt.optim.moments import Moments
 from kfacopt.optim.preconditioner import (
@@ -91,6 +92,7 @@ class PreconditioningOptimizer(ConnectedOptimizer):
         unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
         ignored = self._collector.unknown_objectives
         reached, exchanged = self._collector.reached, self._collector.exchange.noticed()
+        used = self._collector.used
         pending = self._collector.finish()
         form = self._curvature.form
         if exchanged and self._ddp_group is None:
@@ -105,7 +107,8 @@ class PreconditioningOptimizer(ConnectedOptimizer):
                 "known: it counts by its gradient alone.",
             )
         if not pending:
-            self._report_missing_loss(forward_seen, unknown_losses)
+            if not self._collector.undercounted and (used or not forward_seen):
+                self._report_missing_loss(forward_seen, unknown_losses)
         else:
             self._report_stale(layer for layer in reached if layer not in pending)
         if not self._due(self._schedule.factor_update_interval):  # here for new layers alone
@@ -217,11 +220,9 @@ class PreconditioningOptimizer(ConnectedOptimizer):
                 log_new_layer(block.layer)
                 continue
             if inverse is None:
+                otherwise = block.layer in self._collector.undercounted
                 self._warn(
-                    f"uncaptured {block.layer.name}",
-                    f"layer {block.layer.name!r} has a gradient but no curvature was captured "
-                    "(its forward pass runs outside the hooks, or the loss on it was not "
-                    "recognised, or was not finite); it gets the AdamW fallback update.",
+                    f"uncaptured {block.layer.name}", without_curvature(block.layer, otherwise)
                 )
                 continue
             products = precondition(inverse, block, grads)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kfacopt.argument_checks import check_flag, check_range
 from kfacopt.kfac.factors import FactorForm
@@ -109,6 +112,51 @@ _OF_ALL_GROUPS = (
 _UNSUPPORTED_FLAGS = ("capturable", "differentiable", "fused")
 
 
+_RATES = ("lr", "momentum", "weight_decay", "damping", "fallback_lr")
+_OWN = (*_RATES, "nesterov", "maximize", "foreach")
+
+
+def as_number(value: Any) -> Any:
+    """Return the number in a tensor of one, as torch.optim takes for `lr`, or of NumPy's.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return value.item()
+    if isinstance(value, Real) and not isinstance(value, int | float):
+        return float(value)
+    return value
+
+
+@contextmanager
+def numbers_alone(groups: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """Let settings be plain numbers for a while, also those that are tensors.
+
+    Args:
+        groups: The parameter groups.
+    """
+    replaced = []
+    for group in groups:
+        for name in _RATES:
+            value = group[name]
+            if type(value) is not float:
+                number = group[name] = as_number(value)
+                replaced.append((group, name, value, number))
+    try:
+        yield
+    finally:
+        for group, name, value, number in replaced:
+            if group[name] is number:  # else the step has adapted it
+                group[name] = value
+
+
+def settings_of(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return what groups may set, to see whether it has changed."""
+    values = ([group.get(name) for name in _OWN] for group in groups)
+    # Tensors that are no numbers cannot be compared.
+    return [tuple(str(x) if isinstance(x, Tensor) else x for x in own) for own in values]
+
+
 def check_group(group: Mapping[str, Any], where: str = "") -> None:
     """Raise unless a parameter group has all settings, each in its range.
 
@@ -119,9 +167,7 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
     Raises:
         ValueError: Names the setting.
     """
-    rates = ("lr", "momentum", "nesterov", "weight_decay", "damping", "fallback_lr")
-    own = (*rates, "maximize", "foreach")
-    missing = [name for name in (*own, "base_lr", "num_steps") if name not in group]
+    missing = [name for name in (*_OWN, "base_lr", "num_steps") if name not in group]
     if missing:
         raise ValueError(
             f"{where}lacks {missing}; it is not that of a KFACOptimizer of this version."
@@ -130,13 +176,13 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
     strange += [name for name in _UNSUPPORTED_FLAGS if group.get(name)]
     if strange:
         raise ValueError(
-            f"{where}{', '.join(strange)} cannot be set for a group; groups may set {own}."
+            f"{where}{', '.join(strange)} cannot be set for a group; groups may set {_OWN}."
         )
     for name in ("lr", "base_lr", "weight_decay", "fallback_lr"):
         if name != "fallback_lr" or group[name] is not None:
-            check_range(f"{where}{name}", group[name], 0)
-    check_range(f"{where}momentum", group["momentum"], 0, 1, upper_open=True)
-    check_range(f"{where}damping", group["damping"], 0, lower_open=True)
+            check_range(f"{where}{name}", as_number(group[name]), 0)
+    check_range(f"{where}momentum", as_number(group["momentum"]), 0, 1, upper_open=True)
+    check_range(f"{where}damping", as_number(group["damping"]), 0, lower_open=True)
     check_flag(f"{where}nesterov", group["nesterov"])
     check_flag(f"{where}maximize", group["maximize"])
     if group["foreach"] is not None:

@@ -94,7 +94,7 @@ def check_state_dict(
         )
     _check_keys(state_dict["state"], saved)
     for key, (name, p) in zip(saved, named_params, strict=True):
-        _check_entries(f"{name!r}", state_dict["state"].get(key, {}), shapes[p])
+        _check_entries(f"{name!r}", state_dict["state"].get(key, {}), shapes[p], p.is_complex())
 
 
 def _present(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _check_keys(state: Mapping[Any, Any], saved: list[Any]) -> None:
         raise ValueError(f"state_dict has a state of {strangers}, which no group's params name.")
 
 
-def _check_entries(parameter: str, entries: Any, shapes: Shapes) -> None:
+def _check_entries(parameter: str, entries: Any, shapes: Shapes, is_complex: bool) -> None:
     if not isinstance(entries, Mapping):
         raise ValueError(
             f"state_dict: the state of {parameter} must be a dict, got {_described(entries)}."
@@ -162,7 +162,7 @@ def _check_entries(parameter: str, entries: Any, shapes: Shapes) -> None:
         where = f"state_dict: {name} of {parameter}"
         if not isinstance(value, Tensor | int | float | dict):
             raise ValueError(f"{where} must be a tensor or a number, got {_described(value)}.")
-        _check_entry(where, name, value, shapes.get(name))
+        _check_entry(where, name, value, shapes.get(name), is_complex)
     # What the parameter has no use for, as of a layer that was frozen since, may be partial.
     together = [names for names in _TOGETHER if names[0] in shapes]
     for names in (*together, *_inverse_entries(there, shapes)):
@@ -181,7 +181,9 @@ def _inverse_entries(there: Mapping[str, Any], shapes: Shapes) -> Iterable[tuple
         yield (_INVERSES[0], "inverse_step")
 
 
-def _check_entry(where: str, name: str, value: Any, shape: tuple[int, ...] | None) -> None:
+def _check_entry(
+    where: str, name: str, value: Any, shape: tuple[int, ...] | None, is_complex: bool
+) -> None:
     if name == "generator_state":
         _check_bytes(where, value)
     if name in _COUNTS:
@@ -197,6 +199,8 @@ def _check_entry(where: str, name: str, value: Any, shape: tuple[int, ...] | Non
             f"{where} must be a tensor of shape {shape}, got {got}. Use the same model, "
             "frozen parameters, separate_weight_and_bias and max_factor_dim as when it was saved."
         )
+    if is_complex and value.is_complex():  # moments of real and imaginary parts
+        value = torch.view_as_real(value)
     if name in _FLOATING and not value.is_floating_point():
         raise ValueError(f"{where} must be a tensor of floating numbers, got {value.dtype}.")
     if not bool(value.isfinite().all()):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,13 +30,13 @@ from kfacopt.kfac.capture import (
 )
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.kfac.unseen_uses import is_undercounted, unseen_parameters
 from kfacopt.likelihoods import UnsupportedLossError, widened
 from kfacopt.optim.activation_checkpointing import refuse_reentrant_checkpointing
 from kfacopt.optim.candidates import CandidateMoments
 from kfacopt.optim.compilation import (
     is_called_from_compiled_code,
     leave_hooks_uncompiled,
-    parts_uncompiled,
     run_uncompiled,
 )
 from kfacopt.optim.distributed import (
@@ -54,6 +53,7 @@ from kfacopt.optim.loss_calls import LossCall
 from kfacopt.optim.loss_probe import (
     ForwardPass,
     LossCallMode,
+    ProbedTensor,
     carry_probes,
     differentiable_tensors,
     passes_feeding,
@@ -84,6 +84,9 @@ class StatisticsCollector:
             still be recorded.
         reached: The layers whose gradients have been accumulated since the last step.
         exchange: Looks at what happens to gradients without a wrapper.
+        undercounted: The layers whose parameters a loss of the last step with statistics depends on
+            in other ways, too, than by calls of their modules. They got no statistics from it.
+        used: Whether a forward pass since the last step called a layer.
     """
 
     def __init__(
@@ -101,8 +104,9 @@ class StatisticsCollector:
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._task = -1  # of the user's backward pass that runs
         self._mode: LossCallMode | None = None
-        self._eager_parts: AbstractContextManager[None] = nullcontext()
-        leave_hooks_uncompiled()
+        leave_hooks_uncompiled(ProbedTensor)
+        self.undercounted: set[Layer] = set()
+        self._passes: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
         self.uncompiled: type[nn.Module] | None = None  # called from compiled code, with hooks
         self._layers_of: dict[int, list[Layer]] = {}
         for layer, own in layers:
@@ -138,8 +142,12 @@ class StatisticsCollector:
         living = [(name, ref()) for name, ref in self._modules]
         return [(name, module) for name, module in living if module is not None]
 
-    def clear(self) -> None:
-        """Forget all statistics since the last step, and take back the labels drawn for them."""
+    def clear(self, forward_is_over: bool = True) -> None:
+        """Forget all statistics since the last step, and take back the labels drawn for them.
+
+        Args:
+            forward_is_over: Whether no backward pass of an earlier forward pass will come.
+        """
         self._start_task(-1)
         rewind(self._labels_of_step)
         self._labels_of_step = None
@@ -147,9 +155,17 @@ class StatisticsCollector:
         self.reached: set[Layer] = set()
         self.unknown_losses: set[str] = set()
         self.unknown_objectives: set[str] = set()
-        self.forward_seen = False
+        if forward_is_over:
+            self.forward_seen = self.used = False
+        self._also_used_otherwise: set[Layer] = set()
         self._objective: list[ObjectiveTerm] = []
         self.exchange.forget()
+
+    def close_passes(self) -> None:
+        """Let outputs and losses that are left of the step be plain tensors."""
+        for forward_pass in list(self._passes):
+            forward_pass.close()
+        self._passes.clear()
 
     def _start_task(self, task: int) -> None:
         """Forget what belongs to one backward pass of the user's alone."""
@@ -185,8 +201,7 @@ class StatisticsCollector:
             call = record_call(unwrapped(module), args, kwargs, Surroundings.now())
         forward_pass = ForwardPass(self, call)
         self._outermost = (module, forward_pass, parents)
-        self._eager_parts = parts_uncompiled()
-        self._eager_parts.__enter__()
+        self._passes.add(forward_pass)
         if self._options.likelihood is None:
             self._mode = LossCallMode(forward_pass, parents)
             self._mode.__enter__()
@@ -203,7 +218,6 @@ class StatisticsCollector:
 
     def _end_pass(self) -> None:
         self._outermost = None
-        self._eager_parts.__exit__(None, None, None)
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
             self._mode = None
@@ -239,9 +253,10 @@ class StatisticsCollector:
         if module is not outermost:
             return None
         self._end_pass()
+        self.forward_seen = True
+        self.used = self.used or bool(forward_pass.uses)
         if output is None or not (forward_pass.uses or parents or self._options.recording):
             return None
-        self.forward_seen = True
         probed = probe(output, forward_pass, parents)
         if self._options.likelihood is not None:
             self._watch_output(output, probed, forward_pass, parents)
@@ -277,6 +292,8 @@ class StatisticsCollector:
         def on_backward(upstream: Tensor) -> None:
             alive = collector()
             if alive is None or in_would_be_pass():
+                return
+            if origin is None and not any(p.uses for p in passes):
                 return
             if isinstance(call, UnsupportedLossError):
                 raise call
@@ -334,10 +351,21 @@ class StatisticsCollector:
             return
         if begins:
             self.exchange.backward_begins()
+        self._look_for_other_uses(call.output, [use for p in passes for use in p.uses])
         if self._options.fisher_type == "empirical":
             self._collect_empirical(call, passes, upstream)
         else:
             self._collect_would_be(call, passes, upstream)
+
+    def _look_for_other_uses(self, output: Tensor, uses: list[LayerUse]) -> None:
+        """Take note of the layers whose factors would lack uses that no hook saw."""
+        params = {
+            p: la for la in group_by_layer(uses) for p in (la.weight, la.bias) if p is not None
+        }
+        unseen = unseen_parameters([output], uses, params)
+        with bookkeeping_kept(output) if unseen else nullcontext():
+            own = {params[p] for p in unseen if is_undercounted(output, uses, p)}
+        self._also_used_otherwise |= own
 
     @staticmethod
     def _accumulated_in(layers: Iterable[Layer]) -> set[Layer]:
@@ -464,6 +492,8 @@ class StatisticsCollector:
         from `torch.autograd.grad`.
         """
         pending = self._pending or self._candidates.by_layer
+        self.undercounted = self._also_used_otherwise
+        pending = {la: m for la, m in pending.items() if la not in self.undercounted}
         if pending:
             self._labels_of_step = None
         if not self._pending:  # else a task that was not confirmed gives its labels back
@@ -479,8 +509,8 @@ class StatisticsCollector:
 def _is_foreign_call(module: nn.Module) -> bool:
     """Tell whether a forward pass is none of the user's training loop.
 
-    kfacopt's own evaluations, transforms of `torch.func`, and the recomputation of activation
-    checkpointing, which happens within a backward pass.
+    kfacopt's own evaluations, transforms of `torch.func`, traces of `torch.jit` and `torch.export`,
+    and the recomputation of activation checkpointing, which happens within a backward pass.
     """
     if getattr(module, "_is_replica", False):
         raise RuntimeError(
@@ -489,6 +519,8 @@ def _is_foreign_call(module: nn.Module) -> bool:
         )
     return (
         is_evaluating()
+        or torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._current_graph_task_id() != -1
     )
