@@ -113,6 +113,14 @@ def check_evaluation(data: Any, progressbar: Any, check_deterministic: Any) -> N
     check_flag("check_deterministic", check_deterministic)
 
 
+def check_batch_size_fn(batch_size_fn: Any) -> None:
+    """Raise unless it is `None` or a function."""
+    if batch_size_fn is not None and not callable(batch_size_fn):
+        raise ValueError(
+            f"batch_size_fn must be a function from X to the number of data, got {batch_size_fn!r}."
+        )
+
+
 def check_params(params: Any) -> Any:
     """Return parameters as a list of tensors, or the mapping to tensors; raise unless they are."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
+
+from kfacopt.argument_checks import as_integer
+from kfacopt.linalg.snapshots import same_entries, strided_parts
 
 Batch = tuple[Any, Any]
 
@@ -25,7 +30,7 @@ _evaluating: ContextVar[bool] = ContextVar("kfacopt_evaluating", default=False)
 
 
 @contextmanager
-def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
+def evaluation(*functions: Callable[..., Any]) -> Iterator[None]:
     """Run forward passes of kfacopt's own that leave no trace.
 
     Optimizers take no statistics from them. A module's buffers (the running statistics of batch
@@ -33,12 +38,12 @@ def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
     global generators, of which dropout and a `DataLoader` draw, are put back afterwards.
 
     Args:
-        model_func: What is evaluated; its tensors are put back if it is a module.
+        functions: What is evaluated; the tensors of those that are modules are put back.
     """
     token = _evaluating.set(True)
     try:
         with (
-            tensors_put_back(model_func),
+            tensors_put_back(*functions),
             torch.random.fork_rng(random_devices()),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -49,13 +54,14 @@ def evaluation(model_func: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def tensors_put_back(model_func: Callable[..., Any]) -> Iterator[None]:
-    """Put a module's buffers, and tensors among its attributes, back at the end.
+def tensors_put_back(*functions: Callable[..., Any]) -> Iterator[None]:
+    """Put modules' buffers, and tensors among their attributes, back at the end.
 
     Args:
-        model_func: What is evaluated in the context; nothing is done if it is not a module.
+        functions: What is evaluated in the context; nothing is done for what is not a module.
     """
-    modules = list(model_func.modules()) if isinstance(model_func, nn.Module) else []
+    owners = [f for f in functions if isinstance(f, nn.Module)]
+    modules = list({id(m): m for owner in owners for m in owner.modules()}.values())
     # Of a module, both: what was assigned anew, as by `self.mean = 0.9 * self.mean + ...`.
     places: list[dict[str, Any]] = [d for m in modules for d in (m._buffers, vars(m))]
     before = [dict(place) for place in places]
@@ -67,7 +73,7 @@ def tensors_put_back(model_func: Callable[..., Any]) -> Iterator[None]:
         for place, entries in zip(places, before, strict=True):
             _put_back(place, entries)
         for key, tensor in tensors.items():
-            if not torch.equal(tensor, values[key]):
+            if not same_entries(tensor, values[key]):
                 # Through .data: a graph that is kept over products saved the buffer, and would
                 # take a changed version counter for a changed value.
                 tensor.data.copy_(values[key])
@@ -89,21 +95,97 @@ def random_devices() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
 
 
+def random_state() -> list[Tensor]:
+    """Return the states of the global generators that a forward pass may draw from."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in random_devices())]
+
+
+@contextmanager
+def same_random_numbers(states: list[Tensor]) -> Iterator[None]:
+    """Draw again what was drawn from these states of the global generators on.
+
+    Args:
+        states: From `random_state`.
+    """
+    with torch.random.fork_rng(random_devices()):
+        torch.set_rng_state(states[0])
+        for state, device in zip(states[1:], random_devices(), strict=True):
+            torch.cuda.set_rng_state(state, device)
+        yield
+
+
 def is_evaluating() -> bool:
     """Tell whether the current forward pass is one of kfacopt's own."""
     return _evaluating.get()
 
 
+def tensors_in(x: Any) -> list[Tensor]:
+    """Return the tensors in a tensor, mapping or sequence, or among an object's attributes."""
+    found: list[Tensor] = []
+    seen, waiting = set[int](), [x]
+    while waiting:
+        x = waiting.pop()
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif id(x) not in seen and not isinstance(x, str | bytes | type | nn.Module):
+            seen.add(id(x))
+            if isinstance(x, Mapping):
+                waiting += x.values()
+            elif isinstance(x, list | tuple | set):
+                waiting += x
+            else:
+                waiting += getattr(x, "__dict__", {}).values()
+    return found
+
+
 def to_device(x: Any, device: torch.device) -> Any:
-    """Move a tensor to a device; leave anything else to the model."""
-    return x.to(device) if isinstance(x, Tensor) else x
+    """Move tensors to a device, also in mappings, sequences and what has a method `to`."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if all(t.device == device for t in tensors_in(x)):
+        return x
+    if type(x) is dict:
+        return {key: to_device(value, device) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        moved = [to_device(value, device) for value in x]
+        return type(x)(*moved) if hasattr(x, "_fields") else type(x)(moved)
+    # A copy, as the batches of Hugging Face and graphs move themselves.
+    return copy.copy(x).to(device) if hasattr(x, "to") else x
 
 
-def batch_size(X: Any) -> int:
-    """Return the number of data in a batch of inputs, the length of its first axis."""
+def batch_size(
+    X: Any, output: Tensor | None = None, batch_size_fn: Callable[[Any], int] | None = None
+) -> int:
+    """Return the number of data in a batch of inputs.
+
+    That is the length of a tensor's first axis. In a mapping, sequence or object it is the length
+    that the first axes of all of its tensors have, if the predictions agree.
+
+    Args:
+        X: The inputs.
+        output: The predictions.
+        batch_size_fn: Tells the number of data, in the place of all this.
+
+    Raises:
+        TypeError: If the inputs do not tell it.
+    """
+    if batch_size_fn is not None:
+        size: Any = batch_size_fn(X)
+        size = size.item() if isinstance(size, Tensor) and size.numel() == 1 else size
+        return as_integer("batch_size_fn(X)", size, 0)
     if isinstance(X, Tensor):
         return X.shape[0] if X.ndim else 1
-    raise TypeError(f"data: inputs must be tensors, got {type(X).__name__}.")
+    if isinstance(X, PackedSequence):
+        return int(X.batch_sizes[0])
+    sizes = sorted({len(t) for t in tensors_in(X) if t.ndim})
+    rows = None if output is None or not output.ndim else len(output)
+    if len(sizes) == 1 and (rows is None or (rows % sizes[0] == 0 if sizes[0] else not rows)):
+        return sizes[0]
+    raise TypeError(
+        f"data: inputs of type {type(X).__name__} do not tell the number of data in the batch: the "
+        f"first axes of their tensors are {sizes} long, the predictions have {rows} rows. Give "
+        "batch_size_fn, a function from X to that number."
+    )
 
 
 def check_batches(count: int) -> None:
@@ -115,9 +197,46 @@ def check_batches(count: int) -> None:
         )
 
 
+def check_terms(normalizer: Tensor | float) -> None:
+    """Raise if a mean over all data would be one over nothing."""
+    if normalizer == 0:
+        raise ValueError(
+            "data: the loss is a mean over no terms; all batches are empty, or all targets ignored."
+        )
+
+
 def is_empty(X: Any) -> bool:
     """Tell whether a batch of inputs has an axis of data, and none along it."""
-    return isinstance(X, Tensor) and X.ndim > 0 and len(X) == 0
+    return {len(t) for t in tensors_in(X) if t.ndim} == {0}
+
+
+def sum_gradients(
+    params: Sequence[Tensor], terms: Iterable[tuple[Tensor, Tensor | float]], mean: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Return the gradient of a sum or mean over batches, and the sum or mean.
+
+    Args:
+        params: By what it is differentiated.
+        terms: For each batch a scalar, its summed loss with its graph, and what the mean divides
+            by.
+        mean: Whether it is the mean.
+
+    Returns:
+        One tensor `[*p.shape]` for each parameter, and a scalar.
+    """
+    gradient, total = [torch.zeros_like(p) for p in params], params[0].new_zeros(())
+    normalizer: Tensor | float = 0.0
+    for loss, count in terms:
+        normalizer = normalizer + count
+        total = total + loss.detach()
+        if loss.requires_grad:
+            own = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+            for g, new in zip(gradient, own, strict=True):
+                g += new
+    if not mean:
+        return gradient, total
+    check_terms(normalizer)
+    return [g / normalizer for g in gradient], total / normalizer
 
 
 def show_progress(data: Iterable[Batch], progressbar: bool, description: str) -> Iterator[Batch]:
@@ -172,10 +291,11 @@ class _Record(NamedTuple):
 
 
 def _fingerprint(x: Any) -> Tensor:
-    """Summarise a tensor so that a change of values or of their order shows; bounded memory."""
+    """Summarise tensors so that a change of values or of their order shows; bounded memory."""
     if not isinstance(x, Tensor):
-        return torch.zeros(0)
-    flat = x.detach().flatten()
+        return torch.cat([torch.zeros(0), *(_fingerprint(t) for t in tensors_in(x))])
+    parts = [p.detach().flatten() for p in strided_parts(x)]
+    flat = parts[0] if len(parts) == 1 else torch.cat([torch.zeros(0), *parts])
     # The devices that lack float64 (MPS) are left for the CPU.
     flat = flat.to("cpu" if flat.device.type == "mps" else flat.device, torch.float64)
     count = flat.numel()

@@ -11,10 +11,11 @@ the vectors v that `hessian_root` and `sample_gradient` give satisfy, for each d
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -95,7 +96,10 @@ class Likelihood(ABC):
 
     @abstractmethod
     def num_terms(self, output: Tensor, target: Tensor | None) -> Tensor:
-        """Return, as a scalar, how many data the loss counts: by weight, ignored ones not."""
+        """Return, as a scalar, how many data the loss counts: all that are not ignored.
+
+        A weight is part of a datum's loss, and does not make it more than one datum.
+        """
 
     @abstractmethod
     def num_positions(self, output: Tensor) -> int:
@@ -207,6 +211,10 @@ class _Categorical(Likelihood):
     def _spread(self, weights: Tensor, output: Tensor) -> Tensor:
         return weights.unsqueeze(self._class_axis(output))
 
+    def _class_free_ones(self, output: Tensor) -> Tensor:
+        """Return a one for each term."""
+        return torch.ones_like(output.select(self._class_axis(output), 0))
+
     def _class_weights(self, output: Tensor) -> Tensor:
         if self.weight is not None:
             return self.weight.to(output)
@@ -233,7 +241,7 @@ class _Categorical(Likelihood):
                     "loss_func: class weights need the targets, which are unknown when the loss "
                     "is only stated. Compute the loss with F.cross_entropy on the model's output."
                 )
-            return torch.ones_like(output.select(axis, 0))
+            return self._class_free_ones(output)
         smoothing, class_weights = self.label_smoothing, self._class_weights(output)
         classes = output.shape[axis]
         if self._has_probabilities(output, target):
@@ -246,12 +254,14 @@ class _Categorical(Likelihood):
     def normalizer(self, output: Tensor, target: Tensor | None) -> Tensor:
         """Return Σ_t w_{y_t}, or the number of terms for probabilities or unknown targets."""
         if target is None or self._has_probabilities(output, target):
-            return torch.ones_like(output.select(self._class_axis(output), 0)).sum()
+            return self._class_free_ones(output).sum()
         return self._target_weights(output, target).sum()
 
     def num_terms(self, output: Tensor, target: Tensor | None) -> Tensor:
-        """Return what the mean divides by: every term is a datum of its own."""
-        return self.normalizer(output, target)
+        """Return the number of targets that are not ignored: each is a datum of its own."""
+        if target is None or self._has_probabilities(output, target):
+            return self._class_free_ones(output).sum()
+        return self._kept(target).sum().to(output.dtype)
 
     def num_positions(self, output: Tensor) -> int:
         """Return the number of targets."""
@@ -451,6 +461,13 @@ def has_likelihood(loss_func: object) -> bool:
         isinstance(loss_func, kind) and type(loss_func).forward is kind.forward
         for kind in SUPPORTED_LOSSES
     )
+
+
+def with_sum(loss_func: nn.Module) -> Any:
+    """Return a loss that is the sum of the terms of which a loss is the mean or the sum."""
+    summed: Any = copy.copy(loss_func)
+    summed.reduction = "sum"
+    return summed
 
 
 def likelihood_of(loss_func: nn.Module) -> Likelihood:

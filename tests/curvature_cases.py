@@ -77,7 +77,7 @@ LOSSES = {
     "mse": nn.MSELoss,
     "bce": nn.BCEWithLogitsLoss,
 }
-# An ignored target and a class weight change how many data there are.
+# An ignored target changes how many data there are, a class weight what the mean divides by.
 WEIGHTED = ("ce-ignored", "ce-weights", "ce-smoothed")
 
 

@@ -14,6 +14,7 @@ from curvature_cases import (
 from torch import nn
 
 import kfacopt
+from kfacopt.experimental import ActivationHessianLinearOperator
 
 
 @pytest.fixture(params=RISK_OPERATORS, ids=lambda c: c.__name__)
@@ -159,3 +160,33 @@ def iter_again(data):
             return iter(data)
 
     return Loader()
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "argument"), [("_seed", 1, "seed"), ("_mc_samples", 3, "mc_samples")]
+)
+@pytest.mark.parametrize("columns", [1, 10])
+def test_samples_follow_their_settings(problem, attribute, value, argument, columns):
+    """By the names that curvlinops has; there are no public ones."""
+    model, loss_func, data = problem
+    args = model, loss_func, params_of(model), data
+    operator = kfacopt.FisherMCLinearOperator(*args)
+    V = columns_for(operator, columns)
+    for _ in range(3):
+        operator @ V
+    setattr(operator, attribute, value)
+    expected = kfacopt.FisherMCLinearOperator(*args, cache_bytes=0, **{argument: value}) @ V
+    for _ in range(3):
+        close(operator @ V, expected)
+
+
+def test_a_hessian_by_a_feature_follows_the_feature():
+    model, data = make_model("mlp"), make_data("mlp", "ce", (4,))
+    args = model, nn.CrossEntropyLoss()
+    operator = ActivationHessianLinearOperator(*args, ("0", "output", 0), data)
+    eye = torch.eye(operator.shape[1], dtype=DTYPE)
+    for _ in range(2):
+        operator @ eye
+    operator._activation = ("1", "output", 0)
+    expected = ActivationHessianLinearOperator(*args, ("1", "output", 0), data) @ eye
+    close(operator @ eye, expected)

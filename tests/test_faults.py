@@ -541,12 +541,12 @@ def looked_at_by_an_operator(model):
 
 
 FORWARDS = {
-    forward_only: 1000,
-    without_gradients: 1000,
-    without_a_step: 1000,
-    differentiated_by_the_input: 200,
-    transformed: 200,
-    looked_at_by_an_operator: 50,
+    forward_only: 100,
+    without_gradients: 100,
+    without_a_step: 100,
+    differentiated_by_the_input: 50,
+    transformed: 50,
+    looked_at_by_an_operator: 20,
 }
 
 

@@ -17,9 +17,10 @@ ALLOWED = {
     "estimators": BASE | {"linalg"},
     "likelihoods": BASE | {"linalg"},
     "data": BASE | {"linalg"},
-    "curvature": BASE | {"linalg", "likelihoods", "data"},
+    "module_search": set(),
+    "curvature": BASE | {"linalg", "likelihoods", "data", "module_search"},
     "kfac": BASE | {"linalg", "likelihoods", "data"},
-    "optim": BASE | {"linalg", "likelihoods", "data", "curvature", "kfac"},
+    "optim": BASE | {"linalg", "likelihoods", "data", "module_search", "curvature", "kfac"},
     "experimental": {"curvature"},
 }
 

@@ -21,7 +21,7 @@ from kfac_cases import (
 )
 from torch import nn
 
-from kfacopt import EKFACLinearOperator, GGNLinearOperator, KFACLinearOperator
+from kfacopt import GGNLinearOperator, KFACLinearOperator
 from kfacopt.likelihoods import UnsupportedLossError
 
 pytestmark = [
@@ -432,10 +432,3 @@ def test_progress_bar(make, capsys):
     assert "100%" not in capsys.readouterr().err
     operator @ torch.ones(operator.shape[0])
     assert "100%" in capsys.readouterr().err
-
-
-def test_a_dict_of_parameters_is_refused():
-    model, data = nn.Linear(3, 2), [(torch.randn(4, 3), torch.randn(4, 2))]
-    for kind in (KFACLinearOperator, EKFACLinearOperator):
-        with pytest.raises(ValueError, match=r"params: K-FAC .* takes a list"):
-            kind(model, nn.MSELoss(), dict(model.named_parameters()), data)

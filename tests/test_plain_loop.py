@@ -438,6 +438,17 @@ def test_layers_outside_the_named_model_are_refused():
     assert len(KFACOptimizer([*model[2].parameters(), *others], model=model[2:])._layers) == 1
 
 
+def test_a_model_with_other_parameters_is_refused_by_name():
+    model = mlp()
+    optimizer = make(model.parameters())
+    optimizer.step()  # without gradients, as torch's optimizers allow it
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(values, assign=True)
+    F.cross_entropy(model(X), LABELS).backward()
+    with pytest.raises(RuntimeError, match=r"0\.weight, .* no longer in the model.*afterwards"):
+        optimizer.step()
+
+
 def test_a_refused_group_leaves_no_trace():
     model, head = mlp(), nn.Linear(3, 2)
     optimizer = make(model.parameters(), model=model)

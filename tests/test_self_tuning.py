@@ -764,3 +764,33 @@ def test_what_cannot_be_evaluated_is_refused():
     step(model, optimizer, LOSSES["ce"][2])
     with pytest.raises(RuntimeError, match="no loss was recognised"), pytest.warns(match="earlier"):
         step(model, optimizer, lambda m: (m(X) ** 4).mean())
+
+
+@pytest.mark.parametrize("clip", [None, 1e-2], ids=["as it is", "clipped"])
+def test_what_is_computed_under_no_grad_is_a_constant(clip):
+    """Forward mode does not see `no_grad`; slopes that are twice as large look like clipping."""
+
+    class Net(nn.Module):
+        def __init__(self, constant):
+            super().__init__()
+            self.hidden, self.head, self.constant = nn.Linear(4, 5), nn.Linear(5, 3), constant
+
+        def forward(self, x):
+            h = self.hidden(x).tanh()
+            return self.head(h) * self.constant(self.head, h)
+
+    def no_grad(head, h):
+        with torch.no_grad():
+            return head(h).add_(0)
+
+    models = [Net(no_grad), Net(lambda head, h: head(h).detach())]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        optimizer = make(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X), LABELS).backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+    torch.testing.assert_close(flat(models[0].parameters()), flat(models[1].parameters()))

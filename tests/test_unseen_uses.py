@@ -1,4 +1,4 @@
-"""Weights that are used past their modules: K-FAC refuses them by name, or has their whole block."""
+"""Weights that are used past their modules: K-FAC names them, or has their whole block."""
 
 import dense_curvature as dense
 import pytest
@@ -53,7 +53,7 @@ def cases():
     def f(net, x):
         return net.head(net.layer(x).tanh()).sum()
 
-    W = {
+    return {
         "functional": lambda n, x: n.head(F.linear(x, n.layer.weight).tanh()),
         "matmul": lambda n, x: n.head(torch.tanh(x @ n.layer.weight.T)),
         "einsum": lambda n, x: n.head(torch.einsum("ni,oi->no", x, n.layer.weight).tanh()),
@@ -81,7 +81,6 @@ def cases():
         "func.jvp": lambda n, x: jvp(lambda x: n.head(n.layer(x).tanh()), (x,), (x,))[1],
         "func.vmap": lambda n, x: vmap(lambda x: n.head(n.layer(x).tanh()))(x),
     }
-    return W
 
 
 UNSEEN = cases()
@@ -93,6 +92,7 @@ def loss_and_data(num_data=4):
     return nn.CrossEntropyLoss(), [(X, y)]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 @pytest.mark.parametrize("forward", UNSEEN.values(), ids=UNSEEN)
 def test_unseen_uses_are_refused_by_name(forward, operator):
@@ -134,7 +134,6 @@ SEEN = {
         lambda x: n.head(n.layer(x).tanh()), x, use_reentrant=False
     ),
     "input requires gradients": lambda n, x: n.head(n.layer(x.requires_grad_()).tanh()),
-    "bias of a derivative": lambda n, x: n.head(n.layer(x).tanh()),
 }
 
 
@@ -155,6 +154,15 @@ def test_parametrisations_of_others_are_uses():
     parametrize.register_parametrization(net.head, "weight", PlusOther(net.layer))
     K = KFACLinearOperator(net, loss, [net.layer.weight], data)
     with pytest.raises(NotImplementedError, match=r"'layer\.weight' other than by"):
+        K.trace()
+
+
+def test_checkpointing_with_reentry_is_refused():
+    """Its parts are not in the graph, and torch's derivatives by what they use are zero."""
+    net = Net(lambda n, x: n.head(checkpoint(n.layer, x.requires_grad_(), use_reentrant=True)))
+    loss, data = loss_and_data()
+    K = KFACLinearOperator(net, loss, [net.layer.weight], data)
+    with pytest.raises(NotImplementedError, match="checkpoint with use_reentrant=False"):
         K.trace()
 
 
@@ -180,6 +188,18 @@ def test_layers_that_are_never_used_have_zero_blocks(operator):
         assert not (K @ torch.ones(D * D + D, dtype=DTYPE)).any()
         inverse = K.inverse(0.5) @ torch.ones(D * D + D, dtype=DTYPE)
         torch.testing.assert_close(inverse, 2 * torch.ones_like(inverse))
+
+
+def test_compiled_models_have_the_blocks_of_the_model():
+    """Compiled code would ignore the hooks that see the calls."""
+    net, (loss, data) = Net(SEEN["modules"]), loss_and_data()
+    params = [net.layer.weight, net.head.weight]
+    expected = KFACLinearOperator(net, loss, params, data).trace()
+    compiled = torch.compile(net, backend="eager")
+    compiled(data[0][0])
+    assert KFACLinearOperator(compiled, loss, params, data).trace() == expected
+    net.layer.compile(backend="eager")
+    assert KFACLinearOperator(net, loss, params, data).trace() == expected
 
 
 def test_the_search_tells_compiled_code_by_its_derivatives():

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfacopt.argument_checks import check_evaluation, check_loss
 from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.confirmation import check_gradient, check_has_graph
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import (
     CACHE_BYTES,
@@ -20,7 +21,13 @@ from kfacopt.curvature.network import (
     NetworkLinearOperator,
     leading_columns,
 )
-from kfacopt.data import Batch, evaluation, show_progress
+from kfacopt.data import (
+    Batch,
+    evaluation,
+    random_state,
+    same_random_numbers,
+    show_progress,
+)
 from kfacopt.likelihoods import has_likelihood, likelihood_of
 
 IO_TYPES = ("input", "output")
@@ -125,14 +132,14 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
         shapes = [tuple(feature.value.shape)]
         self._set_shape(shapes, shapes, feature.value.dtype, feature.value.device)
 
-    def _evaluate(self, X: Any) -> tuple[Tensor, Feature]:
-        """Return the predictions, and the feature on their way."""
+    def _evaluate(self, X: Any, shift: Tensor | None = None) -> tuple[Tensor, Feature]:
+        """Return the predictions, and the feature on their way, moved by `shift`."""
         if isinstance(X, Tensor) and X.is_floating_point():
             # Z has a graph even if no parameter does. A copy: a layer may change it in place.
             X = X.detach().requires_grad_().clone()
         module = self._model.module
         assert module is not None
-        with _watch(module, self._activation) as seen:
+        with _watch(module, self._activation, shift) as seen:
             output = self._model(X)
         if len(seen) != 1:
             raise ValueError(
@@ -141,7 +148,11 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
             )
         return output, seen[0]
 
+    def _seen(self) -> list[Any]:
+        return [*super()._seen(), self._activation]
+
     def _make_term(self, X: Any, y: Any) -> Product:
+        states = random_state()
         output, (value, edge) = self._evaluate(X)
         kind = tuple(value.shape), value.dtype
         if self.in_shapes is None or kind != (self.in_shapes[0], self.torch_dtype):
@@ -158,6 +169,18 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
                 f"loss_func must return a scalar, got the shape {tuple(loss.shape)}; set its "
                 'reduction to "mean" or "sum".'
             )
+        check_has_graph(loss)
+
+        def gradient_at(shift: Tensor) -> Tensor:
+            assert self._loss_func is not None
+            with same_random_numbers(states):
+                moved_output, moved = self._evaluate(X, shift)
+                moved_loss = self._loss_func(moved_output, y).sum()
+            return torch.autograd.grad(moved_loss, [moved.edge], materialize_grads=True)[0]
+
+        check_gradient(
+            "model_func or loss_func", loss.sum(), value, [edge], gradient_at, self._model.confirmed
+        )
         (gradient,) = torch.autograd.grad(loss.sum(), [edge], create_graph=True, allow_unused=True)
 
         def product(V: Tensor) -> Tensor:
@@ -201,22 +224,36 @@ def _checked_activation(model: nn.Module, activation: tuple[str, str, int]) -> t
 
 
 @contextmanager
-def _watch(model: nn.Module, activation: tuple[str, str, int]) -> Iterator[list[Feature]]:
-    """Record a layer's input or output, for each of its calls within the context."""
+def _watch(
+    model: nn.Module, activation: tuple[str, str, int], shift: Tensor | None
+) -> Iterator[list[Feature]]:
+    """Record a layer's input or output, for each of its calls within the context.
+
+    Args:
+        model: The network.
+        activation: Which.
+        shift: What is added to it, if anything.
+    """
     name, io_type, index = activation
     seen: list[Feature] = []
 
-    def record(tensors: Any) -> None:
-        tensors = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    def record(tensors: Any) -> Any:
+        single = isinstance(tensors, Tensor)
+        tensors = (tensors,) if single else tuple(tensors)
         tensor = tensors[index] if index < len(tensors) else None
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise ValueError(
                 f"activation: {io_type} {index} of the layer {name!r} must be a floating tensor; "
                 f"it has {[type(t).__name__ for t in tensors]}."
             )
+        if shift is not None:
+            tensor = tensor + shift
         if not tensor.requires_grad:  # no parameter came before: Z is where the graph begins
             tensor.requires_grad_()
         seen.append(Feature(tensor.detach(), get_gradient_edge(tensor)))
+        if shift is None:
+            return None
+        return tensor if single else (*tensors[:index], tensor, *tensors[index + 1 :])
 
     layer = model.get_submodule(name)
     if io_type == "input":

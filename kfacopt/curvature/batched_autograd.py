@@ -42,7 +42,10 @@ def batched_grad(
             )
             for k in range(columns)
         ]
-        grads = tuple(None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True))
+        grads = tuple(
+            None if g[0] is None else torch.stack([x.to_dense() if x.is_sparse else x for x in g])
+            for g in zip(*each, strict=True)
+        )
     return [
         torch.zeros(columns, *x.shape, dtype=x.dtype, device=x.device) if g is None else g
         for g, x in zip(grads, shapes, strict=True)

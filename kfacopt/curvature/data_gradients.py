@@ -69,7 +69,8 @@ def watch_linear_layers(model: ParametrizedModel) -> Iterator[list[LayerCall]]:
         weight, bias = index.get(id(module.weight)), index.get(id(module.bias))
         if (weight is None and bias is None) or not output.requires_grad:
             return
-        inputs = args[0].detach() if args and args[0].ndim == 2 else None
+        dense = args and args[0].ndim == 2 and args[0].layout == torch.strided
+        inputs = args[0].detach() if dense else None
         calls.append(LayerCall(weight, bias, inputs, output.detach(), get_gradient_edge(output)))
 
     with ExitStack() as stack:
@@ -252,7 +253,7 @@ class GradientPlan:
             return pulled
 
         # Tensors that are assigned inside a transformation cannot be used outside of it.
-        with torch.no_grad(), quiet_vmap(), tensors_put_back(model.function):
+        with torch.no_grad(), quiet_vmap(), tensors_put_back(*model.modules()):
             try:
                 pieces = vmap(of_datum)(self._X, u.movedim(1, 0))
             except torch.OutOfMemoryError:

@@ -29,8 +29,9 @@ class EFLinearOperator(OuterProductLinearOperator):
     dimensions, and for predictions whose positions were flattened into rows, as in
     `logits.view(-1, classes)`, ℓ_n is the datum's mean over its positions (its sum for `"sum"`).
     Targets that cross entropy ignores are not counted: with Z the sum that the mean divides by and
-    s_n a datum's summed loss, N is the number of data times the share of targets that count, by
-    class weight, and ℓ_n = (N / Z) s_n.
+    s_n a datum's summed loss, N is the number of data times the share of targets that are not
+    ignored, and ℓ_n = (N / Z) s_n: a factor of all class weights changes nothing, as in L. A target
+    whose class has the weight 0 is a datum whose gradient is 0.
 
     `loss_func` may be any callable with an attribute `reduction` that is the mean or sum of the
     data's losses; that each ℓ_n depends on the n-th prediction only is taken for granted. See
@@ -67,7 +68,9 @@ class EFLinearOperator(OuterProductLinearOperator):
 
     def _output_vectors(self, output: Tensor, X: Any, y: Any) -> Tensor:
         z = output.requires_grad_()
-        (gradient,) = torch.autograd.grad(summed_loss(self._loss_func, z, X, y), z)
+        (gradient,) = torch.autograd.grad(
+            summed_loss(self._loss_func, z, X, y, self._batch_size_fn), z
+        )
         data, rows = self._data_and_rows(output, X)
         if not data or rows % data:
             raise ValueError(
@@ -79,7 +82,7 @@ class EFLinearOperator(OuterProductLinearOperator):
 
     def _num_data(self, output: Tensor, X: Any, y: Any) -> Tensor | float:
         if not has_likelihood(self._loss_func):
-            return float(batch_size(X))
+            return float(batch_size(X, output, self._batch_size_fn))
         loss_func: Any = self._loss_func
         likelihood = likelihood_of(loss_func)
         # For targets that are unknown every term counts, with weight 1.
@@ -90,7 +93,9 @@ class EFLinearOperator(OuterProductLinearOperator):
         """Return the number of data and of rows of predictions: 1 without an axis of data."""
         loss_func: Any = self._loss_func
         single = has_likelihood(loss_func) and not likelihood_of(loss_func).has_data_axis(output)
-        return (1, 1) if single or not output.ndim else (batch_size(X), output.shape[0])
+        if single or not output.ndim:
+            return 1, 1
+        return batch_size(X, output, self._batch_size_fn), output.shape[0]
 
     def _scale(self, normalizer: Tensor | float, num_data: Tensor | float) -> Tensor | float:
         """Return N / Z² for the mean: c = 1/N times (N / Z)² from the two gradients."""

@@ -44,6 +44,7 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
         mc_samples: M, the number of labels that are drawn for each datum.
         chunk_size: As for `EmpiricalRiskLinearOperator`.
         cache_bytes: As for `EmpiricalRiskLinearOperator`.
+        batch_size_fn: As for `EmpiricalRiskLinearOperator`; never asked.
 
     Raises:
         UnsupportedLossError: (a `NotImplementedError`) If the loss is any other.
@@ -79,6 +80,7 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
         *,
         chunk_size: int = CHUNK_SIZE,
         cache_bytes: int = CACHE_BYTES,
+        batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
         check_count("mc_samples", mc_samples)
         seed = as_integer("seed", seed, -(2**63), 2**64 - 1)
@@ -92,6 +94,7 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
             check_deterministic,
             chunk_size=chunk_size,
             cache_bytes=cache_bytes,
+            batch_size_fn=batch_size_fn,
         )
         self._seed, self._mc_samples = seed, mc_samples
 
@@ -104,6 +107,9 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         self._generator = Generator(self.device).manual_seed(self._seed)
         return super()._matmat_tensor(X)
+
+    def _seen(self) -> list[Any]:
+        return [*super()._seen(), self._seed, self._mc_samples]
 
     def _output_vectors(self, output: Tensor, X: Any, y: Any) -> Tensor:
         assert self._generator is not None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.confirmation import check_has_graph, check_twice_differentiable
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.network import largest_rows
 from kfacopt.curvature.risk import (
@@ -36,6 +37,7 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
     Raises:
         ValueError: For `nn.NLLLoss`: it is linear in its input, so that its GGN at
             log-probabilities is 0; move the log-softmax into the loss with `nn.CrossEntropyLoss`.
+        RuntimeError: In a product, if second derivatives of a custom loss function are wrong.
 
     Example:
         >>> import torch
@@ -73,9 +75,18 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
         self, linearization: Linearization, X: Any, y: Any
     ) -> Callable[[Columns], Columns]:
         z = linearization.output.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(
-            summed_loss(self._loss_func, z, X, y), z, create_graph=True
+        loss_func, confirmed = self._loss_func, self._model.confirmed
+        batch_size_fn = self._batch_size_fn
+        loss = summed_loss(loss_func, z, X, y, batch_size_fn)
+        check_has_graph(loss)
+        check_twice_differentiable(
+            "loss_func",
+            loss,
+            lambda at: summed_loss(loss_func, at, X, y, batch_size_fn),
+            z,
+            confirmed,
         )
+        (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
 
         def product(V: Columns) -> Columns:
             if not gradient.requires_grad:  # the loss is linear in z

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from kfacopt.data import Batch
-from kfacopt.linalg.snapshots import Observation, Snapshot
+from kfacopt.linalg.snapshots import Observation, Snapshot, strided_parts
 
 T = TypeVar("T")
 
@@ -60,14 +60,17 @@ def measure_saved_bytes(known: Sequence[Tensor]) -> Iterator[list[int]]:
     Yields:
         A list of the sizes of storages.
     """
-    seen = {t.untyped_storage().data_ptr() for t in known}
+    seen = {part.untyped_storage().data_ptr() for t in known for part in strided_parts(t)}
     sizes: list[int] = []
 
     def pack(tensor: Tensor) -> tuple[Tensor, int]:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in seen:
-            seen.add(pointer)
-            sizes.append(tensor.untyped_storage().nbytes())
+        for part in strided_parts(tensor):
+            if part._is_zerotensor():  # a tangent that is zero has no memory
+                continue
+            pointer = part.untyped_storage().data_ptr()
+            if pointer not in seen:
+                seen.add(pointer)
+                sizes.append(part.untyped_storage().nbytes())
         # detach: torch asks a hook not to return the tensor itself, which would be a cycle
         return tensor.detach(), tensor._version
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from kfacopt.curvature.batched_autograd import batched_grad
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.risk import (
     Columns,
@@ -16,6 +12,7 @@ from kfacopt.curvature.risk import (
     RiskTerm,
     summed_loss,
 )
+from kfacopt.curvature.second_derivatives import SecondDerivative
 from kfacopt.data import is_empty
 
 
@@ -29,7 +26,10 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
     `loss_func` may be any callable that returns a scalar. A product is the derivative of ∇L along
     the vectors: by a second backward pass through the graph of the gradient, or, for many columns,
     in forward mode, which shares the gradient's evaluation among them. A column costs about two
-    gradient evaluations. See `EmpiricalRiskLinearOperator` for the arguments and errors.
+    gradient evaluations. See `EmpiricalRiskLinearOperator` for the arguments and further errors.
+
+    Raises:
+        RuntimeError: In a product, if a custom function's second derivatives are wrong.
 
     Example:
         >>> import torch
@@ -60,27 +60,7 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
         self, linearization: Linearization, X: Any, y: Any
     ) -> Callable[[Columns], Columns]:
         # What is kept must not refer to the operator, which keeps it.
-        params, loss_func = self._model.leaves, self._loss_func
-        loss = summed_loss(loss_func, linearization.output, X, y)
-        if not loss.requires_grad:
-            return lambda V: [torch.zeros_like(v) for v in V]
-        gradient: list[tuple[int, Tensor]] = []
-
-        def double_backward(V: Columns) -> Columns:
-            if not gradient:
-                grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-                # the others are zero, or do not depend on the parameters
-                gradient.extend(
-                    (i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad
-                )
-            if not gradient:  # the risk is linear in the parameters
-                return [torch.zeros_like(v) for v in V]
-            return batched_grad([g for _, g in gradient], params, [V[i] for i, _ in gradient])
-
-        def product(V: Columns) -> Columns:
-            result = linearization.gradient_jvp(
-                lambda z: summed_loss(loss_func, z, X, y), V, double_backward
-            )
-            return double_backward(V) if result is None else result
-
-        return product
+        loss_func, batch_size_fn = self._loss_func, self._batch_size_fn
+        return SecondDerivative(
+            linearization, lambda z: summed_loss(loss_func, z, X, y, batch_size_fn)
+        )

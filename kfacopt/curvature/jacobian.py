@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.argument_checks import check_evaluation
-from kfacopt.curvature.linearization import Linearization
+from kfacopt.curvature.linearization import Linearization, checked_output
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import (
     CACHE_BYTES,
@@ -93,7 +93,7 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
         """Return the shapes of the predictions, by one pass over the data."""
         with self._model.evaluation():  # with graphs, for models that differentiate by their input
             shapes = [
-                tuple(Linearization(self._model, self._to_device(X, y)[0]).output.shape)
+                tuple(checked_output(self._model.predict(self._to_device(X, y)[0])).shape)
                 for X, y in self._batches()
             ]
         check_batches(len(shapes))

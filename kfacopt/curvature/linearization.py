@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp, vmap
+from torch.func import jvp, vmap
 
 from kfacopt.curvature.batched_autograd import batched_grad, quiet_vmap
+from kfacopt.curvature.confirmation import (
+    Functions,
+    are_adjoint,
+    random_like,
+)
 from kfacopt.curvature.data_gradients import (
     DataGradients,
     GradientPlan,
     LayerCall,
     watch_linear_layers,
 )
+from kfacopt.curvature.jacobian_rows import JacobianRows, pull_back
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.data import random_devices, tensors_put_back
+from kfacopt.data import random_devices, random_state, same_random_numbers, tensors_put_back
 
 # From this many columns on, the forward pass that forward mode repeats is cheap beside the rest.
 _FORWARD_MODE_COLUMNS = 8
 
-# Forward mode is right if it agrees with backward passes to this part of the dtype's digits.
-_CONFIRMATION_DIGITS = 0.5
-
 # From this ratio of saved activations to parameters on, second derivatives take double backward.
 _ACTIVATIONS_PER_PARAMETER = 2
+
+
+def checked_output(output: Any) -> Tensor:
+    """Return what a model returned, if it is one tensor."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"model_func must return one tensor, got {type(output).__name__}; wrap the model in a "
+            "module that selects what the loss sees."
+        )
+    return output
 
 
 class Linearization:
@@ -43,6 +58,12 @@ class Linearization:
       columns, and for convolutions, whose double derivative computes by-products
       (`_convolution_double_backward` forms all of its outputs, asked for or not).
 
+    Either is confirmed with the first vectors that are multiplied through a graph of some
+    functions, by ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ for random u and v, where Jᵀ u is a plain backward pass.
+    Forward mode does not see `torch.no_grad()`, custom functions may not be twice differentiable,
+    and torch has rules that are wrong without an error. Where neither holds, the rows of J are
+    computed by as many backward passes.
+
     Where J itself is small beside the graphs, it can be kept in their place, as rows of
     `DataGradients`: J v and Jᵀ u then cost half as much, or less where weights are shared.
 
@@ -53,6 +74,8 @@ class Linearization:
         graph_bytes: How many bytes the graph saves, where that is known and it will be kept.
 
     Attributes:
+        model: f and θ.
+        inputs: X.
         output: z, with its graph.
         can_substitute: Whether f can be evaluated with other tensors in the place of θ.
     """
@@ -60,25 +83,24 @@ class Linearization:
     def __init__(
         self, model: ParametrizedModel, X: Any, watch: bool = False, graph_bytes: int = 0
     ) -> None:
-        self._model, self._X = model, X
-        self._random_state = [torch.get_rng_state()]
-        self._random_state += [torch.cuda.get_rng_state(d) for d in random_devices()]
+        self.model, self.inputs = model, X
+        # A dropout that is active must drop what it dropped in the forward pass.
+        self._random_state = random_state()
         watching: AbstractContextManager[list[LayerCall]] = nullcontext([])
         with watch_linear_layers(model) if watch else watching as calls:
-            self.output: Tensor = model(X)
-        if not isinstance(self.output, Tensor):
-            raise TypeError(
-                f"model_func must return one tensor, got {type(self.output).__name__}; wrap the "
-                "model in a module that selects what the loss sees."
-            )
+            self.output = checked_output(model(X))
+        if not self.output.requires_grad and self.output.numel():
+            self._say_that_it_is_constant()
         self._pullback: tuple[Tensor, list[int], list[Tensor]] | None = None
         self.can_substitute = model.can_substitute()
         self._checked: bool | None = None
+        self._functions: Functions | None = None
+        self._single_rows = JacobianRows(self.output, model.leaves)
         self._calls = calls
         self._rows: DataGradients | None = None
         self._columns, self._enough = 0, math.inf
         convolutions = nn.modules.conv._ConvNd
-        modules = model.module.modules() if model.module is not None else ()
+        modules = chain.from_iterable(m.modules() for m in model.modules())
         # Double backward forms products of the size of θ for every column, forward mode passes over
         # the activations in many small operations: each pays where that size is the smaller one.
         # Measured on sequences: 0.7 to 0.9 times the time of forward mode.
@@ -86,14 +108,24 @@ class Linearization:
         self._wide_activations = graph_bytes > _ACTIVATIONS_PER_PARAMETER * own_bytes
         self._convolves = any(isinstance(m, convolutions) for m in modules)
 
+    def _say_that_it_is_constant(self) -> None:
+        if self.model.confirmed.setdefault(("constant", 0), True):
+            self.model.confirmed["constant", 0] = False
+            warnings.warn(
+                "model_func: its predictions have no graph, so that their derivatives by params "
+                "are 0. Does it use torch.no_grad(), detach(), NumPy, or torch.autograd.grad "
+                "without create_graph=True? Does it use other tensors than params?",
+                stacklevel=2,
+            )
+
     def plan(self) -> GradientPlan | None:
         """Return how gradients of single data are to be kept, or `None` if there are no data."""
-        single = not isinstance(self._X, Tensor) or not self._X.ndim or not self.output.ndim
-        if single or not self.can_substitute or len(self._X) != len(self.output):
+        single = not isinstance(self.inputs, Tensor) or not self.inputs.ndim or not self.output.ndim
+        if single or not self.can_substitute or len(self.inputs) != len(self.output):
             return None
         if not self.output.requires_grad or not self.output.numel():
             return None
-        return GradientPlan(self._model, self._X, self.output, self._calls)
+        return GradientPlan(self.model, self.inputs, self.output, self._calls)
 
     def keep_rows(self, max_bytes: int, chunk_size: int) -> int:
         """Keep J in place of graphs, once as many columns were multiplied as it has rows a datum.
@@ -127,6 +159,7 @@ class Linearization:
             if self._rows is not None:  # free the graphs
                 self._pullback, self._calls = None, []
                 self.output = self.output.detach()
+                self._single_rows = JacobianRows(self.output, self.model.leaves)
             del self._plan
         return self._rows is not None
 
@@ -136,133 +169,146 @@ class Linearization:
             assert self._rows is not None
             return self._rows.project(list(V)).reshape(-1, *self.output.shape)
         wide = self._convolves or V[0].shape[0] >= _FORWARD_MODE_COLUMNS
-        if wide and self._can_forward():
-            result = self._confirmed_forward_mode(
-                "jvp",
-                lambda *p: (self._model.at(p, self._X),),
-                V,
-                lambda v: [self._double_backward(v)],
-            )
+        ways = [self._confirmed_forward_mode, self._confirmed_double_backward]
+        for way in ways if wide else reversed(ways):
+            result = way(V)
             if result is not None:
-                return result[0]
-        return self._double_backward(V)
+                return result
+        return self._multiply_rows(V)
 
-    def _confirmed_forward_mode(
+    def _confirmed_forward_mode(self, V: Sequence[Tensor]) -> Tensor | None:
+        """Return J v in forward mode, or `None` where it fails or is wrong."""
+
+        def function(*p: Tensor) -> tuple[Tensor]:
+            return (self.model.at(p, self.inputs),)
+
+        if not self.can_forward():
+            return None
+        key = "jvp", self.functions.signature
+        result = self.along(key, function, V, lambda v, Jv: self._is_adjoint(v, Jv[0]))
+        return None if result is None else result[0]
+
+    def _confirmed_double_backward(self, V: Sequence[Tensor]) -> Tensor | None:
+        """Return J v by double backward, or `None` where it fails or is wrong."""
+        confirmed = self.model.confirmed
+        if not confirmed.get(key := ("double backward", self.functions.signature), True):
+            return None
+        try:
+            result = self._double_backward(V)
+            if key not in confirmed:
+                probe = random_like(self.model.leaves)
+                verdict = self._is_adjoint(probe, self._double_backward(probe))
+                if verdict is None:  # J has entries that are NaN, as has the result
+                    return result
+                confirmed[key] = verdict
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation has no double derivative
+            confirmed[key] = False
+        return result if confirmed[key] else None
+
+    def _is_adjoint(self, v: list[Tensor], Jv: Tensor) -> bool | None:
+        u = random_like([self.output], seed=1)[0]
+        return are_adjoint(u, Jv, pull_back(self.output, self.model.leaves, u), v)
+
+    def _multiply_rows(self, V: Sequence[Tensor]) -> Tensor:
+        """Return J v, with the rows of J by a backward pass for each."""
+        if ("rows", self.functions.signature) not in self.model.confirmed:
+            probe = random_like(self.model.leaves)
+            if self._is_adjoint(probe, self._single_rows.multiply(probe)) is False:
+                raise RuntimeError(
+                    f"model_func: the backward pass of {self.functions} is not linear in the "
+                    "gradient that it is given (does it clip, round or draw random numbers?), so "
+                    "that there is no Jacobian; use a function in its place that has one."
+                )
+            warnings.warn(
+                f"model_func: {self.functions} can be differentiated once only, by backward "
+                "passes. Products with the Jacobian are right, but take a backward pass for each "
+                "prediction; with operations of torch in its place they take two.",
+                stacklevel=2,
+            )
+            self.model.confirmed["rows", self.functions.signature] = True
+        return self._single_rows.multiply(V)
+
+    @property
+    def functions(self) -> Functions:
+        """The functions that make z out of θ."""
+        if self._functions is None:
+            self._functions = Functions(self.output)
+        return self._functions
+
+    def along(
         self,
-        name: str,
+        key: tuple[str, int],
         function: Callable[..., tuple[Tensor, ...]],
         V: Sequence[Tensor],
-        reference: Callable[[list[Tensor]], list[Tensor]],
+        is_right: Callable[[list[Tensor], list[Tensor]], bool | None],
     ) -> list[Tensor] | None:
         """Return derivatives along K vectors in forward mode, or `None` where it fails or is wrong.
 
-        Torch has rules that are wrong without an error. One random vector more, along all of θ, is
-        multiplied in both ways with the first vectors of a model; not with those of every product.
+        One random vector more, along all of θ, is multiplied with the first vectors that a graph of
+        the same functions meets; not with those of every product.
 
         Args:
-            name: Which derivative.
+            key: Which derivative, and of which functions.
             function: Maps θ to what is differentiated.
             V: The vectors.
-            reference: Computes the same by backward passes.
+            is_right: Judges the derivatives along the random vector. `None`: it cannot tell, and
+                will be asked again.
         """
-        confirmed = self._model.confirmed
-        if name in confirmed:
-            return self._forward_mode(function, V) if confirmed[name] else None
-        generator = torch.Generator().manual_seed(0)
-        probe = [torch.randn(1, *v.shape[1:], generator=generator).to(v) for v in V]
+        confirmed = self.model.confirmed
+        if key in confirmed:
+            return self._forward_mode(function, V) if confirmed[key] else None
+        probe = random_like(self.model.leaves)
         result = self._forward_mode(
             function, [torch.cat([v, r]) for v, r in zip(V, probe, strict=True)]
         )
-        if result is None:
-            return None
-        try:
-            expected = reference(probe)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # forward mode is the only way
-            expected = []
-        pairs = [(x[-1:], b) for x, b in zip(result, expected, strict=False) if b.numel()]
-        if pairs:
-            error = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
-            scale = torch.stack([b.abs().max() for _, b in pairs]).max()
-            bound = torch.finfo(V[0].dtype).eps ** _CONFIRMATION_DIGITS
-            # A derivative that is 0 along a random vector says nothing: it is asked again.
-            if bool(scale == 0) and bool(error == 0):
-                return [x[:-1] for x in result]
-            confirmed[name] = not bool(error > bound * scale)
-        else:
-            confirmed[name] = True
-        return [x[:-1] for x in result] if confirmed[name] else None
+        verdict = False if result is None else is_right(probe, [x[-1:] for x in result])
+        if verdict is not None:
+            confirmed[key] = verdict
+        return [x[:-1] for x in result] if result is not None and verdict else None
 
-    def _can_forward(self) -> bool:
+    def can_forward(self) -> bool:
         """Tell whether substitution sees every path from θ to z.
 
         A module may reach a parameter past its own name (in a closure, a list, a plain
         attribute); with other tensors in the place of θ, the predictions then still depend on it.
         """
         if self.can_substitute and self._checked is None:
-            values = [p.detach() for p in self._model.leaves]
+            values = [p.detach() for p in self.model.leaves]
             with torch.enable_grad(), torch.random.fork_rng(random_devices()):
-                self._checked = not self._model.reached_by(self._model.at(values, self._X))
+                try:
+                    self._checked = not self.model.reached_by(self.model.at(values, self.inputs))
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError:  # parts in TorchScript take no other tensors
+                    self._checked = False
         return self.can_substitute and bool(self._checked)
 
     def vjp(self, U: Tensor) -> list[Tensor]:
         """Return Jᵀ u, one `[K, *p.shape]` for each parameter, for `U` `[K, *z.shape]`."""
         if self._has_rows(U.shape[0]):
             assert self._rows is not None
-            rows = U.reshape(U.shape[0], len(self.output), -1).to(self._model.leaves[0].dtype)
-            return self._rows.combine(rows, self._model.leaves)
-        if not self.output.requires_grad:
-            return [p.new_zeros(U.shape[0], *p.shape) for p in self._model.leaves]
-        return batched_grad([self.output], self._model.leaves, [U])
+            rows = U.reshape(U.shape[0], len(self.output), -1).to(self.model.leaves[0].dtype)
+            return self._rows.combine(rows, self.model.leaves)
+        return pull_back(self.output, self.model.leaves, U)
 
-    def gradient_jvp(
-        self,
-        scalar: Callable[[Tensor], Tensor],
-        V: Sequence[Tensor],
-        reference: Callable[[list[Tensor]], list[Tensor]],
-    ) -> list[Tensor] | None:
-        """Return the derivatives of ∇_θ s(z) along K vectors, in forward mode over reverse mode.
-
-        Args:
-            scalar: s, maps z to a scalar.
-            V: The vectors, one `[K, *p.shape]` for each parameter.
-            reference: Computes the same by backward passes, to confirm the first result.
-
-        Returns:
-            One `[K, *p.shape]` for each parameter; or `None` where forward mode is not at hand, or
-            does not pay for as few columns.
-        """
-        few = V[0].shape[0] < _FORWARD_MODE_COLUMNS
-        if few or (self._wide_activations and not self._convolves) or not self._can_forward():
-            return None
-        if self._model.reached_by(scalar(self.output.detach())):  # a loss that sees θ itself
-            return None
-        every = tuple(range(len(self._model.leaves)))
-        gradient = grad(lambda *p: scalar(self._model.at(p, self._X)), argnums=every)
-        return self._confirmed_forward_mode("gradient_jvp", gradient, V, reference)
+    def prefers_double_backward(self, columns: int) -> bool:
+        """Tell whether second derivatives cost less by double backward, ."""
+        few = columns < _FORWARD_MODE_COLUMNS
+        return few or (self._wide_activations and not self._convolves)
 
     def _forward_mode(
         self, function: Callable[..., tuple[Tensor, ...]], V: Sequence[Tensor]
     ) -> list[Tensor] | None:
         """Return the derivatives of a function of θ along K vectors, or `None` if torch cannot."""
-        primals = tuple(p.detach() for p in self._model.leaves)
+        primals = tuple(p.detach() for p in self.model.leaves)
 
         def along(*v: Tensor) -> tuple[Tensor, ...]:
             derivatives: tuple[Tensor, ...] = jvp(function, primals, v)[1]
             return derivatives
 
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(random_devices()),
-            quiet_vmap(),
-            # Tensors that are assigned inside a transformation cannot be used outside of it.
-            tensors_put_back(self._model.function),
-        ):
-            # A dropout that is active must drop what it dropped in the forward pass.
-            torch.set_rng_state(self._random_state[0])
-            for state, device in zip(self._random_state[1:], random_devices(), strict=True):
-                torch.cuda.set_rng_state(state, device)
+        with torch.no_grad(), quiet_vmap(), self.once_more():
             try:
                 if V[0].shape[0] == 1:
                     return [x.unsqueeze(0) for x in along(*(v[0] for v in V))]
@@ -272,6 +318,13 @@ class Linearization:
             except (RuntimeError, NotImplementedError):
                 self.can_substitute = False
                 return None
+
+    @contextmanager
+    def once_more(self) -> Iterator[None]:
+        """Run the model as in the forward pass that made z, without a trace."""
+        # Tensors that are assigned inside a transformation cannot be used outside of it.
+        with tensors_put_back(*self.model.modules()), same_random_numbers(self._random_state):
+            yield
 
     def _double_backward(self, V: Sequence[Tensor]) -> Tensor:
         if self._pullback is None:
@@ -287,7 +340,7 @@ class Linearization:
         if not self.output.requires_grad:
             return u, [], []
         pulled = torch.autograd.grad(
-            self.output, self._model.leaves, u, create_graph=True, allow_unused=True
+            self.output, self.model.leaves, u, create_graph=True, allow_unused=True
         )
         reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         return u, reached, [g for g in pulled if g is not None and g.requires_grad]

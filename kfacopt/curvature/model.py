@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -14,8 +16,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.argument_checks import check_params
+from kfacopt.curvature.confirmation import Verdicts
 from kfacopt.curvature.differentiable_functions import DifferentiableFunctions
 from kfacopt.data import evaluation
+from kfacopt.module_search import living_modules, modules_of, owners_of
 
 
 class ParametrizedModel:
@@ -29,7 +33,7 @@ class ParametrizedModel:
     Attributes:
         leaves: θ, as leaves of autograd's graph.
         device: Where it is evaluated.
-        confirmed: Whether derivatives in forward mode, by name, were found to be right.
+        confirmed: Whether derivatives of graphs were found to be right.
 
     Raises:
         ValueError: If `params` is empty, names what the module does not have, repeats a tensor,
@@ -64,16 +68,21 @@ class ParametrizedModel:
                 "own, a dict from its names to tensors that take their place, or a function "
                 "as model_func that closes over the tensors."
             )
+        # Modules that own θ and are not found through the function are looked for once.
+        self._owners: list[nn.Module] = []
+        known = {id(p) for m in modules_of(model_func) for p in m.parameters()}
+        if unknown := [p for p in self.leaves if id(p) not in known and not self.is_functional]:
+            self._owners = owners_of(unknown, living_modules())
         self.device = self.leaves[0].device
         self._kinds = [_kind_of(p) for p in self.leaves]
-        self.confirmed: dict[str, bool] = {}
+        self.confirmed: Verdicts = {}
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ParametrizedModel:
         """Return a module as a function of its inputs alone."""
         model = cls.__new__(cls)
         model.function, model.is_functional, model.leaves, model.names = module, False, [], []
-        model._sources, model._kinds, model.confirmed = [], [], {}
+        model._sources, model._kinds, model.confirmed, model._owners = [], [], {}, []
         first = next(chain(module.parameters(), module.buffers()), torch.empty(0))
         model.device = first.device
         return model
@@ -117,6 +126,13 @@ class ParametrizedModel:
         """The module, or `None` if the model is a plain function."""
         return self.function if isinstance(self.function, nn.Module) else None
 
+    def modules(self) -> list[nn.Module]:
+        """Return the modules that are evaluated, without their parts."""
+        if isinstance(self.function, nn.Module):
+            return [self.function]
+        found = {id(m): m for m in [*modules_of(self.function), *self._owners]}
+        return list(found.values())
+
     def at(self, values: Sequence[Tensor], X: Any) -> Any:
         """Return f(X; values). Only for modules that own θ.
 
@@ -128,11 +144,33 @@ class ParametrizedModel:
         assert self.names is not None
         return functional_call(self.module, dict(zip(self.names, values, strict=True)), (X,))
 
+    def in_float64(self) -> ParametrizedModel:
+        """Return a copy in float64. Only for modules that own θ."""
+        assert self.names is not None
+        values = [p.detach().double().requires_grad_() for p in self.leaves]
+        module = copy.deepcopy(self.function)
+        assert isinstance(module, nn.Module)
+        return ParametrizedModel(module.double(), dict(zip(self.names, values, strict=True)))
+
     def can_substitute(self) -> bool:
         """Tell whether `at` is defined: whether the module, as it is now, owns θ."""
+        if isinstance(self.function, torch.jit.ScriptModule):
+            return False
         return self.is_functional or (
             self.names is not None and _names_in(self.function, self.leaves) == self.names
         )
+
+    def predict(self, X: Any) -> Any:
+        """Return f(X; θ) without a graph, as far as f does without."""
+        with torch.no_grad():
+            try:
+                return self(X)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # it differentiates by its inputs
+                with torch.enable_grad():
+                    output = self(X)
+        return output.detach() if isinstance(output, Tensor) else output
 
     def reached_by(self, value: Tensor) -> bool:
         """Tell whether a value's graph reaches any of θ."""
@@ -142,24 +180,31 @@ class ParametrizedModel:
         return any(g is not None for g in grads)
 
     @contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def evaluation(self, *functions: Callable[..., Any] | None) -> Iterator[None]:
         """Run passes that leave no trace, on kernels that can be differentiated twice.
 
         Fused weight normalisation has a wrong double derivative, an embedding with a padding index
         a wrong forward mode. Fused attention and the fast path of
         `nn.TransformerEncoderLayer` have neither forward-mode nor double derivatives, cuDNN's
-        recurrent layers have no double derivatives. A plain function's layers are not seen; where
-        it uses recurrent layers on CUDA, run products under
-        `torch.backends.cudnn.flags(enabled=False)`.
+        recurrent layers have no double derivatives, nor has compiled code. Where a plain function
+        uses recurrent layers on CUDA that are found neither through it nor through θ, run products
+        under `torch.backends.cudnn.flags(enabled=False)`.
+
+        Args:
+            functions: What else is evaluated, such as the loss.
         """
+        owners = self.modules()
         with ExitStack() as stack:
-            stack.enter_context(evaluation(self.function))
+            others = [m for f in functions if f is not None for m in modules_of(f)]
+            stack.enter_context(evaluation(*owners, *others))
+            if "torch._dynamo" in sys.modules:  # else nothing can be compiled
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(DifferentiableFunctions())
             stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
             mha.set_fastpath_enabled(False)
-            modules = self.module.modules() if self.module is not None else ()
-            if self.device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
+            parts = chain.from_iterable(m.modules() for m in owners)
+            if self.device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in parts):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
 

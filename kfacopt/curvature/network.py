@@ -71,7 +71,7 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
     def _check_deterministic(self) -> list[tuple[int, ...]]:
         """Check model and data; return the shapes of the predictions, batch by batch."""
         with self._model.evaluation():
-            return run_determinism_check(self._data, self._model.device, self._model)
+            return run_determinism_check(self._data, self._model.device, self._model.predict)
 
     @abstractmethod
     def _make_term(self, X: Any, y: Any) -> T:
@@ -82,7 +82,7 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
         self._model.refresh()
         kept = nullcontext() if self._cache is None else self._cache.use(self._seen())
         index = -1
-        with kept, self._model.evaluation():
+        with kept, self._model.evaluation(self._loss_func):
             for index, (X, y) in enumerate(self._batches()):
                 if self._cache is None:
                     action(self._make_term(*self._to_device(X, y)))
@@ -113,9 +113,19 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
             cache.offer(index, batch, term, size)
         else:
             known = [*self._model.leaves, *_tensors_in(self._modules, *batch)]
+            term = None
             with measure_saved_bytes(known) as sizes:
-                action(self._make_term(*self._to_device(*batch)))
+                try:
+                    term = self._make_term(*self._to_device(*batch))
+                except RuntimeError as error:
+                    if "saved tensor hooks" not in str(error):
+                        raise
+                else:
+                    action(term)
             cache.note_size(sum(sizes))
+            if term is None:  # torch.func within the model allows no measurement
+                self._cache = None
+                action(self._make_term(*self._to_device(*batch)))
 
     def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[T, int]:
         """Prepare a term that will be kept if it fits; return it and its size.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,12 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
-from kfacopt.argument_checks import check_evaluation, check_loss, check_shape
+from kfacopt.argument_checks import (
+    check_batch_size_fn,
+    check_evaluation,
+    check_loss,
+    check_shape,
+)
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import (
@@ -22,8 +26,8 @@ from kfacopt.curvature.network import (
     add_rows,
     leading_columns,
 )
-from kfacopt.data import Batch, batch_size, is_empty
-from kfacopt.likelihoods import has_likelihood, likelihood_of
+from kfacopt.data import Batch, batch_size, check_batches, check_terms, is_empty, sum_gradients
+from kfacopt.likelihoods import has_likelihood, likelihood_of, with_sum
 
 Columns = list[Tensor]
 
@@ -45,7 +49,13 @@ class RiskTerm:
     random_state: Tensor | None
 
 
-def summed_loss(loss_func: Any, output: Tensor, X: Any, y: Any) -> Tensor:
+def summed_loss(
+    loss_func: Any,
+    output: Tensor,
+    X: Any,
+    y: Any,
+    batch_size_fn: Callable[[Any], int] | None,
+) -> Tensor:
     """Return Z times a batch's mean loss, or its summed loss; a scalar.
 
     Args:
@@ -53,6 +63,7 @@ def summed_loss(loss_func: Any, output: Tensor, X: Any, y: Any) -> Tensor:
         output: The predictions.
         X: The inputs, of which a mean counts the data.
         y: The targets.
+        batch_size_fn: How it counts them, if X does not tell.
 
     Raises:
         ValueError: If the loss is no scalar, or a likelihood refuses the targets.
@@ -62,15 +73,14 @@ def summed_loss(loss_func: Any, output: Tensor, X: Any, y: Any) -> Tensor:
     by_mean = getattr(loss_func, "reduction", None) == "mean"
     if by_mean and has_likelihood(loss_func):
         # Not the mean times Z: that is 0/0 for a batch whose targets are all ignored.
-        loss_func, by_mean = copy.copy(loss_func), False
-        loss_func.reduction = "sum"
+        loss_func, by_mean = with_sum(loss_func), False
     loss: Tensor = loss_func(output, y)
     if loss.numel() != 1:
         raise ValueError(
             f"loss_func must return a scalar, got the shape {tuple(loss.shape)}; set its "
             'reduction to "mean" or "sum".'
         )
-    return loss.sum() * batch_size(X) if by_mean else loss.sum()
+    return loss.sum() * batch_size(X, output, batch_size_fn) if by_mean else loss.sum()
 
 
 class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
@@ -101,6 +111,10 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
             to tensors outside of modules are not seen: switch it off with 0 where those change.
             The first product keeps nothing; the graph of a backward pass that a later product
             needs in addition is not counted.
+        batch_size_fn: A function from X to the number of data in a batch, for inputs that do not
+            tell it themselves (graphs, mappings whose tensors have first axes of several lengths).
+            Only the empirical Fisher, and means of losses that `kfacopt.likelihoods` does not know,
+            ask for it.
 
     Raises:
         RuntimeError: If the check for deterministic behavior fails.
@@ -121,8 +135,11 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         *,
         chunk_size: int = CHUNK_SIZE,
         cache_bytes: int = CACHE_BYTES,
+        batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
         check_evaluation(data, progressbar, check_deterministic)
+        check_batch_size_fn(batch_size_fn)
+        self._batch_size_fn = batch_size_fn
         model = ParametrizedModel(model_func, params)
         super().__init__(model, loss_func, data, progressbar, chunk_size, cache_bytes)
         shapes = [tuple(p.shape) for p in model.leaves]
@@ -132,6 +149,32 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         self._check_loss()
         if check_deterministic:
             self._check_deterministic()
+
+    def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
+        """Return the gradient of the risk L over all data, and L.
+
+        Returns:
+            One tensor `[*p.shape]` for each parameter, and a scalar.
+
+        Raises:
+            ValueError: If there are several batches and the loss does not say how it reduces them.
+        """
+
+        def terms() -> Iterator[tuple[Tensor, Tensor | float]]:
+            count = 0
+            for batch in self._batches():
+                count += 1
+                X, y = self._to_device(*batch)
+                if not is_empty(X):
+                    output = self._model(X)
+                    loss = summed_loss(self._loss_func, output, X, y, self._batch_size_fn)
+                    yield loss, self._normalizer(output, X, y)
+            check_batches(count)
+            self._check_reduction(count)
+
+        self._model.refresh()
+        with self._model.evaluation():
+            return sum_gradients(self._model.leaves, terms(), self._reduction == "mean")
 
     @property
     def _reduction(self) -> str | None:
@@ -151,7 +194,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         if has_likelihood(self._loss_func):
             loss_func: Any = self._loss_func
             return likelihood_of(loss_func).normalizer(output.detach(), y)
-        return float(batch_size(X))
+        return float(batch_size(X, output, self._batch_size_fn))
 
     def _num_data(self, output: Tensor, X: Any, y: Any) -> Tensor | float:
         """Return how many data are in a batch; not needed unless `_scale` asks for it."""
@@ -214,11 +257,8 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         self._visit_terms(add)
         self._check_reduction(len(terms))
         normalizer: Any = sum(t.normalizer for t in terms)
-        if self._reduction == "mean" and normalizer == 0:
-            raise ValueError(
-                "data: the loss is a mean over no terms; all batches are empty, or all targets "
-                "ignored."
-            )
+        if self._reduction == "mean":
+            check_terms(normalizer)
         return total.mul_(self._scale(normalizer, sum(t.num_data for t in terms))).mT
 
     def _check_reduction(self, num_batches: int) -> None:

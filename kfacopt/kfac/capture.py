@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,8 @@ def record_use(
 def capture(layers: Iterable[tuple[Layer, list[nn.Module]]]) -> Iterator[list[LayerUse]]:
     """Record the uses of layers in the forward passes within the context.
 
+    Compiled models run eagerly: compiled code ignores hooks that are added after its first call.
+
     Args:
         layers: The layers with their modules.
 
@@ -93,10 +96,18 @@ def capture(layers: Iterable[tuple[Layer, list[nn.Module]]]) -> Iterator[list[La
                 m.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
                 for m in modules
             ]
-        yield uses
+        with _uncompiled():
+            yield uses
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def group_by_layer(uses: Iterable[LayerUse]) -> dict[Layer, list[LayerUse]]:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from kfacopt.argument_checks import check_choice, check_range
 from kfacopt.data import evaluation
+from kfacopt.kfac.block_diagonal import KFACInverseLinearOperator
 from kfacopt.kfac.capture import group_by_layer
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.layers import Block
-from kfacopt.kfac.linear_operator import KFACInverseLinearOperator, KFACLinearOperator
+from kfacopt.kfac.linear_operator import KFACLinearOperator
 from kfacopt.linalg.kronecker import (
     DampingMethod,
     KroneckerEigendecomposition,
@@ -54,6 +55,7 @@ class EKFACLinearOperator(KFACLinearOperator):
         kfac_approx: See there; it decides on the eigenvectors alone.
         loss_average: See there.
         separate_weight_and_bias: See there.
+        batch_size_fn: See there.
 
     Raises:
         UnsupportedLossError: As all errors, those of `KFACLinearOperator`.

@@ -1,9 +1,8 @@
-"""The K-FAC approximation of the Fisher/GGN as a linear operator, and its damped inverse."""
+"""The K-FAC approximation of the Fisher/GGN as a linear operator."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from kfacopt.argument_checks import (
+    check_batch_size_fn,
     check_choice,
     check_count,
     check_evaluation,
@@ -25,9 +25,15 @@ from kfacopt.data import (
     Batch,
     batch_size,
     check_batches,
+    check_terms,
     evaluation,
     iterate,
     run_determinism_check,
+    sum_gradients,
+)
+from kfacopt.kfac.block_diagonal import (
+    KFACInverseLinearOperator,
+    KroneckerBlockLinearOperator,
 )
 from kfacopt.kfac.capture import (
     LayerUse,
@@ -45,7 +51,7 @@ from kfacopt.kfac.layers import (
     Layer,
     find_layers,
 )
-from kfacopt.kfac.unseen_uses import is_undercounted, unseen_parameters
+from kfacopt.kfac.unseen_uses import refuse_unseen_uses
 from kfacopt.likelihoods import (
     FISHER_TYPES,
     SUPPORTED_LOSSES,
@@ -53,86 +59,13 @@ from kfacopt.likelihoods import (
     Likelihood,
     likelihood_of,
     widened,
+    with_sum,
 )
 from kfacopt.linalg.kronecker import (
     DAMPING_METHODS,
     DampingMethod,
-    KroneckerEigendecomposition,
     KroneckerProduct,
 )
-from kfacopt.linalg.operator import LinearOperator
-from kfacopt.linalg.tensor_lists import split_rows
-
-
-class KroneckerBlockLinearOperator(LinearOperator):
-    """A block-diagonal matrix whose blocks, over the parameters of layers, have Kronecker form.
-
-    Args:
-        params: The parameters, in the order of rows and columns.
-    """
-
-    self_adjoint = True
-
-    def __init__(self, params: Sequence[Parameter]) -> None:
-        self._params = list(params)
-        shapes = [tuple(p.shape) for p in self._params]
-        size = sum(p.numel() for p in self._params)
-        dtype = self._params[0].dtype
-        super().__init__((size, size), dtype, self._params[0].device, shapes, shapes)
-
-    def _kronecker_blocks(
-        self,
-    ) -> list[tuple[Block, KroneckerProduct | KroneckerEigendecomposition]]:
-        """Return the blocks with their matrices."""
-        raise NotImplementedError
-
-    def _matmat_tensor(self, X: Tensor) -> Tensor:
-        assert self.in_shapes is not None
-        index = {id(p): i for i, p in enumerate(self._params)}
-        # [D, K] -> one [K, *shape] for each parameter
-        pieces = [piece.movedim(-1, 0) for piece in split_rows(X, self.in_shapes)]
-        for block, matrix in self._kronecker_blocks():
-            where = [index[id(p)] for p in block.parameters]
-            stacked = block.to_matrix([pieces[i] for i in where])
-            products = block.from_matrix(matrix.apply(stacked.to(factor_dtype(X.dtype))))
-            for i, product in zip(where, products, strict=True):
-                pieces[i] = product.to(X.dtype)
-        return torch.cat([piece.flatten(1) for piece in pieces], dim=1).mT
-
-    def trace(self) -> Tensor:
-        """Return the trace, a scalar, at the cost of no product."""
-        return torch.stack([matrix.trace() for _, matrix in self._kronecker_blocks()]).sum()
-
-    def frobenius_norm(self) -> Tensor:
-        """Return the Frobenius norm, a scalar, at the cost of no product."""
-        norms = [matrix.frobenius_norm() for _, matrix in self._kronecker_blocks()]
-        return torch.stack(norms).square().sum().sqrt()
-
-    def logdet(self) -> Tensor:
-        """Return the logarithm of the determinant, a scalar; −∞ for a singular matrix."""
-        return torch.stack([matrix.logdet() for _, matrix in self._kronecker_blocks()]).sum()
-
-    def det(self) -> Tensor:
-        """Return the determinant, a scalar; it under- or overflows long before `logdet` does."""
-        return self.logdet().exp()
-
-
-class KFACInverseLinearOperator(KroneckerBlockLinearOperator):
-    """The damped inverse of a K-FAC matrix; see `KFACLinearOperator.inverse`."""
-
-    def __init__(
-        self,
-        params: Sequence[Parameter],
-        blocks: list[tuple[Block, KroneckerProduct | KroneckerEigendecomposition]],
-    ) -> None:
-        """Store the inverted blocks."""
-        super().__init__(params)
-        self._blocks = blocks
-
-    def _kronecker_blocks(
-        self,
-    ) -> list[tuple[Block, KroneckerProduct | KroneckerEigendecomposition]]:
-        return self._blocks
 
 
 class KFACLinearOperator(KroneckerBlockLinearOperator):
@@ -158,7 +91,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
             log-probabilities.
         params: The parameters of F's rows and columns: any subset of the supported layers', in
-            any order.
+            any order, as a list or as a dict by their names in the model.
         data: Batches `(X, y)`; may be iterated any number of times, in the same order.
         progressbar: Show a bar while the factors are computed.
         check_deterministic: Check that data and model are deterministic, at the cost of two
@@ -176,6 +109,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             means differ for `"empirical"` only, in what they take for one datum.
         separate_weight_and_bias: Give W and b blocks of their own. `False` takes [W | b] together,
             where both are in `params`.
+        batch_size_fn: A function from X to the number of data in a batch, for inputs that do not
+            tell it themselves; `"empirical"` alone asks for it.
 
     Raises:
         UnsupportedLossError: (a `NotImplementedError`) If the loss is not supported.
@@ -211,7 +146,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         self,
         model_func: nn.Module,
         loss_func: nn.Module,
-        params: list[Parameter],
+        params: list[Parameter] | Mapping[str, Parameter],
         data: Iterable[Batch],
         progressbar: bool = False,
         check_deterministic: bool = True,
@@ -222,30 +157,29 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         kfac_approx: KFACApprox = "expand",
         loss_average: str | None = "batch",
         separate_weight_and_bias: bool = True,
+        *,
+        batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
         check_evaluation(data, progressbar, check_deterministic)
+        check_batch_size_fn(batch_size_fn)
         check_flag("separate_weight_and_bias", separate_weight_and_bias)
         check_loss(loss_func)
-        if isinstance(params := check_params(params), Mapping):
-            raise ValueError(
-                "params: K-FAC is about layers and takes a list of model_func's own parameters; a "
-                "dict of other tensors is not supported."
-            )
         self._likelihood = likelihood_of(loss_func)
         _check_options(self._likelihood, fisher_type, mc_samples, kfac_approx, loss_average, seed)
         if not isinstance(model_func, nn.Module):
             raise ValueError(
                 f"model_func must be an nn.Module for K-FAC, got {type(model_func).__name__}."
             )
-        self._layers = _layers_of(model_func, params, separate_weight_and_bias)
-        super().__init__(params)
+        own = _own_parameters(model_func, check_params(params))
+        self._layers = _layers_of(model_func, own, separate_weight_and_bias)
+        super().__init__(own)
         check_shape(shape, self.shape)
         self._model_func, self._loss_func, self._data = model_func, loss_func, data
         self._progressbar, self._seed = progressbar, seed
         self._fisher_type: FisherType = fisher_type
         self._mc_samples = mc_samples
         self._form = FactorForm(kfac_approx)
-        self._loss_average = loss_average
+        self._loss_average, self._batch_size_fn = loss_average, batch_size_fn
         self._factors: dict[Layer, KroneckerProduct] | None = None
         if check_deterministic:
             with evaluation(model_func):
@@ -296,6 +230,27 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         blocks = [(b, matrix.inverse(damping, method)) for b, matrix in self._kronecker_blocks()]
         return KFACInverseLinearOperator(self._params, blocks)
 
+    def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
+        """Return the gradient of the loss over all data, and the loss, reduced as it says.
+
+        Returns:
+            One tensor `[*p.shape]` for each parameter, and a scalar.
+        """
+
+        def terms() -> Iterator[tuple[Tensor, Tensor | float]]:
+            count = 0
+            for X, y in iterate(self._data, self.device, self._progressbar, "gradient and loss"):
+                count += 1
+                output = self._model_func(X)
+                _check_output(output)
+                self._likelihood.check_target(output, y)
+                loss = with_sum(self._loss_func)(output, y)
+                yield loss, self._likelihood.normalizer(output.detach(), y)
+            check_batches(count)
+
+        with evaluation(self._model_func):
+            return sum_gradients(self._params, terms(), self._likelihood.reduction == "mean")
+
     # Factors ---------------------------------------------------------------------------------
 
     def _kronecker_blocks(self) -> list[tuple[Block, Any]]:
@@ -318,10 +273,11 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         normalizer: Tensor | float = 0.0
         terms: Tensor | float = 0.0
         for X, y, output, uses, gradients in self._passes("K-FAC factors"):
-            _check_uses(self._model_func, self._params, output, uses)
+            refuse_unseen_uses(self._model_func, self._params, output, uses)
             z = widened(output)
             normalizer = normalizer + self._likelihood.normalizer(z, y)
-            terms = terms + self._empirical_terms(z, y, batch_size(X))
+            if self._fisher_type == "empirical":
+                terms = terms + self._empirical_terms(z, X, y)
             reached: set[LayerUse] = set()
             for by_use in gradients:
                 reached.update(by_use)
@@ -372,21 +328,21 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             options = (self._fisher_type, self._mc_samples, generator)
             yield from loss_vectors(self._likelihood, z, weights, *options)
             return
-        summed: Any = copy.copy(self._loss_func)
-        summed.reduction = "sum"
         z = widened(output).requires_grad_()
-        yield torch.autograd.grad(summed(z, y), z)[0]
+        yield torch.autograd.grad(with_sum(self._loss_func)(z, y), z)[0]
 
-    def _empirical_terms(self, output: Tensor, y: Tensor, data: int) -> Tensor:
+    def _empirical_terms(self, output: Tensor, X: Any, y: Tensor) -> Tensor:
         """Count the data over which an empirical Fisher is a mean, as `loss_average` says."""
         terms = self._likelihood.num_terms(output, y)
         rows = self._likelihood.num_terms(output, None)
-        batch = self._loss_average != "batch+sequence"
-        return terms / rows * (data if batch else self._likelihood.num_positions(output))
+        if self._loss_average == "batch+sequence":
+            return terms / rows * self._likelihood.num_positions(output)
+        return terms / rows * batch_size(X, output, self._batch_size_fn)
 
     def _scale_of(self, normalizer: Tensor | float, terms: Tensor | float) -> Tensor | float:
         if self._likelihood.reduction == "sum":
             return 1.0
+        check_terms(normalizer)
         if self._fisher_type == "empirical":
             return terms / normalizer**2
         return 1.0 / normalizer
@@ -405,23 +361,20 @@ def _check_output(output: Any) -> None:
         )
 
 
-def _check_uses(
-    model: nn.Module, params: Sequence[Parameter], output: Tensor, uses: Sequence[LayerUse]
-) -> None:
-    """Raise if a parameter's block would lack uses that no hook saw."""
-    unseen = unseen_parameters([output], uses, params)
-    missing = {id(p) for p in unseen if is_undercounted(output, uses, p)}
-    if missing:
-        named = model.named_parameters()
-        names = ", ".join(repr(name) for name, p in named if id(p) in missing)
-        raise NotImplementedError(
-            f"params: model_func uses {names} other than by calling the module, so that K-FAC's "
-            "block would lack that part: F.linear(x, layer.weight), layer.forward(x), a weight in "
-            "a sum or penalty, a derivative by the input (torch.autograd.grad or torch.func in the "
-            "forward pass), compiled code that ignores hooks (give the module that was compiled). "
-            "Call the module, or leave the parameters out of params; the other operators "
-            "(GGNLinearOperator, EFLinearOperator, ...) are exact for any use."
-        )
+def _own_parameters(
+    model: nn.Module, params: list[Parameter] | Mapping[str, Parameter]
+) -> list[Parameter]:
+    """Return parameters as a list; raise if a dict has others than the model's of these names."""
+    if not isinstance(params, Mapping):
+        return params
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, p in params.items():
+        if own.get(name) is not p:
+            raise ValueError(
+                f"params[{name!r}] is not model_func's parameter of this name. K-FAC is about "
+                "layers and takes their own parameters, dict(model_func.named_parameters())."
+            )
+    return list(params.values())
 
 
 def _layers_of(

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn import Parameter
+from torch.utils.checkpoint import CheckpointFunction
 
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer
 from kfacopt.kfac.layers import layer_grad_outputs, layer_inputs
@@ -39,20 +40,22 @@ def unseen_parameters(
     Returns:
         The parameters that were found, in the order of `params`.
     """
+    found = {id(n.variable) for n in _nodes_past(outputs, uses) if hasattr(n, "variable")}
+    return [p for p in params if id(p) in found]
+
+
+def _nodes_past(outputs: Iterable[Tensor], uses: Iterable[LayerUse]) -> set[Any]:
+    """Return the nodes of graphs; from the output of a use the walk goes on at its input."""
     behind: dict[Any, list[Any]] = {}  # from the node of a use's output to that of its input
     for use in uses:
         if not isinstance(use.edge.node, BackwardCFunction):
             behind.setdefault(use.edge.node, [])
             if use.input_edge is not None:
                 behind[use.edge.node].append(use.input_edge.node)
-    found: set[int] = set()
     waiting: list[Any] = [z.grad_fn for z in outputs if z.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        if hasattr(node, "variable"):  # that accumulates the gradient of a leaf
-            found.add(id(node.variable))
-            continue
         following = behind.get(node)
         if following is None:
             following = [n for n, _ in node.next_functions if n is not None]
@@ -60,7 +63,7 @@ def unseen_parameters(
             if n not in seen:
                 seen.add(n)
                 waiting.append(n)
-    return [p for p in params if id(p) in found]
+    return seen
 
 
 def is_undercounted(output: Tensor, uses: Sequence[LayerUse], param: Parameter) -> bool:
@@ -99,3 +102,39 @@ def is_undercounted(output: Tensor, uses: Sequence[LayerUse], param: Parameter) 
     dtypes = {output.dtype, param.dtype, *(g.dtype for g in arrived.values())}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)  # autocast's, too
     return not bool(((whole - explained).abs() <= _ROUND_OFFS * eps * rows**0.5 * bound).all())
+
+
+def refuse_unseen_uses(
+    model: nn.Module, params: Sequence[Parameter], output: Tensor, uses: Sequence[LayerUse]
+) -> None:
+    """Raise if a parameter's block would lack uses that no hook saw.
+
+    Args:
+        model: The model, which has the parameters' names.
+        params: The parameters that have a block.
+        output: z with its graph.
+        uses: The uses of layers that were recorded.
+
+    Raises:
+        NotImplementedError: It names the parameters, and the ways out; also for activation
+            checkpointing with reentry, whose parts are not in the graph.
+    """
+    if any(
+        getattr(n, "_forward_cls", None) is CheckpointFunction for n in _nodes_past([output], [])
+    ):
+        raise NotImplementedError(
+            "model_func: activation checkpointing with use_reentrant=True hides layers from "
+            "derivatives; checkpoint with use_reentrant=False."
+        )
+    unseen = unseen_parameters([output], uses, params)
+    missing = {id(p) for p in unseen if is_undercounted(output, uses, p)}
+    if missing:
+        named = model.named_parameters()
+        names = ", ".join(repr(name) for name, p in named if id(p) in missing)
+        raise NotImplementedError(
+            f"params: model_func uses {names} other than by calling the module, so that K-FAC's "
+            "block would lack that part: F.linear(x, layer.weight), layer.forward(x), a weight in "
+            "a sum or penalty, torch.func, or a derivative by the input in the forward pass. "
+            "Call the module, or leave the parameters out of params; the other operators "
+            "(GGNLinearOperator, EFLinearOperator, ...) are exact for any use."
+        )

@@ -22,6 +22,25 @@ _OPAQUE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type)
 _MAX_ENTRIES = 100_000
 
 
+def strided_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that hold a sparse tensor's entries; itself, if it is strided."""
+    if tensor.layout == torch.strided:
+        return [] if tensor.is_mkldnn else [tensor]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
+def same_entries(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors of the same layout have the same entries."""
+    parts = strided_parts(one), strided_parts(other)
+    return len(parts[0]) == len(parts[1]) and all(map(torch.equal, *parts))
+
+
 class Observation:
     """The tensors and settings that are reached from some objects.
 
@@ -132,12 +151,15 @@ class Snapshot:
             return False
         pairs = list(zip(tensors, self._values, strict=True))
         if any(
-            t.shape != value.shape or t.device != value.device or t.dtype != value.dtype
+            t.shape != value.shape
+            or t.layout != value.layout
+            or t.device != value.device
+            or t.dtype != value.dtype
             for t, value in pairs
         ):
             return False
-        if all(t.device.type == "cpu" for t in tensors):
-            return all(torch.equal(t, value) for t, value in pairs)
+        if all(t.device.type == "cpu" or t.layout != torch.strided for t in tensors):
+            return all(same_entries(t, value) for t, value in pairs)
         # one synchronisation with the device in place of one for each tensor
         same = [torch.eq(t, value).all().to(tensors[0].device) for t, value in pairs]
         return bool(torch.stack(same).all())

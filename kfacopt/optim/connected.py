@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
@@ -18,6 +18,7 @@ from kfacopt.optim.distributed import WrapperWatch
 from kfacopt.optim.fallback import embeddings
 from kfacopt.optim.hooks import remove_hooks
 from kfacopt.optim.initial_state import complete_state, state_shapes
+from kfacopt.optim.label_draws import LabelDraws
 from kfacopt.optim.messages import log_layers, user_stacklevel
 from kfacopt.optim.model_search import find_modules, parameter_names
 from kfacopt.optim.preconditioner import bases_of, discard_unfitting
@@ -34,6 +35,12 @@ from kfacopt.optim.settings import (
     as_number,
     check_group,
     numbers_alone,
+)
+from kfacopt.optim.sharding import (
+    refuse_pipeline_stages,
+    refuse_replaced,
+    refuse_sharded,
+    refuse_shared_optimizer,
 )
 from kfacopt.optim.state_checks import check_kind_of_steps, check_state_dict
 from kfacopt.optim.statistics import StatisticsCollector
@@ -53,7 +60,7 @@ class ConnectedOptimizer(Optimizer):
     _curvature: CurvatureOptions
     _tuning: SelfTuning | None
     _seed: int
-    _generator: Generator
+    _labels: LabelDraws
 
     def _start_unconnected(self, model: nn.Module | None) -> None:
         self._model = None if model is None else weakref.ref(model)
@@ -69,7 +76,7 @@ class ConnectedOptimizer(Optimizer):
         self._skipped_steps = self._num_fallback = 0
         self._kl_clip_scale: Tensor | None = None
         self._labels_before: Tensor | None = None
-        self._waiting = False
+        self._waiting = self._stages_looked_for = False
         self._ddp = WrapperWatch()
         self._ddp_group: Any = None
 
@@ -91,11 +98,8 @@ class ConnectedOptimizer(Optimizer):
                 "params: a parameter is not initialized yet (nn.Lazy...); run a forward pass of "
                 "the model before making the optimizer."
             )
-        if any(hasattr(p, "placements") for p in group["params"]):  # a DTensor
-            raise ValueError(
-                "params: a parameter is sharded (FSDP, DTensor), which KFACOptimizer does not "
-                "support. Use nn.parallel.DistributedDataParallel."
-            )
+        refuse_sharded(group["params"])
+        refuse_shared_optimizer()
         if any(p.is_meta for p in group["params"]):
             raise ValueError(
                 "params: a parameter is on the meta device, without values; give the model its "
@@ -127,9 +131,16 @@ class ConnectedOptimizer(Optimizer):
             return
         self._placement = [(p.dtype, p.device) for p in params]
         follow_parameters(self.state, self._curvature.form, self._schedule.inverse)
-        if self._generator.device != self._device:
-            self._generator = Generator(self._device).manual_seed(self._seed)
-            self._collector.generator = self._generator
+        if self._labels.common.device != self._device:
+            self._labels.start(self._seed, self._device)
+
+    def _refuse_other_parallelism(self) -> None:
+        """Raise if the model was shared out over ranks since; on all of them, before they talk."""
+        modules = self._collector.living_modules()
+        refuse_replaced(modules, self._parameters(), self._names)
+        if not self._stages_looked_for:
+            refuse_pipeline_stages(module for _, module in modules)
+            self._stages_looked_for = True
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -146,6 +157,7 @@ class ConnectedOptimizer(Optimizer):
             modules = []
         if modules is None:
             modules = find_modules(params, None if self._model is None else self._model())
+        refuse_pipeline_stages(module for _, module in modules)
         layers = find_layers(modules, params, self._schedule.separate_weight_and_bias)
         if self._connected:
             self._collector.active = False
@@ -157,7 +169,7 @@ class ConnectedOptimizer(Optimizer):
         self._blocks = [block for layer in self._layers for block in layer.blocks]
         for layer in self._layers:
             discard_unfitting(self.state, layer, self._curvature.form)
-        settings = (self._curvature, self._generator, self._ddp)
+        settings = (self._curvature, self._labels, self._ddp)
         self._collector = StatisticsCollector(layers, modules, *settings)
         self._connected = True
         self._watch(True)
@@ -239,11 +251,11 @@ class ConnectedOptimizer(Optimizer):
         tuned = self._tuning is not None
         with numbers_alone(self.param_groups):
             complete_state(self.state, self._layers, self.param_groups, *forms, tuned)
-        store_generator(self.state, self._layers, self._generator)
+        store_generator(self.state, self._layers, self._labels.common)
 
     def _resume(self) -> None:
         self._collector.clear()
-        restore_generator(self.state, self._generator)
+        restore_generator(self.state, self._labels.common)
         new = not all(self._has_statistics(layer) for layer in self._layers)
         self._watch(new or self._due(self._schedule.factor_update_interval))
 
@@ -258,14 +270,15 @@ class ConnectedOptimizer(Optimizer):
         self._collector.collecting = active
         self._collector.active = active or (self._tuning is not None and bool(self._layers))
         due = self._due(self._schedule.factor_update_interval)
-        self._labels_before = self._generator.get_state() if active and not due else None
+        self._labels.step = self.param_groups[0]["num_steps"]
+        self._labels_before = self._labels.common.get_state() if active and not due else None
 
     def _has_statistics(self, layer: Layer) -> bool:
         return bool(self.state.get(layer.anchor, {}).get("factor_updates", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles are made of, the modules included."""
-        store_generator(self.state, self._layers, self._generator)
+        store_generator(self.state, self._layers, self._labels.common)
         own = {
             name: getattr(self, name) for name in ("_schedule", "_curvature", "_seed", "_tuning")
         }
@@ -279,7 +292,7 @@ class ConnectedOptimizer(Optimizer):
             return
         self._start_unconnected(None)
         super().__setstate__(state)
-        self._generator = Generator(self._device).manual_seed(self._seed)
+        self._labels = LabelDraws(self._seed, self._device, self._ddp)
         self._connect(modules)
         self._resume()
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.autograd.graph import Node
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,6 +42,83 @@ def running_wrapper() -> DistributedDataParallel | None:
     return wrapper
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module in a DDP wrapper; any other module itself.
+
+    An evaluation again must not go through the wrapper, which counts its forward passes.
+    """
+    inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
+    return inner
+
+
+def follow_through_wrapper(carry: Callable[[Any, Any], Any]) -> None:
+    """Call a function when the outputs of the forward pass that runs have left the wrapper.
+
+    With `find_unused_parameters` or `static_graph` a wrapper puts a custom function of its own
+    behind the outputs of its module, which makes plain tensors of them. A wrapper that was made
+    after the optimizer has no hooks, and hooks that its running call has not seen in the beginning
+    are not called, so that the method is replaced for this call.
+
+    Args:
+        carry: Gets the outputs before and after; returns what the wrapper returns.
+    """
+    wrapper = running_wrapper()
+    if wrapper is None or "_post_forward" in vars(wrapper):
+        return
+    if not (wrapper.find_unused_parameters or wrapper.static_graph):
+        return
+    original = wrapper._post_forward
+
+    def once(output: Any) -> Any:
+        del vars(wrapper)["_post_forward"]
+        return carry(output, original(output))
+
+    vars(wrapper)["_post_forward"] = once
+
+
+@contextmanager
+def bookkeeping_kept(output: Tensor) -> Iterator[None]:
+    """Let extra backward passes from a tensor leave DDP wrappers as they are.
+
+    In the first iteration of `static_graph` the wrapper's node, wherever it stands between the
+    tensor and the layers, has all gradients averaged at the end of the backward pass that comes
+    first. That must be the user's.
+
+    Args:
+        output: Where the passes start.
+    """
+    waiting = []
+    if dist.is_available() and dist.is_initialized():
+        waiting = [
+            wrapper
+            for wrapper in _wrappers_in_graph(output)
+            if wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued
+        ]
+    for wrapper in waiting:
+        wrapper._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        for wrapper in waiting:
+            wrapper._static_graph_delay_allreduce_enqueued = False
+
+
+def _wrappers_in_graph(output: Tensor) -> set[DistributedDataParallel]:
+    """Return the wrappers that have nodes of their own in a tensor's graph."""
+    found: set[DistributedDataParallel] = set()
+    unseen: list[Node] = [] if output.grad_fn is None else [output.grad_fn]
+    seen = set(unseen)
+    while unseen:
+        node = unseen.pop()
+        wrapper = getattr(node, "ddp_weakref", None)
+        if wrapper is not None:
+            found.add(wrapper())
+        new = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= new
+        unseen += new
+    return found
+
+
 class WrapperWatch:
     """Knows the DDP wrapper around an optimizer's parameters, also one that comes later.
 
@@ -55,6 +136,21 @@ class WrapperWatch:
         wrapper = running_wrapper()
         if wrapper is not None and (self._known is None or self._known() is not wrapper):
             self._known = weakref.ref(wrapper)
+
+    def rank_among_several(self) -> int | None:
+        """Return this process's rank under a known wrapper; `None` if it is alone."""
+        wrapper = None if self._known is None else self._known()
+        if wrapper is None or not dist.is_initialized():
+            return None
+        several = dist.get_world_size(wrapper.process_group) > 1
+        return dist.get_rank(wrapper.process_group) if several else None
+
+    def ranks_without_wrapper(self) -> bool:
+        """Tell whether this process is one of several, and no wrapper was seen."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        known = self._known is not None and self._known() is not None
+        return not known and dist.get_world_size() > 1
 
     def wrapper(self, params: Sequence[Parameter]) -> DistributedDataParallel | None:
         """Return the wrapper around any of the parameters, or `None`."""
@@ -82,6 +178,37 @@ def group_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
         )
     group: dist.ProcessGroup = wrapper.process_group
     return group
+
+
+def refuse_different_optimizers(
+    description: str, steps: int, device: torch.device, group: dist.ProcessGroup
+) -> None:
+    """Raise on all ranks if their optimizers do not have the same to send.
+
+    Args:
+        description: What decides what this rank sends.
+        steps: How many steps this rank's optimizer has made.
+        device: Where the group's tensors are.
+        group: The process group.
+
+    Raises:
+        RuntimeError: If a rank differs.
+    """
+    own = (zlib.crc32(description.encode()), steps)
+    extremes = torch.tensor([*own, *(-x for x in own)], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    largest, steps_largest, smallest, steps_smallest = extremes.tolist()
+    if largest != -smallest:
+        raise RuntimeError(
+            "KFACOptimizer: the ranks' optimizers have different layers or settings, so that their "
+            "factors cannot be averaged. Make it with the same parameters (all of them, frozen "
+            "alike) and the same settings on every rank."
+        )
+    if steps_largest != -steps_smallest:
+        raise RuntimeError(
+            f"KFACOptimizer: the ranks' optimizers have made from {-steps_smallest} to "
+            f"{steps_largest} steps. Load a saved state on every rank, and let all step together."
+        )
 
 
 def average_moments(

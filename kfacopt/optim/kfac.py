@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kfacopt.argument_checks import (
@@ -26,6 +26,7 @@ from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 from kfacopt.optim.distributed import mean_over_ranks
 from kfacopt.optim.fallback import adamw_step, by_learning_rate
 from kfacopt.optim.initial_state import is_initialisation
+from kfacopt.optim.label_draws import LabelDraws
 from kfacopt.optim.loss_scale import calling_loss_scale
 from kfacopt.optim.messages import missing_statistics
 from kfacopt.optim.moments import Moments
@@ -142,7 +143,7 @@ class KFACOptimizer(PreconditioningOptimizer):
             is not seen either; a mean is taken over all data since the last step.
         model: The module (or a module that contains all) whose parameters are trained. `None`
             searches the process, once, for the modules that own `params`.
-        seed: Seeds the generator that draws labels.
+        seed: Seeds the generator that draws labels; ranks under DDP draw labels of their own.
         maximize: Maximise the objective instead; groups may set it.
         foreach: `False` updates parameters one after the other, `True` with one call for each
             operation, `None` with fused ones where torch has them; groups may set it.
@@ -303,7 +304,7 @@ class KFACOptimizer(PreconditioningOptimizer):
             "foreach": foreach,
         }
         super().__init__(params, group_defaults)
-        self._generator = Generator(self._device).manual_seed(seed)
+        self._labels = LabelDraws(seed, self._device, self._ddp)
         self._connect()
 
     # Steps -------------------------------------------------------------------------------------
@@ -328,6 +329,8 @@ class KFACOptimizer(PreconditioningOptimizer):
                 result = closure()
         with numbers_alone(self.param_groups):
             self._check_settings()
+            if self._collector.collecting:
+                self._refuse_other_parallelism()
             self._follow_moved_parameters()
             if not (self._has_no_gradients() or self._only_initialises()):
                 if self._has_finite_gradients():
@@ -358,8 +361,10 @@ class KFACOptimizer(PreconditioningOptimizer):
             self._update_parameters()
         else:
             self._tuned_update(terms, closure, result)
+        if self._due(self._schedule.factor_update_interval):
+            self._align_ranks()
         if self._labels_before is not None:  # layers that are new leave the others' labels alone
-            self._generator.set_state(self._labels_before)
+            self._labels.common.set_state(self._labels_before)
         new = self._reconnect_if_frozen()
         for group in self.param_groups:
             group["num_steps"] += 1

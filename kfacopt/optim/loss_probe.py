@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.likelihoods import UnsupportedLossError
@@ -283,6 +283,32 @@ def probe(outputs: Any, forward_pass: ForwardPass, parents: list[ForwardPass]) -
         parents: The calls that fed it.
     """
     return _Prober((*parents, forward_pass), forward_pass.call, None).tree(outputs)
+
+
+def carry_probes(before: Any, after: Any) -> Any:
+    """Return tensors in containers with the probes of those that stand at the same places.
+
+    Args:
+        before: Probed tensors and others.
+        after: What became of them by operations that lose probes and change no values.
+    """
+    leaves, spec = tree_flatten(after)
+    sources = tree_flatten(before)[0]
+    if len(leaves) != len(sources):
+        return after
+
+    def carried(source: Any, leaf: Any) -> Any:
+        if not isinstance(source, ProbedTensor) or type(leaf) is not Tensor:
+            return leaf
+        if not leaf.requires_grad:
+            return leaf
+        with torch._C.DisableTorchFunctionSubclass():
+            probed = leaf.as_subclass(ProbedTensor)
+        probed._passes, probed._source = source._passes, source._source
+        return probed
+
+    pairs = zip(sources, leaves, strict=True)
+    return tree_unflatten([carried(*pair) for pair in pairs], spec)
 
 
 def record_call(

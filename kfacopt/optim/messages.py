@@ -106,6 +106,18 @@ def uncompiled_cause(module: type[nn.Module], interval: int) -> str | None:
     return None
 
 
+def unwrapped_averaging() -> str:
+    """Say what is wrong where gradients are averaged over ranks by hand."""
+    return (
+        "gradients seem to be averaged over ranks without a wrapper (collectives ran between the "
+        "loss and the step, and the model is in no DistributedDataParallel). The curvature is that "
+        "of this rank's data alone, so that ranks with one model step differently and their "
+        "parameters drift apart, silently. Wrap the model in nn.parallel.DistributedDataParallel: "
+        "it averages the gradients, and this optimizer the curvature. Where each rank trains a "
+        "model of its own, all is well."
+    )
+
+
 def missing_statistics(forward_seen: bool, unknown_losses: set[str]) -> str:
     """Say why there are gradients but no statistics, and the way out.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.nn import Parameter
 
 from kfacopt.kfac.layers import is_supported
+from kfacopt.module_search import living_modules
 
 
 def find_modules(
@@ -27,7 +27,7 @@ def find_modules(
     Raises:
         ValueError: If no module owns any of the parameters, or layers outside the model own some.
     """
-    found = _living_modules() if model is None else model.modules()
+    found = living_modules() if model is None else model.modules()
     modules = [m for m in found if not _is_compiled(m)]
     wanted = {id(p) for p in params}
     hosts = {id(m): m for m in modules if any(id(p) in wanted for p in m._parameters.values())}
@@ -66,7 +66,7 @@ def _refuse_strangers(params: Sequence[Parameter], hosts: Iterable[nn.Module]) -
         return
     owners = {
         f"{type(m).__name__}.{name} {tuple(p.shape)}"
-        for m in _living_modules()
+        for m in living_modules()
         if is_supported(m)
         for name, p in m._parameters.items()
         if p is not None and id(p) in missing
@@ -76,13 +76,6 @@ def _refuse_strangers(params: Sequence[Parameter], hosts: Iterable[nn.Module]) -
             f"params: {', '.join(sorted(owners))} are in layers outside of the model that model= "
             "names. Give a module that contains all layers, or leave model= out."
         )
-
-
-def _living_modules() -> list[nn.Module]:
-    # `type(o)` instead of `isinstance(o, ...)`: the latter asks `o.__class__`, which wakes lazy
-    # proxies all over the process. A module whose constructor failed has no parameters yet.
-    found = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
-    return [m for m in found if {"_parameters", "_modules"} <= vars(m).keys()]
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -44,6 +44,9 @@ _INVERSES = {
 _BASES = ("grad_output_basis", "input_basis")
 _CORRECTION = ("second_moments", "second_moment_weight")
 
+# All that a block's state may have of its inverse.
+INVERSE_KEYS = (*chain.from_iterable(_INVERSES.values()), *_CORRECTION)
+
 
 @dataclass(frozen=True)
 class InverseForm:
@@ -77,8 +80,7 @@ def discard_unfitting(states: MutableMapping[Tensor, Any], layer: Layer, form: F
     shapes = factor_shapes(layer, form)
     if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):
         return
-    inverses = chain.from_iterable(_INVERSES.values())
-    unfitting = (*shapes, *RECORDS, "inverse_step", *inverses, *_CORRECTION)
+    unfitting = (*shapes, *RECORDS, "inverse_step", *INVERSE_KEYS)
     for p in (layer.weight, layer.bias):
         if p is not None:
             _forget(states.get(p, {}), unfitting)
@@ -197,7 +199,7 @@ def refresh_inverse(
 def _store_inverse(
     state: State, inverse: KroneckerProduct | KroneckerEigendecomposition, form: InverseForm
 ) -> None:
-    _forget(state, (*chain.from_iterable(_INVERSES.values()), *_CORRECTION))
+    _forget(state, INVERSE_KEYS)
     for key, value in zip(_INVERSES[type(inverse)], vars(inverse).values(), strict=True):
         if value is not None:
             state[key] = value.to(form.stored_dtype or value.dtype)

@@ -6,22 +6,27 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import Parameter
 
 from kfacopt.kfac.factors import Factors
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.linalg.kronecker import DecompositionError
 from kfacopt.optim.connected import ConnectedOptimizer
 from kfacopt.optim.distributed import (
     average_moments,
     average_second_moments,
     group_of,
+    refuse_different_optimizers,
 )
+from kfacopt.optim.initial_state import state_shapes
 from kfacopt.optim.loss_scale import calling_loss_scale
 from kfacopt.optim.messages import (
     log_new_layer,
     missing_statistics,
     stale_factors,
     uncompiled_cause,
+    unwrapped_averaging,
     without_curvature,
 )
 from kfacopt.optim.moments import Moments
@@ -34,6 +39,7 @@ from kfacopt.optim.preconditioner import (
     refresh_inverse,
 )
 from kfacopt.optim.running_factors import fold_factors, fold_second_moments
+from kfacopt.optim.shared_inverses import align_parameters, update_shared
 
 
 class PreconditioningOptimizer(ConnectedOptimizer):
@@ -66,15 +72,33 @@ class PreconditioningOptimizer(ConnectedOptimizer):
         wrapper = self._ddp.wrapper(self._parameters())
         return None if wrapper is None else group_of(wrapper)
 
+    def _refuse_different_ranks(self) -> None:
+        """Raise on all ranks if their optimizers are not the same, before they exchange more."""
+        wrapper = self._ddp.wrapper(self._parameters())
+        assert wrapper is not None
+        positions = {id(p): i for i, p in enumerate(wrapper.parameters())}
+        layers = [
+            (positions.get(id(p)), layer.groups, layer.d_in, layer.d_out, p.dtype)
+            for layer in self._layers
+            for p in (layer.anchor,)
+        ]
+        settings = (layers, self._schedule, self._curvature.form, self._curvature.fisher_type)
+        steps, device = self.param_groups[0]["num_steps"], self._parameters()[0].device
+        refuse_different_optimizers(repr(settings), steps, device, self._ddp_group)
+
     def _update_factors(self) -> dict[Layer, Moments]:
         """Fold the statistics since the last step; return what has no eigenbases yet."""
         self._ddp_group = self._data_parallel_group()
         unknown_losses, forward_seen = self._collector.unknown_losses, self._collector.forward_seen
         ignored = self._collector.unknown_objectives
-        reached, used = self._collector.reached, self._collector.used
+        reached, exchanged = self._collector.reached, self._collector.exchange.noticed()
+        used = self._collector.used
         pending = self._collector.finish()
         form = self._curvature.form
+        if exchanged and self._ddp_group is None:
+            self._warn("exchanged", unwrapped_averaging())
         if self._ddp_group is not None:
+            self._refuse_different_ranks()
             pending = average_moments(pending, self._layers, form, self._ddp_group)
         if pending and ignored and self._curvature.likelihood is None:
             self._warn(
@@ -149,14 +173,39 @@ class PreconditioningOptimizer(ConnectedOptimizer):
         blocks = list(blocks)
         if not blocks:  # of most steps
             return
+        group = self._data_parallel_group()
+        if group is None or dist.get_world_size(group) == 1:
+            errors = self._compute_inverses(blocks)
+        else:
+            shapes = state_shapes(self._parameters(), self._layers, self._curvature.form)
+            step = self.param_groups[0]["num_steps"]
+            exchanged = (self._compute_inverses, shapes, step, group)
+            errors = update_shared(self.state, blocks, *exchanged)
+        for error in errors.values():
+            raise error
+
+    def _align_ranks(self) -> None:
+        """Let ranks have the same parameters to the bit, where factors were due."""
+        wrapper = self._ddp.wrapper(self._parameters())
+        if wrapper is not None and dist.get_world_size(wrapper.process_group) > 1:
+            params = [p for block in self._blocks for p in block.parameters]
+            align_parameters(self.state, params, wrapper)
+
+    def _compute_inverses(self, blocks: list[Block]) -> dict[Block, DecompositionError]:
+        """Compute the inverses of blocks; return the errors of those that cannot do without."""
         damping = {id(p): g["damping"] for g in self.param_groups for p in g["params"]}
         form = self._schedule.inverse
         entries = [(self.state[b.layer.anchor], b, damping[id(b.anchor)]) for b in blocks]
         known = inverses_at_once(entries, form)
+        errors: dict[Block, DecompositionError] = {}
         for layer_state, block, delta in entries:
             state, inverse = self.state[block.anchor], known.pop(block, None)
-            if refresh_inverse(state, layer_state, block, delta, form, inverse):
-                state["inverse_step"] = self.param_groups[0]["num_steps"]
+            try:
+                if refresh_inverse(state, layer_state, block, delta, form, inverse):
+                    state["inverse_step"] = self.param_groups[0]["num_steps"]
+            except DecompositionError as error:
+                errors[block] = error
+        return errors
 
     def _directions(self, gradients: dict[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """Return the preconditioned gradients of the parameters in layers."""

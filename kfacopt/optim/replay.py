@@ -229,8 +229,8 @@ def _replay_module(call: Call, args: Any, kwargs: Any, values: Mapping[int, Tens
     assert isinstance(module, nn.Module)
     assert surroundings is not None
     named = module.named_parameters(remove_duplicate=False)
-    own = {name: values[id(p)] for name, p in named if id(p) in values}
-    copies: dict[int, Tensor] = {}
+    copies = dict(values)
+    own = {name: copies.setdefault(id(p), p.detach()) for name, p in named}
     for name, buffer in module.named_buffers(remove_duplicate=False):
         own[name] = copies.setdefault(id(buffer), buffer.clone())
     surroundings.set_random_states()
@@ -260,6 +260,29 @@ def _in_order(roots: Iterable[Call]) -> list[Call]:
     return sorted(found, key=lambda call: call.number)
 
 
+class _Constants(TorchFunctionMode):
+    """Take what the model computes under `torch.no_grad()` for constants, as backward passes do.
+
+    Forward mode does not see `no_grad`, and would give slopes of another function.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a function; detach what it returns, unless that is one of its arguments."""
+        result = func(*args, **(kwargs or {}))
+        if torch.is_grad_enabled():
+            return result
+        known = {id(x) for x in tree_flatten((args, kwargs))[0]}
+        return tree_map(
+            lambda x: x.detach() if isinstance(x, Tensor) and id(x) not in known else x, result
+        )
+
+
 @contextmanager
 def _replaying() -> Iterator[None]:
     """Evaluate without a trace, by operations that have forward-mode derivatives."""
@@ -269,7 +292,9 @@ def _replaying() -> Iterator[None]:
         with ExitStack() as stack:
             for kind in _device_types():
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            for context in (evaluation(replay), torch.no_grad(), sdpa_kernel(SDPBackend.MATH)):
+            # Gradients are on, as in the user's pass, so that a model's own `no_grad` is seen;
+            # nothing requires them, so that there is no graph.
+            for context in (evaluation(replay), sdpa_kernel(SDPBackend.MATH), _Constants()):
                 stack.enter_context(context)
             yield
     finally:

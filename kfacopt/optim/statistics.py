@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from kfacopt.data import is_evaluating
@@ -39,14 +39,22 @@ from kfacopt.optim.compilation import (
     leave_hooks_uncompiled,
     run_uncompiled,
 )
-from kfacopt.optim.distributed import WrapperWatch
+from kfacopt.optim.distributed import (
+    WrapperWatch,
+    bookkeeping_kept,
+    follow_through_wrapper,
+    unwrapped,
+)
 from kfacopt.optim.empirical import EmpiricalPass
+from kfacopt.optim.gradient_exchange import ExchangeWatch
 from kfacopt.optim.hooks import gradient_hooks, module_hooks, remove_hooks
+from kfacopt.optim.label_draws import LabelDraws, Mark, rewind
 from kfacopt.optim.loss_calls import LossCall
 from kfacopt.optim.loss_probe import (
     ForwardPass,
     LossCallMode,
     ProbedTensor,
+    carry_probes,
     differentiable_tensors,
     passes_feeding,
     probe,
@@ -65,17 +73,17 @@ class StatisticsCollector:
         layers: The layers with their modules.
         modules: All modules that contain any trained parameter, with their names.
         options: Which curvature is collected.
-        generator: Draws labels.
+        labels: Says what labels are drawn from.
         wrappers: Is told when a forward pass reaches a layer.
 
     Attributes:
-        generator: As above.
         uncompiled: The kind of the module that was called with hooks from compiled code, if any.
         bases: The blocks' eigenbases, as far as they are known; read where second moments are
             collected.
         collecting: Whether statistics are due; where they are not, forward passes and losses may
             still be recorded.
         reached: The layers whose gradients have been accumulated since the last step.
+        exchange: Looks at what happens to gradients without a wrapper.
         undercounted: The layers whose parameters a loss of the last step with statistics depends on
             in other ways, too, than by calls of their modules. They got no statistics from it.
         used: Whether a forward pass since the last step called a layer.
@@ -86,10 +94,11 @@ class StatisticsCollector:
         layers: Iterable[tuple[Layer, list[nn.Module]]],
         modules: Iterable[tuple[str, nn.Module]],
         options: CurvatureOptions,
-        generator: Generator,
+        labels: LabelDraws,
         wrappers: WrapperWatch,
     ) -> None:
-        self._options, self.generator, self._wrappers = options, generator, wrappers
+        self._options, self._labels, self._wrappers = options, labels, wrappers
+        self.exchange = ExchangeWatch(wrappers)
         self.bases: Mapping[Block, Bases] = {}
         self.collecting = True
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
@@ -105,9 +114,9 @@ class StatisticsCollector:
                 self._layers_of.setdefault(id(module), []).append(layer)
         self._modules = [(name, weakref.ref(module)) for name, module in modules]
         self._handles: list[Any] = []
-        # The generator's state before the first label of a step and of a backward pass was drawn.
-        self._labels_of_step: Tensor | None = None
-        self._labels_of_task: Tensor | None = None
+        # Before the first label of a step and of a backward pass was drawn.
+        self._labels_of_step: Mark | None = None
+        self._labels_of_task: Mark | None = None
         self._confirmed = False
         weakref.finalize(self, remove_hooks, self._handles)
         self.clear()
@@ -140,7 +149,7 @@ class StatisticsCollector:
             forward_is_over: Whether no backward pass of an earlier forward pass will come.
         """
         self._start_task(-1)
-        self._rewind(self._labels_of_step)
+        rewind(self._labels_of_step)
         self._labels_of_step = None
         self._pending: dict[Layer, Moments] = {}
         self.reached: set[Layer] = set()
@@ -150,6 +159,7 @@ class StatisticsCollector:
             self.forward_seen = self.used = False
         self._also_used_otherwise: set[Layer] = set()
         self._objective: list[ObjectiveTerm] = []
+        self.exchange.forget()
 
     def close_passes(self) -> None:
         """Let outputs and losses that are left of the step be plain tensors."""
@@ -159,18 +169,14 @@ class StatisticsCollector:
 
     def _start_task(self, task: int) -> None:
         """Forget what belongs to one backward pass of the user's alone."""
-        self._rewind(self._labels_of_task)
+        rewind(self._labels_of_task)
         self._labels_of_task = None
         if self._confirmed:
             self._objective += self._candidate_terms
         self._task, self._confirmed = task, False
         self._candidate_terms: list[ObjectiveTerm] = []
-        self._candidates = CandidateMoments(self._options, self.generator, self.bases)
+        self._candidates = CandidateMoments(self._options, self._labels.generator(), self.bases)
         self._empirical: list[EmpiricalPass] = []
-
-    def _rewind(self, state: Tensor | None) -> None:
-        if state is not None:
-            self.generator.set_state(state)
 
     # Hooks -----------------------------------------------------------------------------------
 
@@ -192,7 +198,7 @@ class StatisticsCollector:
             parent.consumed = True
         call = None
         if self._options.recording:
-            call = record_call(module, args, kwargs, Surroundings.now())
+            call = record_call(unwrapped(module), args, kwargs, Surroundings.now())
         forward_pass = ForwardPass(self, call)
         self._outermost = (module, forward_pass, parents)
         self._passes.add(forward_pass)
@@ -254,6 +260,7 @@ class StatisticsCollector:
         probed = probe(output, forward_pass, parents)
         if self._options.likelihood is not None:
             self._watch_output(output, probed, forward_pass, parents)
+        follow_through_wrapper(carry_probes)
         return probed
 
     # Losses ----------------------------------------------------------------------------------
@@ -326,7 +333,8 @@ class StatisticsCollector:
 
     def _collect(self, call: LossCall, passes: list[ForwardPass], upstream: Tensor) -> None:
         task = torch._C._current_graph_task_id()
-        if task != self._task:
+        begins = task != self._task
+        if begins:
             self._start_task(task)
             # Gradients that others than `zero_grad` reset (`model.zero_grad()`, after a step that a
             # GradScaler skipped) take their statistics along.
@@ -334,13 +342,15 @@ class StatisticsCollector:
             kept = self._accumulated_in(known) if self._pending or self._objective else set()
             self._pending = {la: m for la, m in self._pending.items() if la in kept}
             if not self._pending:
-                self._rewind(self._labels_of_step)
-                self._labels_of_step = self.generator.get_state()
-            self._labels_of_task = self.generator.get_state()
+                rewind(self._labels_of_step)
+                self._labels_of_step = self._labels.mark()
+            self._labels_of_task = self._labels.mark()
             if not kept:
                 self._objective, self.reached = [], set()
         if not self.collecting:
             return
+        if begins:
+            self.exchange.backward_begins()
         self._look_for_other_uses(call.output, [use for p in passes for use in p.uses])
         if self._options.fisher_type == "empirical":
             self._collect_empirical(call, passes, upstream)
@@ -353,7 +363,8 @@ class StatisticsCollector:
             p: la for la in group_by_layer(uses) for p in (la.weight, la.bias) if p is not None
         }
         unseen = unseen_parameters([output], uses, params)
-        own = {params[p] for p in unseen if is_undercounted(output, uses, p)}
+        with bookkeeping_kept(output) if unseen else nullcontext():
+            own = {params[p] for p in unseen if is_undercounted(output, uses, p)}
         self._also_used_otherwise |= own
 
     @staticmethod
@@ -374,7 +385,7 @@ class StatisticsCollector:
         options, likelihood, z = self._options, call.likelihood, widened(call.output)
         uses = [use for p in passes for use in p.uses]
         weights = likelihood.curvature_weights(z, call.target, upstream)
-        sampling = (options.fisher_type, options.mc_samples, self.generator)
+        sampling = (options.fisher_type, options.mc_samples, self._labels.generator())
         terms = likelihood.num_terms(z, call.target)
         share = self._share(terms)
         # A layer's uses in one forward pass count together.
@@ -396,10 +407,11 @@ class StatisticsCollector:
                 count(number)
 
         backward = WouldBePass(call.output, uses)
-        for vector in loss_vectors(likelihood, z, weights, *sampling):
-            backward.run(vector.to(call.output.dtype), take)
-            for number in list(arrived):  # other uses of these layers were not reached
-                count(number)
+        with bookkeeping_kept(call.output):
+            for vector in loss_vectors(likelihood, z, weights, *sampling):
+                backward.run(vector.to(call.output.dtype), take)
+                for number in list(arrived):  # other uses of these layers were not reached
+                    count(number)
         for p in passes:
             candidates.count_inputs([u for u in p.uses if u in reached])
         for layer in group_by_layer(u for u in uses if u in reached):
@@ -459,6 +471,7 @@ class StatisticsCollector:
         if torch._C._current_graph_task_id() != self._task:
             return
         self._confirmed = True
+        self.exchange.accumulated(layer.anchor)
         for entry in self._empirical:  # uses of the layer that no gradient reached are left out
             self._fold_empirical(entry, layer)
         candidate = self._candidates.by_layer.pop(layer, None)
