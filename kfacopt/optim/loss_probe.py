@@ -305,6 +305,8 @@ def carry_probes(before: Any, after: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             probed = leaf.as_subclass(ProbedTensor)
         probed._passes, probed._source = source._passes, source._source
+        for forward_pass in probed._passes:
+            forward_pass.probe(probed)
         return probed
 
     pairs = zip(sources, leaves, strict=True)
