@@ -183,7 +183,9 @@ def available() -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run what the command line asks for; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--list", action="store_true", help="list the combinations and stop")
     parser.add_argument("--only", action="append", choices=COMBINATIONS, metavar="NAME")
     own, *rest = _split(arguments)
