@@ -307,8 +307,7 @@ class NeumannInverseLinearOperator(LinearOperator):
     def _series(self, multiply: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
         # A sum of many terms in half precision would lose the small ones.
         wide = X.to(torch.promote_types(X.dtype, torch.float32))
-        round_off = float(torch.finfo(self._A.torch_dtype).eps)
-        total = neumann_series(multiply, wide, *self._options, round_off)
+        total = neumann_series(multiply, wide, *self._options, self._A.torch_dtype)
         result = total.to(X.dtype)
         if self._options[2] and not bool(result.isfinite().all()):
             raise ValueError(

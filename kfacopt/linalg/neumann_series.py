@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfacopt.linalg.precision import round_off
+
 
 class NeumannConvergenceWarning(RuntimeWarning):
     """A truncated Neumann series is not near the solution."""
@@ -24,7 +26,7 @@ def neumann_series(
     num_terms: int,
     scale: float,
     check_nan: bool,
-    round_off: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return α Σ_{k=0}^{K} (I − αA)ᵏ X.
 
@@ -34,7 +36,7 @@ def neumann_series(
         num_terms: K, the number of products.
         scale: α.
         check_nan: Raise an error where the series diverges, and warn where it is not near A⁻¹ X.
-        round_off: The relative accuracy of products, eps of the dtype that they are computed in.
+        dtype: In which products with A are computed.
 
     Raises:
         ValueError: If `check_nan` is set and X or a term is not finite, or the last term is larger
@@ -50,8 +52,8 @@ def neumann_series(
             _raise_diverged(f"term {k} has NaN or infinite entries", scale)
     if check_nan and num_terms > 0 and X.numel() > 0:
         terms = _LastTerms.of(X, previous, term, total)
-        _check_growth(terms, scale, round_off)
-        _check_distance(terms, num_terms, scale, round_off)
+        _check_growth(terms, scale, dtype)
+        _check_distance(terms, num_terms, scale, dtype)
     return scale * total
 
 
@@ -94,14 +96,14 @@ def _polar(X: Tensor) -> tuple[Tensor, Tensor]:
     return largest.to("cpu", torch.float64) * norms.to("cpu", torch.float64), directions
 
 
-def _check_growth(terms: _LastTerms, scale: float, round_off: float) -> None:
+def _check_growth(terms: _LastTerms, scale: float, dtype: torch.dtype) -> None:
     """Raise if the last term is larger than that before: what stays does not decay.
 
     A product's relative error moves q by about as much (α‖A‖ ≤ 2): terms of constant size, where
     A x = 0, are no growth. What is below √eps of the first term may be noise that grows.
     """
-    noise = 4 * round_off
-    matters = terms.share > round_off**0.5
+    noise = round_off(dtype)
+    matters = terms.share > torch.finfo(dtype).eps ** 0.5
     grows = matters & (terms.factor > 1 + noise)
     if bool(grows.any()):
         largest = torch.where(grows, terms.factor, 0.0).argmax()
@@ -114,7 +116,7 @@ def _check_growth(terms: _LastTerms, scale: float, round_off: float) -> None:
         _raise_diverged("its terms only change their sign", scale)
 
 
-def _check_distance(terms: _LastTerms, num_terms: int, scale: float, round_off: float) -> None:
+def _check_distance(terms: _LastTerms, num_terms: int, scale: float, dtype: torch.dtype) -> None:
     """Warn if what is left out is not small against the sum.
 
     If the last terms lie where I − αA has the eigenvalues ±q, (t_K + q t_{K−1}) / 2 is the part of
@@ -126,7 +128,7 @@ def _check_distance(terms: _LastTerms, num_terms: int, scale: float, round_off: 
     along = terms.share * ((1 + terms.cosine) / 2).clamp(0, 1).sqrt()
     against = terms.share * ((1 - terms.cosine) / 2).clamp(0, 1).sqrt()
     left_out = along * factor / (1 - factor) + against * factor / (1 + factor)
-    known = terms.share > min((num_terms + 1) * round_off, NEAR)
+    known = terms.share > min((num_terms + 1) * torch.finfo(dtype).eps, NEAR)
     missing = torch.where(known, left_out / (left_out + terms.sum_share), 0.0)
     far = missing > NEAR
     if not bool(far.any()):
