@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 _ROUND_OFFS = 100
 _HALF_ROUND_OFFS = 4
@@ -21,3 +22,13 @@ def round_off(dtype: torch.dtype) -> float:
     """
     eps = float(torch.finfo(dtype).eps)
     return (_ROUND_OFFS if eps < torch.finfo(torch.float16).eps else _HALF_ROUND_OFFS) * eps
+
+
+def null_directions(eigenvalues: Tensor, basis: Tensor | None) -> Tensor:
+    """Tell which eigenvalues `[B, d]` of a semi-definite matrix are 0 but for round-off.
+
+    Of those that are computed, d eps λ_max; of a diagonal matrix, whose basis is `None`, they are
+    known as they are.
+    """
+    eps = 0.0 if basis is None else torch.finfo(eigenvalues.dtype).eps
+    return eigenvalues <= eigenvalues.shape[-1] * eps * eigenvalues.amax(-1, keepdim=True)
