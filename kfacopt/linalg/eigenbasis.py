@@ -17,8 +17,9 @@ def off_diagonal_share(matrix: Tensor) -> Tensor:
     scaled = matrix / torch.where(largest > 0, largest, 1.0)  # squares under- or overflow
     # The difference of two sums of squares would be off by √eps.
     rest = scaled - torch.diag_embed(scaled.diagonal(dim1=-2, dim2=-1))
-    total = torch.linalg.matrix_norm(scaled)
-    return torch.linalg.matrix_norm(rest) / torch.where(total > 0, total, 1.0)
+    norm, total = (torch.linalg.matrix_norm(x) for x in (rest, scaled))
+    share: Tensor = norm / torch.where(total > 0, total, 1.0)
+    return share
 
 
 def rayleigh_quotients(factor: Tensor, basis: Tensor | None) -> Tensor:
