@@ -181,6 +181,11 @@ def available() -> list[str]:
     return [name for name, c in COMBINATIONS.items() if CAPABILITIES.index(c.needs) <= own]
 
 
+def another() -> str:
+    """Return a combination that this processor has, with other instructions than its own."""
+    return "haswell" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "baseline"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run what the command line asks for; return the exit status."""
     parser = argparse.ArgumentParser(
