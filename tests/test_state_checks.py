@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kfacopt import KFACOptimizer
-from kfacopt.optim import running_factors
+from kfacopt.optim.state import running_averages
 
 X = torch.linspace(-2, 2, 36).reshape(6, 6).sin()
 LABELS = torch.tensor([0, 2, 1, 0, 2, 2])
@@ -206,7 +206,7 @@ def test_factors_alone_go_over_to_the_other_kind_of_steps(saved, own):
     train(model, first)
     second = KFACOptimizer(model.parameters(), lr=own)
     state = second.state_dict()
-    names = ("input_factor", "grad_output_factor", *running_factors.RECORDS)
+    names = ("input_factor", "grad_output_factor", *running_averages.RECORDS)
     for key, entries in first.state_dict()["state"].items():
         state["state"][key] |= {name: entries[name] for name in names if name in entries}
     second.load_state_dict(state)

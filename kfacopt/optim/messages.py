@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -12,6 +13,29 @@ from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Layer
 
 logger = logging.getLogger("kfacopt")
+
+
+class KFACWarning(UserWarning):
+    """Something works otherwise than a reader of the training script would expect."""
+
+
+class Notices:
+    """Warnings of one optimizer, each given once."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._given: set[str] = set()
+
+    def warn(self, key: str, message: str) -> None:
+        """Warn, unless a warning of this key was given."""
+        if key not in self._given:
+            self._given.add(key)
+            warnings.warn(
+                f"KFACOptimizer: {message} (Shown once; silence it with "
+                "warnings.simplefilter('ignore', kfacopt.KFACWarning).)",
+                KFACWarning,
+                stacklevel=user_stacklevel(),
+            )
 
 
 def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorForm) -> None:
@@ -115,6 +139,14 @@ def unwrapped_averaging() -> str:
         "parameters drift apart, silently. Wrap the model in nn.parallel.DistributedDataParallel: "
         "it averages the gradients, and this optimizer the curvature. Where each rank trains a "
         "model of its own, all is well."
+    )
+
+
+def without_layers() -> str:
+    """Say that there is no curvature at all."""
+    return (
+        "none of the parameters is in a layer that K-FAC knows (nn.Linear, nn.Conv2d); "
+        "all are trained by the AdamW fallback."
     )
 
 

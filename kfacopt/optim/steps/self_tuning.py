@@ -32,23 +32,19 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.linalg.precision import round_off
-from kfacopt.optim.quadratic_model import QuadraticModel, evaluate, quadratic_model
-from kfacopt.optim.replay import ObjectiveTerm, coarsest_dtype
+from kfacopt.optim.settings import StepSettings
+from kfacopt.optim.state.fresh import HAS_PREVIOUS, PREVIOUS
+from kfacopt.optim.steps.clipped_step import ClippedStep
+from kfacopt.optim.steps.closures import ClosureLoss
+from kfacopt.optim.steps.quadratic_model import QuadraticModel, evaluate, quadratic_model
+from kfacopt.optim.steps.replay import coarsest_dtype
+from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
 
 DAMPING_INTERVAL = 2
 DAMPING_DECAY = 0.95**5  # ω
 MAX_DAMPING = 1e8
 REJECTION_FACTOR = 4.0  # λ grows by it when a step is undone
 MAX_ATTEMPTS = 12
-
-_PREVIOUS = "previous_parameter"
-HAS_PREVIOUS = "has_previous_parameter"
-
-
-def initialise_previous(state: dict[str, Any], p: Parameter) -> None:
-    """Give a parameter's state the entries that the last step leaves in it, as before any step."""
-    if HAS_PREVIOUS not in state:
-        state |= {_PREVIOUS: p.detach().clone(), HAS_PREVIOUS: 0}
 
 
 @dataclass
@@ -97,16 +93,20 @@ def damping_floor(dtype: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class ClosureLoss:
-    """An objective that a closure evaluates.
+class Objective:
+    """What a step is to make smaller, and what it takes to evaluate it.
 
     Attributes:
-        value: What it returned at θ.
-        evaluate: Calls it again, without a trace.
+        terms: Its losses.
+        closure: Evaluates it where it is more than the losses that were recognised.
+        loss_scale: What a `GradScaler` multiplied it with.
+        over_ranks: Averages numbers over all processes.
     """
 
-    value: float
-    evaluate: Callable[[], float]
+    terms: Sequence[ObjectiveTerm]
+    closure: ClosureLoss | None
+    loss_scale: float
+    over_ranks: Callable[[Tensor], Tensor]
 
 
 class SelfTuning:
@@ -123,11 +123,9 @@ class SelfTuning:
         self,
         states: MutableMapping[Tensor, Any],
         groups: Sequence[dict[str, Any]],
+        gradients: Mapping[Parameter, Tensor],
         preconditioned: Mapping[Parameter, Tensor],
-        terms: Sequence[ObjectiveTerm],
-        closure: ClosureLoss | None,
-        loss_scale: float,
-        over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+        make_objective: Callable[[], Objective],
     ) -> bool:
         """Update parameters in place and adapt the groups' damping.
 
@@ -139,11 +137,9 @@ class SelfTuning:
             states: The optimizer's state by parameter.
             groups: The parameter groups; `lr` is the factor s, relative between groups, and
                 `momentum` 0 leaves the last step out.
-            preconditioned: F̂⁻¹g of each parameter.
-            terms: The losses of the objective.
-            closure: Evaluates the objective where it is more than the losses that were recognised.
-            loss_scale: What a `GradScaler` multiplied the objective with.
-            over_ranks: Averages numbers over all processes.
+            gradients: Those of all parameters; `.grad` is what counts here.
+            preconditioned: F̂⁻¹g of each parameter in a layer.
+            make_objective: Returns what is to become smaller.
 
         Returns:
             Whether a step was taken.
@@ -152,6 +148,9 @@ class SelfTuning:
             RuntimeError: If the model, evaluated again, gives something else, or the objective has
                 terms that only a closure could evaluate.
         """
+        if not preconditioned:
+            return True
+        objective = make_objective()
         settings = {p: group for group in groups for p in group["params"]}
         params = list(preconditioned)
         scale = max(settings[p]["lr"] for p in params)
@@ -162,12 +161,13 @@ class SelfTuning:
         directions = [proposal, *_last_step(states, settings, params)]
         grads = {p: p.grad for p in params if p.grad is not None}
         damping = {p: float(settings[p]["damping"]) for p in params}
-        model = quadratic_model(terms, grads, directions, damping, loss_scale, over_ranks)
+        evaluated = (objective.loss_scale, objective.over_ranks)
+        model = quadratic_model(objective.terms, grads, directions, damping, *evaluated)
         record.loss, record.damping = model.loss, groups[0]["damping"]
         if not all(math.isfinite(x) for x in model.scalars()):
             return False
-        objective = _Objective(terms, params, loss_scale, over_ranks)
-        model, new_loss = objective.completed(model, grads, damping, closure)
+        losses = _Losses(objective.terms, params, *evaluated)
+        model, new_loss = losses.completed(model, grads, damping, objective.closure)
         record.loss = model.loss
         before = [p.detach().clone() for p in params]
         try:
@@ -179,10 +179,16 @@ class SelfTuning:
             return False
         self._learn(groups, model, coefficients)
         for p, value in zip(params, before, strict=True):
-            states[p] |= {_PREVIOUS: value, HAS_PREVIOUS: 1}
+            states[p] |= {PREVIOUS: value, HAS_PREVIOUS: 1}
             shrinkage = settings[p]["lr"] * min(abs(record.step_size), 1.0)
             p.mul_(1 - shrinkage * settings[p]["weight_decay"])
         return True
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is to be logged of the last step; there is no clip."""
+        tuned = vars(self.statistics).items()
+        numbers = {name: math.nan if x is None else float(x) for name, x in tuned}
+        return {"kl_clip_scale": 1.0} | numbers
 
     def _attempt(
         self,
@@ -231,6 +237,11 @@ class SelfTuning:
         record.damping = groups[0]["damping"]
 
 
+def step_rule(settings: StepSettings) -> ClippedStep | SelfTuning:
+    """Return the rule by which steps are taken."""
+    return SelfTuning() if settings.tuned else ClippedStep(settings.kl_clip)
+
+
 def _last_step(
     states: MutableMapping[Tensor, Any],
     settings: Mapping[Parameter, dict[str, Any]],
@@ -242,7 +253,7 @@ def _last_step(
         for p in params
         if states[p].get(HAS_PREVIOUS) and settings[p]["momentum"] and settings[p]["lr"]
     ]
-    return [{p: p.detach() - states[p][_PREVIOUS] for p in known}] if known else []
+    return [{p: p.detach() - states[p][PREVIOUS] for p in known}] if known else []
 
 
 def _put_back(params: Sequence[Parameter], values: Sequence[Tensor]) -> None:
@@ -251,7 +262,7 @@ def _put_back(params: Sequence[Parameter], values: Sequence[Tensor]) -> None:
 
 
 @dataclass(frozen=True)
-class _Objective:
+class _Losses:
     """The losses that were recognised, with what it takes to evaluate them."""
 
     terms: Sequence[ObjectiveTerm]

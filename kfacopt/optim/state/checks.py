@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kfacopt.optim.preconditioner import NO_INVERSE
-from kfacopt.optim.running_factors import RECORDS
-from kfacopt.optim.self_tuning import HAS_PREVIOUS
-from kfacopt.optim.serialization import was_not_saved
 from kfacopt.optim.settings import check_group
+from kfacopt.optim.state.conversions import was_not_saved
+from kfacopt.optim.state.fresh import HAS_PREVIOUS
+from kfacopt.optim.state.inverses import NO_INVERSE
+from kfacopt.optim.state.running_averages import RECORDS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -56,6 +56,7 @@ def check_state_dict(
     groups: Sequence[Mapping[str, Any]],
     named_params: Sequence[tuple[str, Parameter]],
     shapes: Mapping[Parameter, Shapes],
+    tuned: bool,
 ) -> None:
     """Raise unless a state dictionary can be loaded; nothing has been changed then.
 
@@ -64,6 +65,7 @@ def check_state_dict(
         groups: The optimizer's groups.
         named_params: The optimizer's parameters, in order, with their names.
         shapes: For each of them the shapes of the entries of its state.
+        tuned: Whether the optimizer has lr="auto".
 
     Raises:
         ValueError: If it is not a KFACOptimizer's, or an entry is missing, or has a type, shape or
@@ -80,7 +82,7 @@ def check_state_dict(
             f"'state' (a dict) and 'param_groups' (a list), got {_described(state_dict)}."
         )
     for i, group in enumerate(state_dict["param_groups"]):
-        _check_saved_group(f"state_dict: param_groups[{i}]", group)
+        _check_saved_group(f"state_dict: param_groups[{i}]", group, tuned)
     saved = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
     if len(saved) != len(named_params):
         raise ValueError(
@@ -95,13 +97,14 @@ def check_state_dict(
     _check_keys(state_dict["state"], saved)
     for key, (name, p) in zip(saved, named_params, strict=True):
         _check_entries(f"{name!r}", state_dict["state"].get(key, {}), shapes[p], p.is_complex())
+    _check_kind_of_steps(state_dict["state"], tuned)
 
 
 def _present(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if not was_not_saved(value)}
 
 
-def check_kind_of_steps(states: Mapping[Any, Mapping[str, Any]], tuned: bool) -> None:
+def _check_kind_of_steps(states: Mapping[Any, Mapping[str, Any]], tuned: bool) -> None:
     """Raise for a state of steps with a fixed lr where steps tune themselves, or the reverse.
 
     A state without layers cannot tell, and passes.
@@ -129,13 +132,13 @@ def _described(value: Any) -> str:
     return type(value).__name__
 
 
-def _check_saved_group(where: str, group: Any) -> None:
+def _check_saved_group(where: str, group: Any, tuned: bool) -> None:
     if not isinstance(group, Mapping) or "params" not in group:
         raise ValueError(f"{where} must be a dict with the key 'params', got {_described(group)}.")
     if not isinstance(group["params"], list | tuple):
         got = _described(group["params"])
         raise ValueError(f"{where}: params must be a list of numbers, got {got}.")
-    check_group(group, f"{where}: ")
+    check_group(group, f"{where}: ", tuned)
 
 
 def _check_keys(state: Mapping[Any, Any], saved: list[Any]) -> None:

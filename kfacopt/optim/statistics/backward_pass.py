@@ -11,8 +11,8 @@ from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.factors import grad_output_moment, input_moment
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.kfac.subsampling import data_count, draw_subset, restricted_grad, restricted_use
-from kfacopt.optim.moments import Moments, UnprojectedGradients, is_one
-from kfacopt.optim.settings import CurvatureOptions
+from kfacopt.optim.settings import CurvatureSettings
+from kfacopt.optim.statistics.moments import Moments, UnprojectedGradients, is_one
 
 
 class CandidateMoments:
@@ -28,7 +28,7 @@ class CandidateMoments:
     """
 
     def __init__(
-        self, options: CurvatureOptions, generator: Generator, bases: Mapping[Block, Bases]
+        self, options: CurvatureSettings, generator: Generator, bases: Mapping[Block, Bases]
     ) -> None:
         self.by_layer: dict[Layer, Moments] = {}
         self._options, self._generator, self._bases = options, generator, bases

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfacopt.kfac.factors import FactorForm, factor_dtype, fold
 from kfacopt.kfac.layers import Layer
 from kfacopt.linalg.kronecker import is_diagonal
-from kfacopt.optim.moments import Moments
+from kfacopt.optim.statistics.moments import Moments
 
 State = dict[str, Any]
 

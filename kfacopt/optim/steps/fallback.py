@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Container, Iterable, MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
-from kfacopt.optim.step_rules import can_be_fused
+from kfacopt.optim.state.fresh import initialise_moments
+from kfacopt.optim.steps.momentum import can_be_fused
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -39,14 +39,6 @@ def by_learning_rate(
         by_kind = vector_lr if p.ndim < 2 or id(p) in embedded else MATRIX_LR
         found.setdefault(by_kind if given is None else given, []).append(p)
     return found
-
-
-def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
-    """Give a parameter AdamW's state if it has none."""
-    if "exp_avg" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
 def adamw_step(
@@ -87,3 +79,32 @@ def adamw_step(
         fused=True if fused else None,
         maximize=group["maximize"],
     )
+
+
+def fallback_step(
+    states: MutableMapping[Tensor, Any],
+    groups: Sequence[dict[str, Any]],
+    covered: Container[Parameter],
+    embedded: set[int],
+    vector_lr: float,
+) -> int:
+    """Update all parameters with a gradient that have no direction.
+
+    Args:
+        states: The optimizer's state.
+        groups: The parameter groups.
+        covered: The parameters that have one.
+        embedded: The `id`s of embeddings.
+        vector_lr: The rate of vectors and embeddings.
+
+    Returns:
+        How many parameters that were.
+    """
+    count = 0
+    for group in groups:
+        rest = [p for p in group["params"] if p.grad is not None and p not in covered]
+        count += len(rest)
+        given = (group["fallback_lr"], embedded, vector_lr)
+        for lr, own in by_learning_rate(rest, *given).items():
+            adamw_step(own, states, group, lr)
+    return count

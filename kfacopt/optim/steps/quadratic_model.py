@@ -12,8 +12,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from kfacopt.likelihoods import widened
-from kfacopt.optim.loss_calls import LossCall
-from kfacopt.optim.replay import ObjectiveTerm, replay
+from kfacopt.optim.steps.replay import replay
+from kfacopt.optim.watch.loss_calls import LossCall
+from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
 
 Direction = Mapping[Parameter, Tensor]
 

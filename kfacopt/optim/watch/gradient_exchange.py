@@ -9,7 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import Parameter
 
-from kfacopt.optim.distributed import WrapperWatch
+from kfacopt.optim.watch.wrappers import WrapperWatch
 
 # How many entries of a gradient are kept to tell whether it was changed.
 _SAMPLE = 1024

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from kfacopt.kfac.factors import FactorForm, factor_dtype
 from kfacopt.kfac.layers import Layer
-from kfacopt.optim.preconditioner import InverseForm
+from kfacopt.optim.settings import InverseForm
 
 logger = logging.getLogger("kfacopt")
 

@@ -15,10 +15,26 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.optim.fallback import initialise_moments
-from kfacopt.optim.preconditioner import NO_INVERSE, InverseForm, refresh_inverse
-from kfacopt.optim.running_factors import factor_shapes, initialise_factors
-from kfacopt.optim.self_tuning import initialise_previous
+from kfacopt.optim.settings import InverseForm
+from kfacopt.optim.state.inverses import NO_INVERSE, refresh_inverse
+from kfacopt.optim.state.running_averages import factor_shapes, initialise_factors
+
+PREVIOUS = "previous_parameter"
+HAS_PREVIOUS = "has_previous_parameter"
+
+
+def initialise_previous(state: dict[str, Any], p: Parameter) -> None:
+    """Give a parameter's state the entries that the last step leaves in it, as before any step."""
+    if HAS_PREVIOUS not in state:
+        state |= {PREVIOUS: p.detach().clone(), HAS_PREVIOUS: 0}
+
+
+def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
+    """Give a parameter AdamW's state if it has none."""
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
 def is_initialisation(groups: Sequence[dict[str, Any]]) -> bool:

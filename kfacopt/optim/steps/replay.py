@@ -13,11 +13,9 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,96 +25,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from kfacopt.data import evaluation, random_devices
-from kfacopt.optim.loss_calls import LOSS_FUNCTIONS, LossCall, recognise_call
-
-_call_numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """The state of the process that the outcome of a forward pass depends on.
-
-    Attributes:
-        random_states: Of torch's global generators: the CPU's, then the devices'.
-        autocast_dtype: What the forward pass was autocast to, if it was.
-    """
-
-    random_states: list[Tensor]
-    autocast_dtype: torch.dtype | None
-
-    @classmethod
-    def now(cls) -> Surroundings:
-        """Take note of the present state."""
-        devices = random_devices()
-        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-        kinds = [kind for kind in _device_types() if torch.is_autocast_enabled(kind)]
-        return cls(states, torch.get_autocast_dtype(kinds[0]) if kinds else None)
-
-    def set_random_states(self) -> None:
-        """Let torch's global generators draw again what they drew then."""
-        torch.set_rng_state(self.random_states[0])
-        for state, device in zip(self.random_states[1:], random_devices(), strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-
-def _device_types() -> tuple[str, ...]:
-    return ("cpu", "cuda") if random_devices() else ("cpu",)
-
-
-@dataclass(eq=False)
-class Call:
-    """A recorded call of an outermost module or of a function of torch.
-
-    Attributes:
-        function: What was called.
-        args: Its arguments; a `Source` where an argument was the result of a recorded call.
-        kwargs: Its keyword arguments, likewise.
-        surroundings: What a forward pass of a module depends on; `None` for functions.
-        number: Counts calls in the order of time.
-    """
-
-    function: Callable[..., Any]
-    args: Any
-    kwargs: Any
-    surroundings: Surroundings | None = None
-    number: int = field(default_factory=lambda: next(_call_numbers))
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """Where a tensor came from: a leaf of a call's result."""
-
-    call: Call
-    leaf: int
-
-
-@dataclass(frozen=True, eq=False)
-class LossOrigin:
-    """Where a loss was computed.
-
-    Attributes:
-        call: The call of the loss function, or of the module inside which it was called.
-        ordinal: Which of the loss calls inside the module it was; `None` outside.
-    """
-
-    call: Call
-    ordinal: int | None = None
-
-
-@dataclass(eq=False)
-class ObjectiveTerm:
-    """A loss with its factor in the user's objective.
-
-    Attributes:
-        origin: Where it was computed.
-        output: The tensor z that it saw, without a graph.
-        upstream: The derivative of the objective by the loss.
-    """
-
-    origin: LossOrigin
-    output: Tensor
-    upstream: Tensor
+from kfacopt.data import evaluation
+from kfacopt.optim.watch.loss_calls import LOSS_FUNCTIONS, LossCall, recognise_call
+from kfacopt.optim.watch.recorded_calls import (
+    Call,
+    ObjectiveTerm,
+    Source,
+    device_types,
+    in_order,
+    tensor_leaves,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,16 +50,6 @@ class ReplayedTerm:
     call: LossCall
     contribution: Tensor
     upstream: Tensor
-
-
-def tensor_leaves(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in containers, registered pytrees and dataclasses, in a fixed order."""
-    for leaf in tree_flatten(tree)[0]:
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            for entry in dataclasses.fields(leaf):
-                yield from tensor_leaves(getattr(leaf, entry.name))
 
 
 class LossRecorder(TorchFunctionMode):
@@ -184,7 +92,7 @@ def replay(terms: Sequence[ObjectiveTerm], values: Mapping[int, Tensor]) -> list
     inside = {term.origin.call for term in terms if term.origin.ordinal is not None}
     losses: dict[Call, list[tuple[Any, Any, Any, Any]]] = {}
     with _replaying():
-        for call in _in_order(term.origin.call for term in terms):
+        for call in in_order(term.origin.call for term in terms):
             args, kwargs = (
                 tree_map(lambda x: results[x.call][x.leaf] if isinstance(x, Source) else x, tree)
                 for tree in (call.args, call.kwargs)
@@ -218,7 +126,7 @@ def _named_errors(call: Call) -> Iterator[None]:
 
 def coarsest_dtype(terms: Sequence[ObjectiveTerm]) -> torch.dtype:
     """Return the dtype of the least precision in which the losses' inputs were computed."""
-    calls = _in_order(term.origin.call for term in terms)
+    calls = in_order(term.origin.call for term in terms)
     autocast = [c.surroundings.autocast_dtype for c in calls if c.surroundings is not None]
     dtypes = [*(term.output.dtype for term in terms), *(d for d in autocast if d is not None)]
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -245,19 +153,6 @@ def _replayed_term(
     assert call is not None
     contribution = (value * term.upstream.to(value.dtype)).sum()
     return ReplayedTerm(call, contribution, term.upstream)
-
-
-def _in_order(roots: Iterable[Call]) -> list[Call]:
-    """Return the calls that calls depend on, themselves included, in the order of time."""
-    found: dict[Call, None] = {}
-    unseen = list(roots)
-    while unseen:
-        call = unseen.pop()
-        if call not in found:
-            found[call] = None
-            leaves = tree_flatten((call.args, call.kwargs))[0]
-            unseen += [leaf.call for leaf in leaves if isinstance(leaf, Source)]
-    return sorted(found, key=lambda call: call.number)
 
 
 class _Constants(TorchFunctionMode):
@@ -290,7 +185,7 @@ def _replaying() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:
-            for kind in _device_types():
+            for kind in device_types():
                 stack.enter_context(torch.autocast(kind, enabled=False))
             # Gradients are on, as in the user's pass, so that a model's own `no_grad` is seen;
             # nothing requires them, so that there is no graph.
@@ -308,7 +203,7 @@ def undisturbed(terms: Iterable[ObjectiveTerm]) -> Iterator[None]:
     Args:
         terms: The losses that the first call computed.
     """
-    calls = _in_order(term.origin.call for term in terms)
+    calls = in_order(term.origin.call for term in terms)
     modules = [call.function for call in calls if isinstance(call.function, nn.Module)]
     with ExitStack() as stack:
         for module in dict.fromkeys(modules):

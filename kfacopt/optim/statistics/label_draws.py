@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Generator, Tensor
 
-from kfacopt.optim.distributed import WrapperWatch
+from kfacopt.optim.watch.wrappers import WrapperWatch
 
 # A generator and its state at some time.
 Mark = tuple[Generator, Tensor]

@@ -1,11 +1,10 @@
-"""A block's damped inverse, kept in the optimizer's state, and what it multiplies."""
+"""A block's damped inverse, kept in the optimizer's state; gradients meet it in `steps`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from kfacopt.kfac.factors import FactorForm, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.eigenbasis import rayleigh_quotients, refreshed_basis, rotated_eigenvalues
 from kfacopt.linalg.kronecker import (
-    DampingMethod,
     DecompositionError,
     KroneckerEigendecomposition,
     KroneckerProduct,
@@ -24,10 +22,8 @@ from kfacopt.linalg.kronecker import (
     is_diagonal,
     trace,
 )
-from kfacopt.optim.running_factors import RECORDS, State, factor_shapes, is_free_to_read
-
-PreconditionerKind = Literal["kfac", "ekfac"]
-PRECONDITIONERS: tuple[PreconditionerKind, ...] = ("kfac", "ekfac")
+from kfacopt.optim.settings import InverseForm
+from kfacopt.optim.state.running_averages import RECORDS, State, factor_shapes, is_free_to_read
 
 MAX_FAILURES = 3
 
@@ -46,26 +42,6 @@ _CORRECTION = ("second_moments", "second_moment_weight")
 
 # All that a block's state may have of its inverse.
 INVERSE_KEYS = (*chain.from_iterable(_INVERSES.values()), *_CORRECTION)
-
-
-@dataclass(frozen=True)
-class InverseForm:
-    """How damped inverses are formed.
-
-    Attributes:
-        preconditioner: `"kfac"`, or `"ekfac"`: eigenbases and second moments in them.
-        method: K-FAC's damping, `"factored"` or `"exact"`; EKFAC's is always exact.
-        stored_dtype: The dtype that inverses and bases are kept in; `None` is the factors'.
-    """
-
-    preconditioner: PreconditionerKind
-    method: DampingMethod
-    stored_dtype: torch.dtype | None = None
-
-    @property
-    def corrected(self) -> bool:
-        """Whether eigenvalues are second moments of gradients."""
-        return self.preconditioner == "ekfac"
 
 
 def discard_unfitting(states: MutableMapping[Tensor, Any], layer: Layer, form: FactorForm) -> None:
@@ -259,34 +235,3 @@ def inverse_of(
         eigenvalues = state["inverse_eigenvalues"]
     basis_g, basis_a = state.get("grad_output_basis"), state.get("input_basis")
     return KroneckerEigendecomposition(basis_g, basis_a, eigenvalues)
-
-
-def precondition(
-    inverse: KroneckerProduct | KroneckerEigendecomposition,
-    block: Block,
-    grads: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """Return the damped inverse times the gradients of a block's parameters.
-
-    It is multiplied in the precision that the inverse is kept in, but at least float32.
-
-    Args:
-        inverse: The block's damped inverse.
-        block: The block.
-        grads: One for each parameter of the block; `None` counts as 0.
-
-    Returns:
-        Tensors of the shapes and dtypes of the block's parameters.
-    """
-    inverse = inverse.widened()
-    dtype = inverse.dtype
-    filled = [
-        torch.zeros_like(p, dtype=dtype) if g is None else g.to(dtype)
-        for p, g in zip(block.parameters, grads, strict=True)
-    ]
-    if isinstance(inverse, KroneckerProduct):
-        pieces = block.from_columns(inverse.apply_columns(block.to_columns(filled)))
-    else:
-        columns = block.from_matrix(inverse.apply(block.to_matrix(filled)))
-        pieces = [x.contiguous() for x in columns]  # fused kernels take nothing else
-    return [piece.to(p.dtype) for piece, p in zip(pieces, block.parameters, strict=True)]

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.likelihoods import UnsupportedLossError
-from kfacopt.optim.compilation import EAGER_SPELL
-from kfacopt.optim.loss_calls import LOSS_FUNCTIONS, LossCall, recognise_call
-from kfacopt.optim.replay import Call, LossOrigin, Source, Surroundings
+from kfacopt.optim.watch.compilation import EAGER_SPELL
+from kfacopt.optim.watch.loss_calls import LOSS_FUNCTIONS, LossCall, recognise_call
+from kfacopt.optim.watch.recorded_calls import Call, LossOrigin, Source, Surroundings
 
 
 class LossObserver(Protocol):

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import Parameter
-from torch.nn.parallel import DistributedDataParallel
 
 from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kronecker import DecompositionError
-from kfacopt.optim.preconditioner import INVERSE_KEYS
-from kfacopt.optim.running_factors import State
+from kfacopt.optim.state.inverses import INVERSE_KEYS
+from kfacopt.optim.state.running_averages import State
 
 # What a rank says of a block: nothing changed, a new inverse, a failure that is passed over for the
 # last inverse, and one that is an error.
@@ -91,36 +90,6 @@ def update_shared(
                 "could not; its own error says why."
             )
     return errors
-
-
-def align_parameters(
-    states: MutableMapping[Tensor, Any],
-    params: Sequence[Parameter],
-    wrapper: DistributedDataParallel,
-) -> None:
-    """Give every rank the first one's parameters and momentum, which differ by round-off.
-
-    Products with an inverse are rounded in other ways by other numbers of threads; over thousands
-    of steps such differences grow.
-
-    Args:
-        states: The optimizer's state.
-        params: The parameters, in the same order on every rank.
-        wrapper: Their wrapper; parameters that it was told to ignore are left alone.
-    """
-    group, ignored = wrapper.process_group, wrapper.parameters_to_ignore
-    shared = {p for name, p in wrapper.module.named_parameters() if name not in ignored}
-    first, mine = dist.get_global_rank(group, 0), dist.get_rank(group) == 0
-    for p in params:
-        if p not in shared:
-            continue
-        for value in (p.detach(), states[p].get("momentum_buffer")):
-            if value is None:
-                continue
-            buffer = value.contiguous()
-            dist.broadcast(buffer, first, group=group)
-            if not mine:
-                value.copy_(buffer)
 
 
 def _code(value: Tensor | None) -> int:
