@@ -19,7 +19,7 @@ from kfacopt.optim.statistics.label_draws import LabelDraws
 from kfacopt.optim.steps.fallback import embeddings
 from kfacopt.optim.watch.gradient_exchange import ExchangeWatch
 from kfacopt.optim.watch.modules import parameter_names
-from kfacopt.optim.watch.sharding import refuse_pipeline_stages
+from kfacopt.optim.watch.sharding import refuse_pipeline_stages, refuse_replaced
 from kfacopt.optim.watch.watch import Watch
 
 
@@ -34,6 +34,7 @@ class Connection:
         embedded: The `id`s of embeddings.
         trained: Which parameters required gradients.
         placement: The parameters' dtypes and devices.
+        stages_looked_for: Whether the modules were looked for in pipelines since.
     """
 
     watch: Watch
@@ -42,6 +43,7 @@ class Connection:
     embedded: set[int]
     trained: list[bool]
     placement: list[tuple[torch.dtype, torch.device]]
+    stages_looked_for: bool = False
 
     def forget(self, forward_is_over: bool = True) -> None:
         """Forget all since the last step, and take back the labels drawn for it.
@@ -51,6 +53,38 @@ class Connection:
         """
         self.statistics.clear()
         self.watch.forget(forward_is_over)
+
+    def refuse_other_parallelism(self, params: Sequence[Parameter]) -> None:
+        """Raise if the model was shared out over ranks since; on all of them, before they talk."""
+        modules = self.watch.living_modules()
+        refuse_replaced(modules, params, self.names)
+        if not self.stages_looked_for:
+            refuse_pipeline_stages(module for _, module in modules)
+            self.stages_looked_for = True
+
+    def has_moved(self, params: Sequence[Parameter]) -> bool:
+        """Tell whether parameters are of another dtype or on another device than before."""
+        before, self.placement = self.placement, placement_of(params)
+        return self.placement != before
+
+    def watch_step(
+        self, step: int, active: bool, settings: Settings, state: CurvatureState
+    ) -> None:
+        """Put hooks on the modules or take them off, and tell the statistics of the bases.
+
+        Args:
+            step: The number of the step that comes.
+            active: Whether statistics are due in it.
+            settings: Those of the whole optimizer.
+            state: Has the layers and their bases.
+        """
+        active = active and bool(state.layers)
+        if active and settings.inverse.corrected:
+            # Where the next step changes the bases, its second moments wait for the new ones.
+            stay = not settings.schedule.inverses_due(step)
+            self.statistics.bases = state.bases() if stay else {}
+        self.statistics.collecting = active
+        self.watch.active = active or (settings.steps.tuned and bool(state.layers))
 
 
 def placement_of(params: Sequence[Parameter]) -> list[tuple[torch.dtype, torch.device]]:

@@ -16,17 +16,13 @@ from kfacopt.kfac.factors import Factors
 from kfacopt.kfac.layers import Block, KFACApprox, Layer
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
-from kfacopt.optim.connection import Connection, connect, placement_of
+from kfacopt.optim.collecting import collected_moments
+from kfacopt.optim.connection import Connection, connect
 from kfacopt.optim.distributed import Ranks, mean_over_ranks
-from kfacopt.optim.messages import Notices, missing_statistics, without_layers
+from kfacopt.optim.messages import Notices, without_layers
 from kfacopt.optim.monitoring import Scalars, all_block_statistics
 from kfacopt.optim.reports import (
-    report_exchange,
-    report_missing,
     report_skipped,
-    report_stale,
-    report_uncompiled,
-    report_unknown,
     report_without_inverse,
 )
 from kfacopt.optim.settings import (
@@ -39,25 +35,20 @@ from kfacopt.optim.settings import (
     settings_of,
 )
 from kfacopt.optim.state.checks import check_state_dict
-from kfacopt.optim.state.conversions import restore_dtypes, restore_generator, store_generator
+from kfacopt.optim.state.conversions import restore_generator, store_generator
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.state.fresh import is_initialisation
-from kfacopt.optim.statistics.averaging import average_moments
+from kfacopt.optim.state.loading import load_checked
 from kfacopt.optim.statistics.collector import Statistics
 from kfacopt.optim.statistics.label_draws import LabelDraws
 from kfacopt.optim.statistics.moments import Moments
 from kfacopt.optim.steps.clipped_step import ClippedStep
-from kfacopt.optim.steps.closures import closure_loss
 from kfacopt.optim.steps.fallback import fallback_step
 from kfacopt.optim.steps.momentum import are_finite
 from kfacopt.optim.steps.preconditioning import gradients_of, preconditioned
-from kfacopt.optim.steps.self_tuning import Objective, SelfTuning, step_rule
+from kfacopt.optim.steps.self_tuning import Objective, SelfTuning, objective_of, step_rule
 from kfacopt.optim.watch.admission import check_iterable, check_parameters
-from kfacopt.optim.watch.hooks import remove_hooks
-from kfacopt.optim.watch.loss_scale import calling_loss_scale
 from kfacopt.optim.watch.modules import find_modules
-from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
-from kfacopt.optim.watch.sharding import refuse_pipeline_stages, refuse_replaced
 from kfacopt.optim.watch.watch import Watch
 
 
@@ -237,7 +228,7 @@ class KFACOptimizer(Optimizer):
         self._curvature = CurvatureState(self._settings)
         self._ranks, self._notices = Ranks(), Notices()
         self._connection: Connection
-        self._connected = self._stages_looked_for = False
+        self._connected = False
         self._checked_settings: list[tuple[Any, ...]] = []
         self._skipped_steps = self._num_fallback = 0
         self._labels_before: Tensor | None = None
@@ -264,9 +255,12 @@ class KFACOptimizer(Optimizer):
                 result = closure()
         with numbers_alone(self.param_groups):
             self._check_settings()
+            params = self._parameters()
             if self._statistics.collecting:
-                self._refuse_other_parallelism()
-            self._follow_moved_parameters()
+                self._connection.refuse_other_parallelism(params)
+            if self._connection.has_moved(params):
+                self._curvature.follow_parameters()
+                self._labels.move(self._device)
             if not (self._has_no_gradients() or self._only_initialises()):
                 if self._has_finite_gradients():
                     self._step(closure, result)
@@ -285,7 +279,9 @@ class KFACOptimizer(Optimizer):
         group = None
         if self._statistics.collecting and not waiting:  # at an interval's start, or for new layers
             group, bases = self._ranks.group(params), self._statistics.bases
-            late = curvature.fold(self._collect(group, due), bases, number, group)
+            own = (self._connection, curvature, self._settings, params, number)
+            moments = collected_moments(*own, self._ranks, self._notices)
+            late = curvature.fold(moments, bases, number, group)
         else:
             self._connection.forget()
         blocks = curvature.due_inverses(number)
@@ -297,7 +293,8 @@ class KFACOptimizer(Optimizer):
             report_without_inverse(self._notices, block, waiting, self._statistics.undercounted)
 
         def objective() -> Objective:
-            return self._objective(terms, closure, loss)
+            over_ranks = partial(mean_over_ranks, group=self._ranks.group(params))
+            return objective_of(terms, closure, loss, params, over_ranks)
 
         gradients = gradients_of(groups)
         directions = preconditioned(curvature, gradients, groups, without_inverse)
@@ -307,47 +304,6 @@ class KFACOptimizer(Optimizer):
         if due:
             self._ranks.align(self.state, params, curvature.blocks)
         self._look_ahead(waiting)
-
-    def _collect(self, group: Any, due: bool) -> dict[Layer, Moments]:
-        """Return the statistics since the last step, of all ranks, and tell what they lack."""
-        curvature, watch, statistics = self._curvature, self._watch, self._statistics
-        forward_seen, used = watch.forward_seen, watch.used
-        unknown, ignored = watch.unknown_losses, watch.unknown_objectives
-        reached, exchanged = statistics.reached, statistics.exchange.noticed()
-        pending = statistics.finish()
-        watch.forget()
-        settings = self._settings.curvature
-        report_exchange(self._notices, exchanged, group is None)
-        if group is not None:
-            params, layers = self._parameters(), curvature.layers
-            self._ranks.refuse_different(params, layers, self._settings, self._num_steps)
-            pending = average_moments(pending, layers, settings.form, group)
-        if pending and settings.likelihood is None:
-            report_unknown(self._notices, ignored)
-        if pending and due:
-            report_stale(self._notices, curvature, reached, pending)
-        if not pending and not statistics.undercounted and (used or not forward_seen):
-            report_missing(self._notices, curvature, forward_seen, unknown)
-        if not due:  # here for new layers alone
-            pending = {la: m for la, m in pending.items() if not curvature.has_statistics(la)}
-        report_uncompiled(self._notices, watch, self._settings)
-        loss_scale = calling_loss_scale() ** settings.loss_scale_power
-        for moments in pending.values():
-            moments.scale_curvature(1 / loss_scale)
-        return pending
-
-    def _objective(
-        self, terms: list[ObjectiveTerm], closure: Callable[[], Any] | None, loss: Any
-    ) -> Objective:
-        """Return what a self-tuned step evaluates again."""
-        if not terms:
-            raise RuntimeError(f"KFACOptimizer: {missing_statistics(True, set())}")
-        params = self._parameters()
-        over_ranks = partial(mean_over_ranks, group=self._ranks.group(params))
-        again = None
-        if closure is not None:
-            again = closure_loss(closure, loss, params, terms, over_ranks)
-        return Objective(terms, again, calling_loss_scale(), over_ranks)
 
     def _look_ahead(self, waiting: bool) -> None:
         """Get ready for the next step."""
@@ -365,23 +321,6 @@ class KFACOptimizer(Optimizer):
             for i, group in enumerate(self.param_groups):
                 check_group(group, f"param_groups[{i}]: ", self._settings.steps.tuned)
             self._checked_settings = settings
-
-    def _refuse_other_parallelism(self) -> None:
-        """Raise if the model was shared out over ranks since; on all of them, before they talk."""
-        modules = self._watch.living_modules()
-        refuse_replaced(modules, self._parameters(), self._connection.names)
-        if not self._stages_looked_for:
-            refuse_pipeline_stages(module for _, module in modules)
-            self._stages_looked_for = True
-
-    def _follow_moved_parameters(self) -> None:
-        """Convert the state where the model was moved to another dtype or device since."""
-        placement = placement_of(self._parameters())
-        if placement != self._connection.placement:
-            self._connection.placement = placement
-            self._curvature.follow_parameters()
-            if self._labels.common.device != self._device:
-                self._labels.start(self._settings.seed, self._device)
 
     def _has_no_gradients(self) -> bool:
         """Tell whether there is nothing to step along: as for AdamW, that is no step then."""
@@ -485,18 +424,12 @@ class KFACOptimizer(Optimizer):
         return not self._curvature.is_complete()
 
     def _set_watching(self, active: bool) -> None:
-        """Put hooks on the modules or take them off, and tell the statistics of the bases."""
-        schedule, watch, statistics = self._settings.schedule, self._watch, self._statistics
-        active = active and bool(self._curvature.layers)
-        if active and self._settings.inverse.corrected:
-            # Where the next step changes the bases, its second moments wait for the new ones.
-            stay = not schedule.inverses_due(self._num_steps)
-            statistics.bases = self._curvature.bases() if stay else {}
-        statistics.collecting = active
-        watch.active = active or (self._settings.steps.tuned and bool(self._curvature.layers))
-        due = schedule.factors_due(self._num_steps)
-        self._labels.step = self._num_steps
-        self._labels_before = self._labels.common.get_state() if active and not due else None
+        """Get the hooks ready for the next step."""
+        step = self._num_steps
+        self._connection.watch_step(step, active, self._settings, self._curvature)
+        self._labels.step, late = step, not self._settings.schedule.factors_due(step)
+        drawn = self._statistics.collecting and late
+        self._labels_before = self._labels.common.get_state() if drawn else None
 
     # What is kept ------------------------------------------------------------------------------
 
@@ -553,34 +486,15 @@ class KFACOptimizer(Optimizer):
                 no training leads to, or was saved with lr="auto" where this lr is a number, or
                 the reverse. Nothing has been changed then.
         """
-        if not isinstance(state_dict, dict):
-            self._check_loaded(state_dict)  # raises, before hooks meet it
-        checked: list[dict[str, Any]] = []
-
-        def check(_: Optimizer, hooked: dict[str, Any]) -> None:
-            self._check_loaded(hooked)
-            checked.append(hooked)
-
-        def restore(_: Optimizer) -> None:
-            restore_dtypes(self.state, self.param_groups, checked[0])
-
-        # After all hooks that adapt the dictionary, and before those that look at the result.
-        own = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            remove_hooks(own)
-        self._resume()
-
-    def _check_loaded(self, state_dict: Any) -> None:
         params, tuned = self._parameters(), self._settings.steps.tuned
         named = [(self._connection.names[id(p)], p) for p in params]
-        check_state_dict(
-            state_dict, self.param_groups, named, self._curvature.shapes(params), tuned
-        )
+        shapes = self._curvature.shapes(params)
+
+        def check(state: Any) -> None:
+            check_state_dict(state, self.param_groups, named, shapes, tuned)
+
+        load_checked(self, super().load_state_dict, state_dict, check)
+        self._resume()
 
     def _complete_state(self) -> None:
         with numbers_alone(self.param_groups):

@@ -32,14 +32,18 @@ class LabelDraws:
     """
 
     def __init__(self, seed: int, device: torch.device, wrappers: WrapperWatch) -> None:
-        self._wrappers = wrappers
+        self._wrappers, self._seed = wrappers, seed
         self.step = 0
-        self.start(seed, device)
+        self._start(device)
 
-    def start(self, seed: int, device: torch.device) -> None:
-        """Draw from a seed, on a device; see the class."""
-        self.common = Generator(device).manual_seed(seed)
+    def _start(self, device: torch.device) -> None:
+        self.common = Generator(device).manual_seed(self._seed)
         self._own, self._key = self.common, (0, -1, -1)
+
+    def move(self, device: torch.device) -> None:
+        """Draw on a device from now on; from the seed again, if it is another one."""
+        if self.common.device != device:
+            self._start(device)
 
     def generator(self) -> Generator:
         """Return the generator to draw from now."""

@@ -32,12 +32,14 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.linalg.precision import round_off
+from kfacopt.optim.messages import missing_statistics
 from kfacopt.optim.settings import StepSettings
 from kfacopt.optim.state.fresh import HAS_PREVIOUS, PREVIOUS
 from kfacopt.optim.steps.clipped_step import ClippedStep
-from kfacopt.optim.steps.closures import ClosureLoss
+from kfacopt.optim.steps.closures import ClosureLoss, closure_loss
 from kfacopt.optim.steps.quadratic_model import QuadraticModel, evaluate, quadratic_model
 from kfacopt.optim.steps.replay import coarsest_dtype
+from kfacopt.optim.watch.loss_scale import calling_loss_scale
 from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
 
 DAMPING_INTERVAL = 2
@@ -107,6 +109,33 @@ class Objective:
     closure: ClosureLoss | None
     loss_scale: float
     over_ranks: Callable[[Tensor], Tensor]
+
+
+def objective_of(
+    terms: Sequence[ObjectiveTerm],
+    closure: Callable[[], Any] | None,
+    loss: Any,
+    params: Sequence[Parameter],
+    over_ranks: Callable[[Tensor], Tensor],
+) -> Objective:
+    """Return the objective of a step.
+
+    Args:
+        terms: Its losses that were recognised.
+        closure: What `step` was given.
+        loss: What the closure returned.
+        params: The optimizer's parameters.
+        over_ranks: Averages numbers over all processes.
+
+    Raises:
+        RuntimeError: If there are no losses.
+    """
+    if not terms:
+        raise RuntimeError(f"KFACOptimizer: {missing_statistics(True, set())}")
+    again = None
+    if closure is not None:
+        again = closure_loss(closure, loss, params, terms, over_ranks)
+    return Objective(terms, again, calling_loss_scale(), over_ranks)
 
 
 class SelfTuning:
