@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfacopt import GGNLinearOperator, KFACLinearOperator, KFACOptimizer, KFACWarning
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.kronecker import DecompositionError
-from kfacopt.optim.steps.momentum import are_finite
+from kfacopt.optim.steps.update import are_finite
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -16,11 +16,11 @@ from kfacopt.kfac.factors import Factors
 from kfacopt.kfac.layers import Block, KFACApprox, Layer
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
-from kfacopt.optim.collecting import collected_moments
 from kfacopt.optim.connection import Connection, connect
 from kfacopt.optim.distributed import Ranks, mean_over_ranks
 from kfacopt.optim.messages import Notices, without_layers
 from kfacopt.optim.monitoring import Scalars, all_block_statistics
+from kfacopt.optim.pending import take_pending
 from kfacopt.optim.reports import (
     report_skipped,
     report_without_inverse,
@@ -44,9 +44,9 @@ from kfacopt.optim.statistics.label_draws import LabelDraws
 from kfacopt.optim.statistics.moments import Moments
 from kfacopt.optim.steps.clipped_step import ClippedStep
 from kfacopt.optim.steps.fallback import fallback_step
-from kfacopt.optim.steps.momentum import are_finite
 from kfacopt.optim.steps.preconditioning import gradients_of, preconditioned
 from kfacopt.optim.steps.self_tuning import Objective, SelfTuning, objective_of, step_rule
+from kfacopt.optim.steps.update import are_finite
 from kfacopt.optim.watch.admission import check_iterable, check_parameters
 from kfacopt.optim.watch.modules import find_modules
 from kfacopt.optim.watch.watch import Watch
@@ -280,7 +280,7 @@ class KFACOptimizer(Optimizer):
         if self._statistics.collecting and not waiting:  # at an interval's start, or for new layers
             group, bases = self._ranks.group(params), self._statistics.bases
             own = (self._connection, curvature, self._settings, params, number)
-            moments = collected_moments(*own, self._ranks, self._notices)
+            moments = take_pending(*own, self._ranks, self._notices)
             late = curvature.fold(moments, bases, number, group)
         else:
             self._connection.forget()

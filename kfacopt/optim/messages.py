@@ -1,4 +1,4 @@
-"""What the optimizer tells its user: log lines and the causes of errors."""
+"""What users read in warnings, errors and logs; when it is said is in `reports`."""
 
 from __future__ import annotations
 

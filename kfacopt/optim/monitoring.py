@@ -1,4 +1,4 @@
-"""What the optimizer tells for logging; the device is asked here, never in a step."""
+"""Numbers for logging; the device is asked here, never in a step."""
 
 from __future__ import annotations
 

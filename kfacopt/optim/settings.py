@@ -1,4 +1,4 @@
-"""What `KFACOptimizer` can be set to: the table of settings, their checks, one object a concern.
+"""What `KFACOptimizer` can be set to: one table, its checks, one object a concern; no tensors.
 
 Nothing here is about tensors that are trained; defaults that are numbers in the constructor's
 signature stand there.

@@ -1,4 +1,4 @@
-"""What a state must be to be loaded, checked before anything is changed."""
+"""What a saved state must be to be loaded; nothing is changed here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `torch.optim.Optimizer` loses of an optimizer's state, kept."""
+"""What `torch.optim.Optimizer` loses of dtypes, devices and generators; no value is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state as it is before the first step, complete: what checkpoint tools load into.
+"""The state before the first step, complete: what checkpoint tools load into; no statistics yet.
 
 `torch.distributed.checkpoint` loads only what a fresh optimizer has, so everything is there, with
 shapes and dtypes that follow from the parameters; numbers tell that it holds nothing yet.

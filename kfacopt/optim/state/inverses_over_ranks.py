@@ -1,4 +1,4 @@
-"""Under DDP: inverses and bases are computed by one rank each, and sent to the others.
+"""Inverses that one rank computes for all and sends; how they are computed is in `inverses`.
 
 Ranks with other numbers of threads, or other processors, get inverses that differ by round-off, and
 eigenbases that differ by much more where eigenvalues are close. Their parameters would drift apart,

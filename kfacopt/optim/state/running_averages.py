@@ -1,4 +1,4 @@
-"""A layer's running factors and second moments, kept in the optimizer's state."""
+"""A layer's running factors and second moments; a single step's sums are in `statistics`."""
 
 from __future__ import annotations
 

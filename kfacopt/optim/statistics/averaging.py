@@ -1,4 +1,4 @@
-"""Statistics under DistributedDataParallel: what is captured is local and averaged here."""
+"""Statistics under DDP: what is captured is local and averaged over ranks here, not over time."""
 
 from __future__ import annotations
 

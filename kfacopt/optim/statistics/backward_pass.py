@@ -1,4 +1,4 @@
-"""What one backward pass of the user's adds to the factors, if it turns out to count."""
+"""What one backward pass adds to the factors, if it counts; a step's sums are in `moments`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The empirical Fisher from the gradients of the user's own backward pass."""
+"""The empirical Fisher from the user's own backward pass; would-be gradients are in `would_be`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The random numbers that labels are drawn from, in one process and on several ranks."""
+"""The random numbers that labels are drawn from, on one rank or several; no label is drawn here."""
 
 from __future__ import annotations
 

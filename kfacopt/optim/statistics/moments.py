@@ -1,4 +1,4 @@
-"""What the statistics of a layer add up to between two steps."""
+"""What a layer's statistics add up to between two steps; nothing is averaged over time."""
 
 from __future__ import annotations
 

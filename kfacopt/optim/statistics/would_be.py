@@ -1,4 +1,4 @@
-"""Moments from would-be gradients: extra backward passes through the layers' outputs alone."""
+"""Moments from would-be gradients: extra backward passes, which touch no parameter."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.optim.steps.kl_clip import kl_clip_scale
-from kfacopt.optim.steps.momentum import apply_step
+from kfacopt.optim.steps.update import apply_step
 
 
 class ClippedStep:

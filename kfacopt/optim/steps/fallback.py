@@ -1,4 +1,4 @@
-"""The update of parameters that have no Kronecker factors."""
+"""AdamW for parameters without curvature; those with a direction are moved by `clipped_step`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
 from kfacopt.optim.state.fresh import initialise_moments
-from kfacopt.optim.steps.momentum import can_be_fused
+from kfacopt.optim.steps.update import can_be_fused
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8

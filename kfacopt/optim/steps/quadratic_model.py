@@ -1,4 +1,4 @@
-"""The objective's quadratic model along a few directions, with the exact GGN. Free functions."""
+"""The objective's quadratic model along a few directions, with the exact GGN; it moves nothing."""
 
 from __future__ import annotations
 

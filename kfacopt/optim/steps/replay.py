@@ -1,4 +1,4 @@
-"""Evaluate the user's objective again, at other parameters or along directions in θ.
+"""Run the user's objective again, at other parameters; what is recorded is in `watch`.
 
 While a self-tuning optimizer watches, the calls of outermost modules and the functions that were
 applied to their outputs are recorded, up to the losses. A replay runs the same calls in the same

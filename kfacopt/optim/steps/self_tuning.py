@@ -1,4 +1,4 @@
-"""Steps that tune themselves: step size, momentum and damping from the quadratic model.
+"""Steps that tune themselves by the quadratic model; steps of a given rate are in `clipped_step`.
 
 For a proposal Δ = −F̂⁻¹g and the last step d₀ (momentum), the step is d = s (α Δ + μ d₀), where α
 and μ minimise the quadratic model M with the *exact* GGN of the same data and s is the schedule's

@@ -1,4 +1,4 @@
-"""Recognise reentrant activation checkpointing, which hides its layers from the would-be pass."""
+"""Recognise reentrant checkpointing, which hides its layers; the other kind needs nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notice gradients that ranks average by other means than a wrapper."""
+"""Notice gradients that ranks average without a wrapper; nothing is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks that keep their owner alive no longer than others do."""
+"""Hooks that keep nothing alive and that copies do not carry; what they call is in `watch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call of a function of torch means as a loss."""
+"""What a call of a function of torch means as a loss; its curvature is in `likelihoods`."""
 
 from __future__ import annotations
 

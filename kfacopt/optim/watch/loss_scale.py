@@ -1,4 +1,4 @@
-"""Find the loss scale that a `GradScaler` multiplied the loss with."""
+"""Find the loss scale that a `GradScaler` multiplied the loss with; nothing is unscaled here."""
 
 from __future__ import annotations
 

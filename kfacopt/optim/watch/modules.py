@@ -1,4 +1,4 @@
-"""From parameters to the modules that own them."""
+"""From parameters to the modules that own them; which of them are layers is found in `kfac`."""
 
 from __future__ import annotations
 

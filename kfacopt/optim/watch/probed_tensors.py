@@ -1,4 +1,4 @@
-"""Recognise the loss that the user computes on a model's output, without being told.
+"""Outputs that tell when a loss is computed from them; what the loss means is in `loss_calls`.
 
 The outermost module's outputs are returned as a `ProbedTensor`, which lets every operation through
 and recognises calls of known loss functions. Within the outermost module's forward pass, where

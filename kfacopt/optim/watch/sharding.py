@@ -1,4 +1,4 @@
-"""Refuse parameters, optimizers and models that are shared out over ranks, by name."""
+"""Refuse parameters, optimizers and models that are shared out over ranks; DDP is in `wrappers`."""
 
 from __future__ import annotations
 

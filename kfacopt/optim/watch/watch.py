@@ -1,4 +1,4 @@
-"""Watch forward passes, losses and gradients in the user's own loop; what follows is not done here.
+"""Watch forward passes, losses and gradients in the user's own loop; nothing is computed here.
 
 Hooks on the modules that contain the parameters record the uses of layers; a hook on the loss value
 that the user computes tells when the user's backward pass arrives there. That is the moment when it

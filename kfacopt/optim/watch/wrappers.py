@@ -1,4 +1,4 @@
-"""DistributedDataParallel around the model: finding it, and leaving its bookkeeping alone."""
+"""Finding a DDP wrapper and leaving its bookkeeping alone; nothing is sent to other ranks."""
 
 from __future__ import annotations
 

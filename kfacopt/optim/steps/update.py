@@ -1,4 +1,4 @@
-"""What becomes of a preconditioned gradient: clip, momentum, decay. Free functions on tensors."""
+"""Torch's SGD on steps that are scaled already: momentum and decay, no clip and no curvature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step takes from its statistics, over all ranks, and tells of what they lack."""
+"""The statistics that wait for a step, taken over all ranks; sums are made in `statistics`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kfacopt.optim.statistics.moments import Moments
 from kfacopt.optim.watch.loss_scale import calling_loss_scale
 
 
-def collected_moments(
+def take_pending(
     connection: Connection,
     curvature: CurvatureState,
     settings: Settings,
