@@ -83,10 +83,6 @@ def _total(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(list(values)).sum(0)
 
 
-def _copy(source: Tensor, target: Tensor) -> None:
-    target.copy_(source)
-
-
 def bordered(put: Callable[[Tensor], object], sums: Tensor, count: int, constant: float) -> Tensor:
     """Return Σ x xᵀ `[B, d + 1, d + 1]` of vectors x = (a, c) from that of a.
 
@@ -121,7 +117,7 @@ def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tenso
         return _rows_moment(layer, use.inputs(dtype)[0], diagonal, [use], [1.0])
     moment, sums, count = known
     if layer.joint:
-        moment = bordered(partial(_copy, moment), sums, count, use.adds(layer.bias))
+        moment = bordered(lambda view: view.copy_(moment), sums, count, use.adds(layer.bias))
     return moment, count
 
 

@@ -143,7 +143,7 @@ class CGInverseLinearOperator(LinearOperator):
         def call_with_array(iterate: Tensor) -> None:
             callback(iterate.cpu().numpy())
 
-        return self._through_torch(lambda T: self._solve(T, call_with_array), np.asarray(X))
+        return self._multiply_array(lambda T: self._solve(T, call_with_array), X)
 
     _rmatmat = _matmat
 
