@@ -160,11 +160,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def check_twice_differentiable(
-    name: str,
-    value: Tensor,
-    function: Callable[[Tensor], Tensor],
-    x: Tensor,
-    confirmed: Verdicts,
+    name: str, value: Tensor, function: Callable[[Tensor], Tensor], x: Tensor, confirmed: Verdicts
 ) -> None:
     """Raise if second derivatives of a function, through custom functions, are wrong.
 

@@ -14,11 +14,7 @@ from torch import Tensor, nn
 
 from kfacopt.argument_checks import checked_output
 from kfacopt.curvature.batched_autograd import batched_grad
-from kfacopt.curvature.confirmation import (
-    Functions,
-    are_adjoint,
-    random_like,
-)
+from kfacopt.curvature.confirmation import Functions, are_adjoint, random_like
 from kfacopt.curvature.data_gradients import (
     DataGradients,
     GradientPlan,

@@ -209,11 +209,7 @@ class LanczosApproximateSpectrumCached(_LanczosRuns):
         return spectral_ends(self._A, *self._given, self._tol)
 
     def approximate_spectrum(
-        self,
-        num_repeats: int = 1,
-        num_points: int = 1024,
-        kappa: float = 3.0,
-        margin: float = 0.05,
+        self, num_repeats: int = 1, num_points: int = 1024, kappa: float = 3.0, margin: float = 0.05
     ) -> Density:
         """Approximate the spectral density of A.
 

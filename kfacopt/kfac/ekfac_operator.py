@@ -14,11 +14,7 @@ from kfacopt.kfac.capture import group_by_layer
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.layers import Block
 from kfacopt.kfac.linear_operator import KFACLinearOperator
-from kfacopt.linalg.kronecker import (
-    DampingMethod,
-    KroneckerEigendecomposition,
-    eigendecomposition,
-)
+from kfacopt.linalg.kronecker import DampingMethod, KroneckerEigendecomposition, eigendecomposition
 from kfacopt.linalg.precision import null_directions
 
 

@@ -38,7 +38,7 @@ def with_sum(loss_func: nn.Module) -> Any:
     return summed
 
 
-def likelihood_of(loss_func: nn.Module) -> Likelihood:
+def likelihood_of(loss_func: Any) -> Likelihood:
     """Return the likelihood of an `nn` loss module.
 
     Args:
