@@ -1,4 +1,4 @@
-"""Checks of arguments, whose errors name the argument, the constraint and the value."""
+"""Checks of arguments, with errors that name them; what one class alone checks stands there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hessian of the loss by a feature inside the network."""
+"""The Hessian by a feature inside the network; those by parameters have other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The uncentered gradient covariance, or empirical Fisher."""
+"""The empirical Fisher; the products of outer products are in `outer_products`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Fisher information matrix by Monte-Carlo samples."""
+"""The Fisher by Monte-Carlo samples; what is drawn says `likelihoods`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generalized Gauss-Newton matrix."""
+"""The generalized Gauss-Newton matrix; products with J and Jᵀ are in `linearization`."""
 
 from __future__ import annotations
 

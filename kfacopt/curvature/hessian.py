@@ -1,4 +1,4 @@
-"""The Hessian."""
+"""The Hessian; the derivative of the gradient along vectors is in `second_derivatives`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Jacobian of a network's predictions by its parameters, and its transpose."""
+"""The Jacobian of a network's predictions, and its transpose, as operators; no loss."""
 
 from __future__ import annotations
 

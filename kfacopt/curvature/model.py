@@ -1,4 +1,4 @@
-"""A network as a differentiable function of named tensors."""
+"""A network as a function of named tensors; what is differentiated, not how."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the curvature matrices of an empirical risk have in common."""
+"""What matrices of an empirical risk share: terms, sums, scale; not one batch's product."""
 
 from __future__ import annotations
 

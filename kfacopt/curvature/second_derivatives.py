@@ -1,4 +1,4 @@
-"""The derivative of a gradient, for many vectors at once."""
+"""H v, the derivative of a gradient along many vectors; the gradient's scalar is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spectral densities by stochastic Lanczos quadrature."""
+"""Spectral densities by stochastic Lanczos quadrature; the Lanczos runs are in `lanczos`."""
 
 from __future__ import annotations
 

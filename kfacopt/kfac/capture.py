@@ -1,4 +1,4 @@
-"""Forward hooks that record what layers saw, and the gradients by their outputs."""
+"""Hooks that record uses of layers, and passes to their outputs; not what is made of them."""
 
 from __future__ import annotations
 

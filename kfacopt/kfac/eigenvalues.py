@@ -1,4 +1,4 @@
-"""The second moments of per-datum gradients in a Kronecker-factored eigenbasis (EKFAC).
+"""EKFAC's eigenvalues: per-datum gradients' second moments in bases that are given.
 
 For a layer z = W a the gradient of datum n (and vector v) is Γ = Σ_s g_s a_sᵀ. In the bases Q_G and
 Q_A its second moments are

@@ -1,4 +1,4 @@
-"""The eigenvalue-corrected K-FAC approximation as a linear operator, and its damped inverse."""
+"""The eigenvalue-corrected K-FAC matrix over data; one pass's eigenvalues are in `eigenvalues`."""
 
 from __future__ import annotations
 

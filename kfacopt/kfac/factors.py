@@ -1,4 +1,4 @@
-"""From inputs a and output gradients g to the factors A and G, and their averages over time.
+"""From one pass's a and g to A and G, and how averages over time move; not who keeps them.
 
 For the loss L = Σ_t ω_t ℓ_t and vectors v that carry √ω (see `kfacopt.likelihoods`):
 

@@ -1,4 +1,4 @@
-"""Statistics on part of a batch."""
+"""Uses of layers by part of a batch; what is computed from them does not know of it."""
 
 from __future__ import annotations
 

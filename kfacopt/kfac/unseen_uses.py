@@ -1,4 +1,4 @@
-"""Parameters that a model uses past the calls of their modules, whose blocks would be too small.
+"""Parameters that are used past the calls of their modules; recorded uses are in `capture`.
 
 A module's hook sees the calls of the module alone. `F.linear(x, layer.weight)`, `layer.forward(x)`,
 a weight that is added to another one, and a derivative of the network by its input, whose backward

@@ -1,4 +1,4 @@
-"""Inverses of linear operators: conjugate gradients and the truncated Neumann series."""
+"""Inverses of operators as operators; the algorithms themselves are functions in other files."""
 
 from __future__ import annotations
 

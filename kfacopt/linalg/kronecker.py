@@ -1,4 +1,4 @@
-"""Kronecker products G ⊗ A: products, trace, logdet, eigenbasis, damped inverse.
+"""Kronecker products G ⊗ A, their eigenbases and damped inverses; no parameters, no layers.
 
 A factor is dense, `[B, d, d]`, or diagonal, `[B, d]`; B counts independent blocks (the groups of a
 convolution, 1 otherwise). All matrices are symmetric and vec is row-major, so that

@@ -1,4 +1,4 @@
-"""A SciPy linear operator that also takes tensors and lists of parameter-shaped tensors."""
+"""The linear operator, SciPy's that takes tensors too, and its arithmetic; no particular matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
 from torch import Tensor
 
 from kfacopt.argument_checks import as_real
-from kfacopt.linalg import operands
+from kfacopt.linalg import conversions
 from kfacopt.linalg.scipy_products import scipy_product
 from kfacopt.linalg.tensor_lists import Shapes, is_tensor_list
 
@@ -48,7 +48,7 @@ class LinearOperator(SciPyLinearOperator):
     ) -> None:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: an operator must be real and floating, got {dtype}.")
-        super().__init__(operands.numpy_dtype(dtype), shape)
+        super().__init__(conversions.numpy_dtype(dtype), shape)
         self._derive_from()
         self.torch_dtype = dtype
         self.device = torch.device(device)
@@ -100,9 +100,9 @@ class LinearOperator(SciPyLinearOperator):
 
     # NumPy ---------------------------------------------------------------------------------
 
-    def _multiply_array(self, kernel: operands.Kernel, X: np.ndarray) -> np.ndarray:
+    def _multiply_array(self, kernel: conversions.Kernel, X: np.ndarray) -> np.ndarray:
         self._check_operands()
-        return operands.multiply_array(self, kernel, np.asarray(X))
+        return conversions.multiply_array(self, kernel, np.asarray(X))
 
     def _matmat(self, X: np.ndarray) -> np.ndarray:
         return self._multiply_array(self._matmat_tensor, X)
@@ -130,10 +130,10 @@ class LinearOperator(SciPyLinearOperator):
         if isinstance(x, Tensor):
             if x.ndim == 0:
                 return ScaledLinearOperator(self, x.item())
-            return operands.multiply_tensor(self, self._matmat_tensor, x, self.shape[1])
+            return conversions.multiply_tensor(self, self._matmat_tensor, x, self.shape[1])
         if is_tensor_list(x):
             shapes = (self.in_shapes, self.out_shapes)
-            return operands.multiply_list(self, self._matmat_tensor, x, shapes, self.shape[1])
+            return conversions.multiply_list(self, self._matmat_tensor, x, shapes, self.shape[1])
         if isinstance(x, SciPyLinearOperator):
             return ProductLinearOperator(self, as_operator(x, like=self))
         if np.isscalar(x):
@@ -150,11 +150,11 @@ class LinearOperator(SciPyLinearOperator):
         self._check_operands()
         if isinstance(x, Tensor):
             if x.ndim == 1:
-                return operands.multiply_tensor(self, self._rmatmat_tensor, x, self.shape[0])
-            return operands.multiply_tensor(self, self._rmatmat_tensor, x.mT, self.shape[0]).mT
+                return conversions.multiply_tensor(self, self._rmatmat_tensor, x, self.shape[0])
+            return conversions.multiply_tensor(self, self._rmatmat_tensor, x.mT, self.shape[0]).mT
         if is_tensor_list(x):
             shapes = (self.out_shapes, self.in_shapes)
-            return operands.multiply_list(self, self._rmatmat_tensor, x, shapes, self.shape[0])
+            return conversions.multiply_list(self, self._rmatmat_tensor, x, shapes, self.shape[0])
         if isinstance(x, SciPyLinearOperator):
             return ProductLinearOperator(as_operator(x, like=self), self)
         if np.isscalar(x):
@@ -390,7 +390,7 @@ class PowerLinearOperator(LinearOperator):
     def _rmatmat_tensor(self, X: Tensor) -> Tensor:
         return self._repeat(self._A._rmatmat_tensor, X)
 
-    def _repeat(self, kernel: operands.Kernel, X: Tensor) -> Tensor:
+    def _repeat(self, kernel: conversions.Kernel, X: Tensor) -> Tensor:
         if self._exponent == 0:  # a product never shares memory with its operand
             return X.clone()
         for _ in range(self._exponent):

@@ -1,4 +1,4 @@
-"""The trained parameters of a layer and their diagonal blocks of F, whatever family the layer has.
+"""A layer's trained parameters and their diagonal blocks of F; nothing that differs by family.
 
 z = W a + b with a `[B, N, S, d_in]` and [W | b] `[B, d_out, d_in (+ 1)]`: B counts the groups of a
 convolution, each with its own block, N data, S shared positions.

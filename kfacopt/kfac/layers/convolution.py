@@ -1,4 +1,4 @@
-"""`nn.Conv2d`: what it does with its input is in `patches`; here, groups, positions and layout."""
+"""`nn.Conv2d`: groups, positions and layout; what its kernel sees is in `patches`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nn.Linear`: every axis between the data's and the last one is one of positions."""
+"""`nn.Linear`: axes between the first and the last are positions; other layers have other files."""
 
 from __future__ import annotations
 
