@@ -1,4 +1,4 @@
-"""What the kernel of a convolution sees: patches of its input, their means and second moments.
+"""Patches that a convolution's kernel sees, their sums and second moments; no weights.
 
 A patch at output row r has the input's rows r + i, i < KH (for stride 1). So the block of
 Σ patch patchᵀ for the kernel's rows i and j = i + δ,
