@@ -30,7 +30,7 @@ ROOMS = {
     "kfac": ("layers",),
     "optim": ("watch", "statistics", "state", "steps"),
 }
-BESIDE = {"optim": {"settings", "distributed", "messages", "monitoring"}}
+BESIDE = {"optim": {"settings", "messages"}}
 
 
 def imported_names(path: Path) -> list[list[str]]:

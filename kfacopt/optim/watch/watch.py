@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from kfacopt.data import is_evaluating
 from kfacopt.kfac.capture import in_would_be_pass, record_use
 from kfacopt.kfac.layers import Layer
-from kfacopt.likelihoods import UnsupportedLossError
+from kfacopt.likelihoods import Likelihood, UnsupportedLossError
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.watch.activation_checkpointing import refuse_reentrant_checkpointing
 from kfacopt.optim.watch.compilation import (
@@ -162,7 +162,7 @@ class Watch:
         if self._outermost is not None or not torch.is_grad_enabled():
             return None
         if _is_foreign_call(module):
-            self._refuse_recomputation(module)
+            _refuse_recomputation(self._layers_of.get(id(module), ()))
             return None
         parents = passes_feeding((args, kwargs))
         for parent in parents:
@@ -177,15 +177,6 @@ class Watch:
             self._mode = LossCallMode(forward_pass, parents)
             self._mode.__enter__()
         return unprobe(args), unprobe(kwargs)
-
-    def _refuse_recomputation(self, module: nn.Module) -> None:
-        """Raise if a whole model is called by reentrant activation checkpointing.
-
-        Its first forward pass looks like an evaluation without gradients.
-        """
-        if torch._C._current_graph_task_id() != -1 and not is_evaluating():
-            for layer in self._layers_of.get(id(module), ()):
-                refuse_reentrant_checkpointing(layer.name)
 
     def _end_pass(self) -> None:
         self._outermost = None
@@ -276,15 +267,7 @@ class Watch:
         self, output: Any, probed: Any, forward_pass: ForwardPass, parents: list[ForwardPass]
     ) -> None:
         """Take the stated loss at the model's output, when the backward pass arrives there."""
-        likelihood = self._settings.likelihood
-        assert likelihood is not None
-        outputs = differentiable_tensors(unprobe(output))
-        if len(outputs) != 1:
-            raise ValueError(
-                "loss_func: the model must return one differentiable tensor for a stated loss, "
-                f"got {len(outputs)}. Let the loss be recognised, or wrap the model."
-            )
-        call = LossCall(likelihood, outputs[0], None)
+        call = _stated_call(self._settings.likelihood, output)
         passes = [p for p in (*parents, forward_pass) if p.observer is self]
         watch = weakref.ref(self)
 
@@ -296,6 +279,31 @@ class Watch:
         # On the probe's own node, behind z: a hook on z's node that refers to z would be a cycle.
         (probed_output,) = differentiable_tensors(probed)
         get_gradient_edge(probed_output).node.register_prehook(on_backward)
+
+
+def _stated_call(likelihood: Likelihood | None, output: Any) -> LossCall:
+    """Return what a stated loss means at a model's output."""
+    assert likelihood is not None
+    outputs = differentiable_tensors(unprobe(output))
+    if len(outputs) != 1:
+        raise ValueError(
+            "loss_func: the model must return one differentiable tensor for a stated loss, "
+            f"got {len(outputs)}. Let the loss be recognised, or wrap the model."
+        )
+    return LossCall(likelihood, outputs[0], None)
+
+
+def _refuse_recomputation(layers: Iterable[Layer]) -> None:
+    """Raise if a whole model is called by reentrant activation checkpointing.
+
+    Its first forward pass looks like an evaluation without gradients.
+
+    Args:
+        layers: The layers that the module itself is.
+    """
+    if torch._C._current_graph_task_id() != -1 and not is_evaluating():
+        for layer in layers:
+            refuse_reentrant_checkpointing(layer.name)
 
 
 def _is_foreign_call(module: nn.Module) -> bool:
