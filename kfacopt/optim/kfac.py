@@ -18,13 +18,15 @@ from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
 from kfacopt.optim.connection import Connection, connect
 from kfacopt.optim.distributed import Ranks, mean_over_ranks
-from kfacopt.optim.messages import Notices, without_layers
+from kfacopt.optim.messages import (
+    Notices,
+    log_new_layer,
+    skipped_step,
+    without_curvature,
+    without_layers,
+)
 from kfacopt.optim.monitoring import Scalars, all_block_statistics
 from kfacopt.optim.pending import take_pending
-from kfacopt.optim.reports import (
-    report_skipped,
-    report_without_inverse,
-)
 from kfacopt.optim.settings import (
     SETTINGS,
     PreconditionerKind,
@@ -290,7 +292,12 @@ class KFACOptimizer(Optimizer):
         curvature.fold_late(late, group)
 
         def without_inverse(block: Block) -> None:
-            report_without_inverse(self._notices, block, waiting, self._statistics.undercounted)
+            if waiting:
+                log_new_layer(block.layer)
+                return
+            otherwise = block.layer in self._statistics.undercounted
+            message = without_curvature(block.layer, otherwise)
+            self._notices.warn(f"uncaptured {block.layer.name}", message)
 
         def objective() -> Objective:
             over_ranks = partial(mean_over_ranks, group=self._ranks.group(params))
@@ -349,7 +356,7 @@ class KFACOptimizer(Optimizer):
         strange = [names[id(p)] for p, grad in grads.items() if not bool(grad.isfinite().all())]
         self._skipped_steps += 1
         self._connection.forget()
-        report_skipped(self._notices, strange)
+        self._notices.warn("skipped", skipped_step(strange))
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
