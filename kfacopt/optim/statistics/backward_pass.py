@@ -36,11 +36,7 @@ class CandidateMoments:
         self._subsets: dict[int, Tensor] = {}  # by the number of data
 
     def count_gradients(
-        self,
-        layer: Layer,
-        uses: Sequence[LayerUse],
-        grads: Sequence[Tensor],
-        scale: Tensor | float,
+        self, layer: Layer, uses: Sequence[LayerUse], grads: Sequence[Tensor], scale: Tensor | float
     ) -> None:
         """Count the gradients by the outputs of a layer's uses in one forward pass.
 

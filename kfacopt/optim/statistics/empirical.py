@@ -27,9 +27,7 @@ class EmpiricalPass:
     """
 
     def __init__(
-        self,
-        forward_pass: ForwardPass,
-        receive: Callable[[EmpiricalPass, LayerUse, Tensor], None],
+        self, forward_pass: ForwardPass, receive: Callable[[EmpiricalPass, LayerUse, Tensor], None]
     ) -> None:
         self.forward_pass = forward_pass
         self._uses_of = group_by_layer(forward_pass.uses)

@@ -75,12 +75,7 @@ def _bernoulli_call(arguments: dict[str, Any]) -> LossCall:
 
 _SIGNATURES: dict[Callable[..., Any], inspect.Signature] = {
     function: inspect.signature(function)
-    for function in (
-        F.cross_entropy,
-        F.nll_loss,
-        F.mse_loss,
-        F.binary_cross_entropy_with_logits,
-    )
+    for function in (F.cross_entropy, F.nll_loss, F.mse_loss, F.binary_cross_entropy_with_logits)
 }
 
 

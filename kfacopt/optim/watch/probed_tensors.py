@@ -314,10 +314,7 @@ def carry_probes(before: Any, after: Any) -> Any:
 
 
 def record_call(
-    function: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    surroundings: Surroundings | None = None,
+    function: Callable[..., Any], args: Any, kwargs: Any, surroundings: Surroundings | None = None
 ) -> Call:
     """Record a call, with the sources of probed tensors among its arguments.
 

@@ -76,9 +76,7 @@ def refuse_pipeline_stages(modules: Iterable[nn.Module]) -> None:
 
 
 def refuse_replaced(
-    modules: Sequence[tuple[str, nn.Module]],
-    params: Sequence[Parameter],
-    names: Mapping[int, str],
+    modules: Sequence[tuple[str, nn.Module]], params: Sequence[Parameter], names: Mapping[int, str]
 ) -> None:
     """Raise if modules were given shards in the place of an optimizer's parameters.
 
