@@ -1,4 +1,4 @@
-"""The folders are layers: each imports only from those above it (design.md)."""
+"""The folders are layers: each imports only from those above it (ARCHITECTURE.md)."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,7 @@ ALLOWED = {
     "module_search": set(),
     "curvature": BASE | {"linalg", "likelihoods", "data", "module_search"},
     "kfac": BASE | {"linalg", "likelihoods", "data"},
-    "optim": BASE | {"linalg", "likelihoods", "data", "module_search", "curvature", "kfac"},
+    "optim": BASE | {"linalg", "likelihoods", "data", "module_search", "kfac"},
     "experimental": {"curvature"},
 }
 

@@ -39,7 +39,7 @@ from kfacopt.optim.settings import (
 from kfacopt.optim.state.checks import check_state_dict
 from kfacopt.optim.state.conversions import restore_generator, store_generator
 from kfacopt.optim.state.curvature_state import CurvatureState
-from kfacopt.optim.state.fresh import is_initialisation
+from kfacopt.optim.state.initial import is_initialisation
 from kfacopt.optim.state.loading import load_checked
 from kfacopt.optim.statistics.collector import Statistics
 from kfacopt.optim.statistics.label_draws import LabelDraws
@@ -51,6 +51,7 @@ from kfacopt.optim.steps.self_tuning import Objective, SelfTuning, objective_of,
 from kfacopt.optim.steps.update import are_finite
 from kfacopt.optim.watch.admission import check_iterable, check_parameters
 from kfacopt.optim.watch.modules import find_modules
+from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
 from kfacopt.optim.watch.watch import Watch
 
 
@@ -80,8 +81,8 @@ class KFACOptimizer(Optimizer):
 
     Args:
         params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
-            may set `lr`, `momentum`, `nesterov`, `weight_decay`, `damping` and `fallback_lr`. A
-            joint block [W | b] takes W's damping.
+            may set `lr`, `momentum`, `nesterov`, `weight_decay`, `damping`, `fallback_lr`,
+            `maximize` and `foreach`. A joint block [W | b] takes W's damping.
         lr: The learning rate, in units of a natural-gradient step: 1 is a full one; a number, or
             a tensor of one, as for AdamW (the other settings of groups, too). Where the clip
             is active (ν < 1) the step's length follows from κ alone, and a schedule acts where it
@@ -117,7 +118,7 @@ class KFACOptimizer(Optimizer):
         factor_batch_fraction: The share, in (0, 1], of a batch's data that Ā, Ḡ and Λ are summed
             over, drawn anew for each backward pass; the estimates stay unbiased. It spares products
             of the factors, not the backward pass of `fisher_type="mc"`.
-        factor_update_interval: Steps between updates of Ā and Ḡ. Between them hooks do nothing.
+        factor_update_interval: Steps between updates of Ā and Ḡ. Between them there are no hooks.
             10, or 1 for `lr="auto"`.
         inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`.
         kl_clip: κ > 0, about twice the KL divergence by which a step without momentum may move the
@@ -271,46 +272,69 @@ class KFACOptimizer(Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None, loss: Any) -> None:
         """Collect, fold, invert, precondition, clip and move."""
-        curvature, groups, number = self._curvature, self.param_groups, self._num_steps
-        params = self._parameters()
+        number, collecting = self._num_steps, self._statistics.collecting
         due = self._settings.schedule.factors_due(number)
         terms = self._statistics.objective() if self._settings.steps.tuned else []
         # Layers that became new after the forward pass have to wait for the next one.
-        waiting = self._statistics.collecting and not (due or self._watch.forward_seen)
+        waiting = collecting and not (due or self._watch.forward_seen)
         late: dict[Layer, Moments] = {}
-        group = None
-        if self._statistics.collecting and not waiting:  # at an interval's start, or for new layers
-            group, bases = self._ranks.group(params), self._statistics.bases
-            own = (self._connection, curvature, self._settings, params, number)
-            moments = take_pending(*own, self._ranks, self._notices)
-            late = curvature.fold(moments, bases, number, group)
+        if collecting and not waiting:  # at an interval's start, or for new layers
+            late = self._collect_and_fold()
         else:
             self._connection.forget()
-        blocks = curvature.due_inverses(number)
+        blocks = self._curvature.due_inverses(number)
         if blocks:
-            curvature.invert(blocks, groups, number, self._ranks.group(params))
-        curvature.fold_late(late, group)
+            self._curvature.invert(blocks, self.param_groups, number, self._group)
+        if late:  # EKFAC's second moments, in bases that are there only now
+            self._curvature.fold_late(late, self._group)
+        gradients = gradients_of(self.param_groups)
+        without_inverse = partial(self._report_without_inverse, waiting)
+        directions = preconditioned(self._curvature, gradients, self.param_groups, without_inverse)
+        self._clip_and_move(gradients, directions, terms, closure, loss)
+        if due:
+            self._ranks.align(self.state, self._parameters(), self._curvature.blocks)
+        self._look_ahead(waiting)
 
-        def without_inverse(block: Block) -> None:
-            if waiting:
-                log_new_layer(block.layer)
-                return
-            otherwise = block.layer in self._statistics.undercounted
-            message = without_curvature(block.layer, otherwise)
-            self._notices.warn(f"uncaptured {block.layer.name}", message)
+    def _collect_and_fold(self) -> dict[Layer, Moments]:
+        """Move the running factors to include the statistics; return what still lacks a basis."""
+        bases, step = self._statistics.bases, self._num_steps
+        pending = take_pending(
+            self._connection,
+            self._curvature,
+            self._settings,
+            self._parameters(),
+            step,
+            self._ranks,
+            self._notices,
+        )
+        return self._curvature.fold(pending, bases, step, self._group)
+
+    def _report_without_inverse(self, waiting: bool, block: Block) -> None:
+        if waiting:
+            log_new_layer(block.layer)
+            return
+        otherwise = block.layer in self._statistics.undercounted
+        message = without_curvature(block.layer, otherwise)
+        self._notices.warn(f"uncaptured {block.layer.name}", message)
+
+    def _clip_and_move(
+        self,
+        gradients: dict[Parameter, Tensor],
+        directions: dict[Parameter, Tensor],
+        terms: list[ObjectiveTerm],
+        closure: Callable[[], Any] | None,
+        loss: Any,
+    ) -> None:
+        """Move parameters with a direction by the step rule, and all others by AdamW."""
 
         def objective() -> Objective:
-            over_ranks = partial(mean_over_ranks, group=self._ranks.group(params))
-            return objective_of(terms, closure, loss, params, over_ranks)
+            over_ranks = partial(mean_over_ranks, group=self._group)
+            return objective_of(terms, closure, loss, self._parameters(), over_ranks)
 
-        gradients = gradients_of(groups)
-        directions = preconditioned(curvature, gradients, groups, without_inverse)
-        if self._rule.step(self.state, groups, gradients, directions, objective):
+        moved = self._rule.step(self.state, self.param_groups, gradients, directions, objective)
+        if moved:  # a self-tuned step that found nothing to gain moves nothing
             others = (self._connection.embedded, self._settings.steps.vector_lr)
-            self._num_fallback = fallback_step(self.state, groups, directions, *others)
-        if due:
-            self._ranks.align(self.state, params, curvature.blocks)
-        self._look_ahead(waiting)
+            self._num_fallback = fallback_step(self.state, self.param_groups, directions, *others)
 
     def _look_ahead(self, waiting: bool) -> None:
         """Get ready for the next step."""
@@ -381,6 +405,11 @@ class KFACOptimizer(Optimizer):
     def _num_steps(self) -> int:
         steps: int = self.param_groups[0]["num_steps"]
         return steps
+
+    @property
+    def _group(self) -> Any:
+        """The process group of the ranks that train the model, if there is one."""
+        return self._ranks.group(self._parameters())
 
     @property
     def _device(self) -> torch.device:

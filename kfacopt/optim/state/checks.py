@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from kfacopt.optim.settings import check_group
 from kfacopt.optim.state.conversions import was_not_saved
-from kfacopt.optim.state.fresh import HAS_PREVIOUS
+from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
 from kfacopt.optim.state.inverses import NO_INVERSE
 from kfacopt.optim.state.running_averages import RECORDS
 
@@ -39,6 +39,7 @@ _COUNTS = {
     "inverse_step": NO_INVERSE,
     "skipped_updates": 0,
     "factor_step": 0,
+    HAS_PREVIOUS: 0,
 }
 _SCALARS = ("step", "skipped_updates", "factor_step")
 
@@ -48,6 +49,7 @@ _TOGETHER = (
     _INVERSES,
     ("second_moments", "second_moment_weight"),
     ("exp_avg", "exp_avg_sq", "step"),
+    (PREVIOUS, HAS_PREVIOUS),
 )
 
 

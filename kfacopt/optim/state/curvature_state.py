@@ -23,7 +23,7 @@ from kfacopt.linalg.kronecker import (
 )
 from kfacopt.optim.settings import Settings
 from kfacopt.optim.state.conversions import follow_parameters
-from kfacopt.optim.state.fresh import complete_state, state_shapes
+from kfacopt.optim.state.initial import complete_state, state_shapes
 from kfacopt.optim.state.inverses import (
     bases_of,
     discard_unfitting,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
-from kfacopt.optim.state.fresh import initialise_moments
+from kfacopt.optim.state.initial import initialise_moments
 from kfacopt.optim.steps.update import can_be_fused
 
 BETAS = (0.9, 0.999)

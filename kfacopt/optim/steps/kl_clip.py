@@ -1,4 +1,4 @@
-"""The KL clip: how far a step may move the model's predictions. No step is taken here."""
+"""The KL clip: how far a step may move predictions. `clipped_step` takes the step."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class ReplayedTerm:
     upstream: Tensor
 
 
-class LossRecorder(TorchFunctionMode):
+class CallRecorder(TorchFunctionMode):
     """Keeps the calls of loss functions that happen while it is on."""
 
     def __init__(self) -> None:
@@ -97,13 +97,13 @@ def replay(terms: Sequence[ObjectiveTerm], values: Mapping[int, Tensor]) -> list
                 tree_map(lambda x: results[x.call][x.leaf] if isinstance(x, Source) else x, tree)
                 for tree in (call.args, call.kwargs)
             )
-            recorder = LossRecorder() if call in inside else nullcontext()
+            recorder = CallRecorder() if call in inside else nullcontext()
             with recorder, _named_errors(call):
                 if call.surroundings is None:
                     result = call.function(*args, **kwargs)
                 else:
                     result = _replay_module(call, args, kwargs, values)
-            own = recorder.calls if isinstance(recorder, LossRecorder) else []
+            own = recorder.calls if isinstance(recorder, CallRecorder) else []
             losses[call] = own or [(call.function, args, kwargs, result)]
             results[call] = list(tensor_leaves(result))
     return [_replayed_term(term, losses[term.origin.call]) for term in terms]

@@ -34,7 +34,7 @@ from kfacopt.kfac.factors import factor_dtype
 from kfacopt.linalg.precision import round_off
 from kfacopt.optim.messages import missing_statistics
 from kfacopt.optim.settings import StepSettings
-from kfacopt.optim.state.fresh import HAS_PREVIOUS, PREVIOUS
+from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
 from kfacopt.optim.steps.clipped_step import ClippedStep
 from kfacopt.optim.steps.closures import ClosureLoss, closure_loss
 from kfacopt.optim.steps.quadratic_model import QuadraticModel, evaluate, quadratic_model

@@ -28,7 +28,7 @@ from kfacopt.optim.watch.loss_calls import LOSS_FUNCTIONS, LossCall, recognise_c
 from kfacopt.optim.watch.recorded_calls import Call, LossOrigin, Source, Surroundings
 
 
-class LossObserver(Protocol):
+class PassObserver(Protocol):
     """Whoever wants to know about losses."""
 
     def observe_loss(
@@ -63,7 +63,7 @@ class ForwardPass:
         call: The call, recorded for a replay; `None` where nothing is recorded.
     """
 
-    def __init__(self, observer: LossObserver, call: Call | None = None) -> None:
+    def __init__(self, observer: PassObserver, call: Call | None = None) -> None:
         """Start without any use."""
         # Weak: an output that is kept must not keep a deleted optimizer at work.
         self._observer = weakref.ref(observer)
@@ -74,7 +74,7 @@ class ForwardPass:
         self._probed: list[weakref.ref[ProbedTensor]] = []
 
     @property
-    def observer(self) -> LossObserver | None:
+    def observer(self) -> PassObserver | None:
         """Who asked for this pass, or `None` if it is gone."""
         return self._observer()
 

@@ -109,7 +109,7 @@ def state_shapes(
         layers: The layers.
         form: How factors are formed.
     """
-    own = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    own = ("momentum_buffer", "exp_avg", "exp_avg_sq", PREVIOUS)
     shapes: dict[Parameter, dict[str, tuple[int, ...]]] = {
         p: dict.fromkeys(own, tuple(p.shape)) for p in params
     }
