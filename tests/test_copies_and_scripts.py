@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kfacopt import KFACOptimizer
+from kfacopt import KFACOptimizer, KFACWarning
 
 # TorchScript's and torch.export's own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -152,3 +152,33 @@ def test_nothing_is_left_of_hooks_that_are_gone():
     del optimizer
     assert no_hooks(model)
     assert {kind: vars(getattr(model.head, kind)) for kind in KINDS} == fresh
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_scripted_parts_are_trained_by_the_fallback(how):
+    model = Network()
+    head = model.head
+    model.head = (
+        torch.jit.script(head)
+        if how == "script"
+        else torch.jit.trace(head, X[:, :3] @ torch.ones(3, 5))
+    )
+    optimizer = KFACOptimizer(model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), LABELS).backward()
+        optimizer.step()
+    assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    assert optimizer.factors("body.0").input_factor.trace() > 0
+    assert optimizer.statistics()["fallback_parameters"] == 4  # norm and head
+
+
+def test_a_scripted_model_is_trained_by_adamw():
+    model = torch.jit.script(Network())
+    with pytest.warns(KFACWarning, match="none of the parameters is in a layer"):
+        optimizer = KFACOptimizer(model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    F.cross_entropy(model(X), LABELS).backward()
+    optimizer.step()
+    assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))

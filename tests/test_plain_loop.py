@@ -441,12 +441,17 @@ def test_layers_outside_the_named_model_are_refused():
     )
 
 
-def test_a_model_with_other_parameters_is_refused_by_name():
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_model_with_other_parameters_is_refused_by_name(steps):
+    """Also where the next step's factors are not due, as nothing would ever move again."""
     model = mlp()
-    optimizer = make(model.parameters())
+    optimizer = make(model.parameters(), factor_update_interval=2, inverse_update_interval=2)
     optimizer.step()  # without gradients, as torch's optimizers allow it
+    for _ in range(steps):
+        step(optimizer, F.cross_entropy(model(X), LABELS))
     values = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(values, assign=True)
+    optimizer.zero_grad()
     F.cross_entropy(model(X), LABELS).backward()
     with pytest.raises(RuntimeError, match=r"0\.weight, .* no longer in the model.*afterwards"):
         optimizer.step()

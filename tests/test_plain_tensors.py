@@ -205,3 +205,46 @@ def test_subclasses_of_others_have_their_say():
     value.backward()
     optimizer.step()
     assert optimizer.factors("head").grad_output_factor.trace() > 0
+
+
+class WithShapes(nn.Module):
+    """Takes a shape and returns one beside its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, shape):
+        assert type(shape) is torch.Size
+        return {"z": self.layer(x), "shape": x.shape}
+
+
+def test_shapes_stay_shapes():
+    model = Network()
+    optimizer = KFACOptimizer(model.parameters())
+    z = model(X)
+    assert type(z.shape) is type(z.size()) is torch.Size
+    assert torch.distributions.Categorical(logits=z).batch_shape.numel() == 6
+    (F.mse_loss(z, torch.zeros(6, 3), reduction="sum") / z.shape.numel()).backward()
+    optimizer.step()
+    model = WithShapes()
+    optimizer = KFACOptimizer(model.parameters())
+    out = model(X, X.shape)
+    assert type(out["shape"]) is torch.Size
+    F.cross_entropy(out["z"], LABELS).backward()
+    optimizer.step()
+    assert optimizer.statistics()["layer/factor_age"] == 0
+
+
+def test_libraries_that_go_by_the_name_of_a_class_take_it_for_a_tensor():
+    """opt_einsum looks for a backend of the module's name, wandb for a class of torch's."""
+    opt_einsum = pytest.importorskip("opt_einsum")
+    model = Network()
+    optimizer = KFACOptimizer(model.parameters())
+    z = model(X)
+    assert (type(z).__module__, type(z).__qualname__) == ("torch", "Tensor")
+    product = opt_einsum.contract("ij,ik->jk", z, z)
+    assert torch.allclose(product, (z.T @ z))
+    F.cross_entropy(z, LABELS).backward()
+    optimizer.step()
+    assert optimizer.statistics()["first/factor_age"] == 0

@@ -355,8 +355,10 @@ class KFACOptimizer(Optimizer):
 
     def _has_no_gradients(self) -> bool:
         """Tell whether there is nothing to step along: as for AdamW, that is no step then."""
-        if any(p.grad is not None for p in self._parameters()):
+        params = self._parameters()
+        if any(p.grad is not None for p in params):
             return False
+        self._connection.refuse_other_parallelism(params)  # they may be none of the model's now
         self._connection.forget(forward_is_over=False)
         self._reconnect_if_frozen()
         return True

@@ -24,7 +24,8 @@ class LayerFamily(ABC):
 
     def computes(self, module: nn.Module) -> bool:
         """Tell whether a module of this kind, or a subclass, computes what the kind does."""
-        return type(module).forward is self.kind.forward
+        # A scripted module has no forward of its class, and takes no hooks.
+        return getattr(type(module), "forward", None) is self.kind.forward
 
     def groups(self, module: Any) -> int:
         """Return the number B of blocks that W is made of."""

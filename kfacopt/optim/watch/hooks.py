@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -95,7 +96,7 @@ def module_hooks(
     """Call `enter` before and `leave` after the forward pass of modules.
 
     Args:
-        modules: The modules.
+        modules: The modules; scripted ones take no hooks, and are left out.
         enter: A method of module, args, kwargs.
         leave: A method of module, args, kwargs and output (`None` after an exception). It comes
             before hooks of the user's own, which may change the output.
@@ -103,7 +104,8 @@ def module_hooks(
     Returns:
         The handles.
     """
-    return [_ModuleHooks(module, enter, leave) for module in modules]
+    plain = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+    return [_ModuleHooks(module, enter, leave) for module in plain]
 
 
 def gradient_hooks(keys: Mapping[Parameter, Any], accumulated: Callable[[Any], None]) -> list[Any]:

@@ -129,7 +129,7 @@ class ProbedTensor(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 _notify(func, unprobe(args), unprobe(kwargs), result, list(passes), origin)
             return result
-        if func in _KEPT_TENSORS:
+        if func in _KEPT_TENSORS or func is Tensor.tolist:
             return result
         return _Prober(passes, call, {id(x) for x in given}).tree(result)
 
@@ -137,6 +137,16 @@ class ProbedTensor(Tensor):
         """Pickle and copy as a plain tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+# What names classes (`type(x)` in messages, dispatch by the name of a library) says torch.Tensor.
+ProbedTensor.__module__, ProbedTensor.__name__ = "torch", "Tensor"
+ProbedTensor.__qualname__ = "Tensor"
+
+
+def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to the leaves of a tree, and leave shapes what they are, not tuples."""
+    return tree_map(function, tree, is_leaf=lambda x: isinstance(x, torch.Size))
 
 
 # Of attributes that are tensors with a life of their own, not functions of the tensor.
@@ -240,7 +250,7 @@ class _Prober:
     numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     def tree(self, tree: Any) -> Any:
-        return self._leaf(tree) if isinstance(tree, Tensor) else tree_map(self._leaf, tree)
+        return self._leaf(tree) if isinstance(tree, Tensor) else _mapped(self._leaf, tree)
 
     def _leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -331,7 +341,7 @@ def record_call(
         return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
     with torch._C.DisableTorchFunctionSubclass():
-        return Call(function, tree_map(sourced, args), tree_map(sourced, kwargs), surroundings)
+        return Call(function, _mapped(sourced, args), _mapped(sourced, kwargs), surroundings)
 
 
 def unprobe(tree: Any) -> Any:
@@ -343,7 +353,7 @@ def unprobe(tree: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return leaf.as_subclass(Tensor)
 
-    return tree_map(plain, tree)
+    return _mapped(plain, tree)
 
 
 def passes_feeding(tree: Any) -> list[ForwardPass]:
