@@ -158,8 +158,9 @@ def batch_size(
 ) -> int:
     """Return the number of data in a batch of inputs.
 
-    That is the length of a tensor's first axis. In a mapping, sequence or object it is the length
-    that the first axes of all of its tensors have, if the predictions agree.
+    That is the length of a tensor's first axis, if the predictions agree: they have as many rows,
+    or a multiple. In a mapping, sequence or object it is the length that the first axes of all of
+    its tensors have, if the predictions agree.
 
     Args:
         X: The inputs.
@@ -168,17 +169,26 @@ def batch_size(
 
     Raises:
         TypeError: If the inputs do not tell it.
+        ValueError: If the predictions contradict a tensor.
     """
     if batch_size_fn is not None:
         size: Any = batch_size_fn(X)
         size = size.item() if isinstance(size, Tensor) and size.numel() == 1 else size
         return as_integer("batch_size_fn(X)", size, 0)
+    rows = None if output is None or not output.ndim else len(output)
     if isinstance(X, Tensor):
-        return X.shape[0] if X.ndim else 1
+        size = X.shape[0] if X.ndim else 1
+        if rows and size and rows % size:
+            raise ValueError(
+                f"model_func: its {rows} rows of predictions are not a multiple of the {size} data "
+                "in the batch, that is, of the first axis of X. If the data have another axis, or "
+                "share rows, give batch_size_fn, a function from X to their number; if not, return "
+                "one row, or equally many, for each of them."
+            )
+        return size
     if isinstance(X, PackedSequence):
         return int(X.batch_sizes[0])
     sizes = sorted({len(t) for t in tensors_in(X) if t.ndim})
-    rows = None if output is None or not output.ndim else len(output)
     if len(sizes) == 1 and (rows is None or (rows % sizes[0] == 0 if sizes[0] else not rows)):
         return sizes[0]
     raise TypeError(
