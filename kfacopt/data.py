@@ -158,9 +158,8 @@ def batch_size(
 ) -> int:
     """Return the number of data in a batch of inputs.
 
-    That is the length of a tensor's first axis, if the predictions agree: they have as many rows,
-    or a multiple. In a mapping, sequence or object it is the length that the first axes of all of
-    its tensors have, if the predictions agree.
+    That is the length of a tensor's first axis; in a mapping, sequence or object that of all of its
+    tensors'. The predictions must agree: they have as many rows, or a multiple.
 
     Args:
         X: The inputs.
@@ -169,7 +168,7 @@ def batch_size(
 
     Raises:
         TypeError: If the inputs do not tell it.
-        ValueError: If the predictions contradict a tensor.
+        ValueError: If the predictions contradict.
     """
     if batch_size_fn is not None:
         size: Any = batch_size_fn(X)
@@ -181,9 +180,7 @@ def batch_size(
         if rows and size and rows % size:
             raise ValueError(
                 f"model_func: its {rows} rows of predictions are not a multiple of the {size} data "
-                "in the batch, that is, of the first axis of X. If the data have another axis, or "
-                "share rows, give batch_size_fn, a function from X to their number; if not, return "
-                "one row, or equally many, for each of them."
+                "along X's first axis. Return equally many for each, or give batch_size_fn."
             )
         return size
     if isinstance(X, PackedSequence):
