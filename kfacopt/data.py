@@ -182,7 +182,7 @@ def batch_size(
                 f"model_func: its {rows} rows of predictions are not a multiple of the {size} data "
                 "along X's first axis. Return equally many for each, or give batch_size_fn."
             )
-        return size
+        return int(size)
     if isinstance(X, PackedSequence):
         return int(X.batch_sizes[0])
     sizes = sorted({len(t) for t in tensors_in(X) if t.ndim})
