@@ -158,8 +158,8 @@ def batch_size(
 ) -> int:
     """Return the number of data in a batch of inputs.
 
-    That is the length of a tensor's first axis. In a mapping, sequence or object it is the length
-    that the first axes of all of its tensors have, if the predictions agree.
+    That is the length of a tensor's first axis; in a mapping, sequence or object that of all of its
+    tensors'. The predictions must agree: they have as many rows, or a multiple.
 
     Args:
         X: The inputs.
@@ -168,17 +168,24 @@ def batch_size(
 
     Raises:
         TypeError: If the inputs do not tell it.
+        ValueError: If the predictions contradict.
     """
     if batch_size_fn is not None:
         size: Any = batch_size_fn(X)
         size = size.item() if isinstance(size, Tensor) and size.numel() == 1 else size
         return as_integer("batch_size_fn(X)", size, 0)
+    rows = None if output is None or not output.ndim else len(output)
     if isinstance(X, Tensor):
-        return X.shape[0] if X.ndim else 1
+        size = X.shape[0] if X.ndim else 1
+        if rows and size and rows % size:
+            raise ValueError(
+                f"model_func: its {rows} rows of predictions are not a multiple of the {size} data "
+                "along X's first axis. Return equally many for each, or give batch_size_fn."
+            )
+        return int(size)
     if isinstance(X, PackedSequence):
         return int(X.batch_sizes[0])
     sizes = sorted({len(t) for t in tensors_in(X) if t.ndim})
-    rows = None if output is None or not output.ndim else len(output)
     if len(sizes) == 1 and (rows is None or (rows % sizes[0] == 0 if sizes[0] else not rows)):
         return sizes[0]
     raise TypeError(

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import kfacopt
 from kfacopt.experimental import ActivationHessianLinearOperator
+from kfacopt.likelihoods import UnsupportedLossError
 
 DTYPE = torch.float64
 ROUND_OFF = 1e-12
@@ -268,6 +269,14 @@ def test_a_compiled_loss():
         found = operator(model, loss, params, data) @ torch.eye(17, dtype=DTYPE)
         expected = matrix(model, LOSS, params, data)
         torch.testing.assert_close(found, expected, rtol=ROUND_OFF, atol=ROUND_OFF)
+
+
+def test_a_compiled_loss_module_is_refused_where_it_has_to_be_known():
+    model = nn.Linear(2, 2).to(DTYPE)
+    data = [(torch.randn(4, 2, dtype=DTYPE), torch.randint(2, (4,)))]
+    loss = torch.compile(nn.CrossEntropyLoss(), backend="aot_eager")
+    with pytest.raises(UnsupportedLossError, match=r"it was compiled: loss_func\._orig_mod"):
+        kfacopt.FisherMCLinearOperator(model, loss, list(model.parameters()), data)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -234,3 +234,75 @@ def test_parameters_by_name(name):
         for wrong in (copies, swapped):
             with pytest.raises(ValueError, match=r"params\['layer\..*'\] is not model_func's"):
                 operator(model, loss, wrong, data)
+
+
+class Sequences(nn.Module):
+    """Inputs `[T, N, 2]`, a prediction for each of N."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.layer = nn.RNN(2, 3), nn.Linear(3, C)
+
+    def forward(self, x):
+        return self.layer(self.rnn(x)[1][0])
+
+
+def mean_of_cross_entropies(z, y):
+    return F.cross_entropy(z, y)
+
+
+mean_of_cross_entropies.reduction = "mean"
+
+
+def second_axis(x):
+    return x.shape[1]
+
+
+def test_data_on_another_axis_are_asked_for():
+    net, T = Sequences(), 4
+    X, y = torch.randn(T, 9, 2), torch.randint(C, (9,))
+    data = [(X[:, :7], y[:7]), (X[:, 7:], y[7:])]
+    params, head = list(net.parameters()), list(net.layer.parameters())
+    own = mean_of_cross_entropies
+    by_data = [(X[:, [n]], y[[n]]) for n in range(9)]
+    expected = dense.ggn(net, nn.CrossEntropyLoss(), params, data)
+    gradients = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(own(net(x), t), params)])
+        for x, t in by_data
+    ]
+    cases = {
+        kfacopt.GGNLinearOperator: (own, params, {}, expected),
+        kfacopt.EFLinearOperator: (
+            nn.CrossEntropyLoss(), params, {}, sum(torch.outer(g, g) for g in gradients) / 9,
+        ),
+        kfacopt.KFACLinearOperator: (
+            nn.CrossEntropyLoss(), head, {"fisher_type": "empirical"}, None,
+        ),
+        kfacopt.EKFACLinearOperator: (
+            nn.CrossEntropyLoss(), head, {"fisher_type": "empirical"}, None,
+        ),
+    }  # fmt: skip
+    for operator, (loss, theta, options, matrix) in cases.items():
+        eye = torch.eye(sum(p.numel() for p in theta))
+        with pytest.raises(ValueError, match=r"not a multiple of the 4 data .* batch_size_fn"):
+            operator(net, loss, theta, data, **options) @ eye
+        found = operator(net, loss, theta, data, batch_size_fn=second_axis, **options) @ eye
+        if matrix is None:  # of features that come first
+            hidden = [(net.rnn(x)[1][0].detach(), t) for x, t in data]
+            matrix = operator(net.layer, loss, theta, hidden, **options) @ eye
+        torch.testing.assert_close(found, matrix, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("operator", [kfacopt.KFACLinearOperator, kfacopt.EKFACLinearOperator])
+def test_batches_without_data_change_no_empirical_fisher(operator, place):
+    net, loss = nn.Linear(4, C), nn.CrossEntropyLoss()
+    X, y = torch.randn(8, 4), torch.randint(C, (8,))
+    data = [(X[:3], y[:3]), (X[3:], y[3:])]
+    args = net, loss, list(net.parameters())
+    with_none = [*data[:place], (X[:0], y[:0]), *data[place:]]
+    found, expected = (
+        operator(*args, batches, fisher_type="empirical") @ torch.eye(5 * C)
+        for batches in (with_none, data)
+    )
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)

@@ -172,9 +172,7 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
                 moved_loss = self._loss_func(moved_output, y).sum()
             return torch.autograd.grad(moved_loss, [moved.edge], materialize_grads=True)[0]
 
-        check_gradient(
-            "model_func or loss_func", loss.sum(), value, [edge], gradient_at, self._model.confirmed
-        )
+        check_gradient("model_func or loss_func", loss.sum(), value, [edge], gradient_at)
         (gradient,) = torch.autograd.grad(loss.sum(), [edge], create_graph=True, allow_unused=True)
 
         def product(V: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ is 0 or wrong, without an error. What is found is compared with what a single ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
-# Products are right if they agree with a backward pass to this part of the dtype's digits.
-CONFIRMATION_DIGITS = 0.5
+from kfacopt.curvature.adjoint import random_like, wide
+from kfacopt.curvature.verdicts import Functions
 
 # Central differences are as good as their rounding and their third derivatives allow; below
 # float64, steps are so long that they meet kinks.
@@ -25,98 +25,109 @@ _DIFFERENCE_DIGITS = {torch.float64: 0.4}
 _FEWER_DIFFERENCE_DIGITS = 0.25
 # Steps, as parts of the digits: 1/3 balances both errors; a smaller one meets fewer kinks.
 _STEPS = (1 / 3, 1 / 2)
-# Of this many data, one by one, the second derivatives are compared: at a kink they may differ.
-_MAX_ROWS = 3
+_ROUND_OFFS = 4
+# Differences to both sides agree to this part where there is no kink.
+_SIDES = 0.1
+# So many vectors are tried in search of one that meets no kink, and so many data, one by one, of
+# which some have to agree.
+TRIES = 3
+_MAX_ROWS, ENOUGH_ROWS = 8, 3
 
 
-# Whether derivatives, by name and the signature of their functions, were found to be right.
-Verdicts = dict[tuple[str, int], bool]
-
-
-class Functions:
-    """The functions of which a tensor's graph is made.
-
-    Args:
-        tensor: The tensor.
+@dataclass(frozen=True)
+class Comparison:
+    """What differences of gradients say of parts of H v.
 
     Attributes:
-        signature: A number that tells graphs of other functions apart.
-        custom: The names of those that are not torch's own.
+        right: Whether some parts agree.
+        wrong: Whether some do not, though the differences converge.
+        unclear: Whether the differences of some do not converge, as at a kink.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        seen: set[Node] = set()
-        kinds: list[str] = []
-        custom: set[str] = set()
-        stack = [tensor.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            kind = type(node).__name__
-            if isinstance(node, BackwardCFunction) or kind == "CppFunction":
-                custom.add(node.name().removesuffix("Backward"))
-                written = getattr(type(node), "_forward_cls", None)
-                kind = f"{node.name()} {getattr(written, '__module__', '')} {written}"
-            kinds.append(kind)
-            stack.extend(child for child, _ in node.next_functions)
-        self.signature = hash(tuple(kinds))
-        self.custom = sorted(custom)
+    right: bool
+    wrong: bool
+    unclear: bool
 
-    def __str__(self) -> str:
-        return ", ".join(self.custom) or "an operation of torch"
+    @property
+    def tells(self) -> bool:
+        """Whether anything is not 0."""
+        return self.right or self.wrong or self.unclear
 
 
-def random_like(tensors: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
-    """Return one random vector of length about 1, `[1, *x.shape]` for each tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    length = max(sum(x.numel() for x in tensors), 1) ** 0.5
-    return [(torch.randn(1, *x.shape, generator=generator) / length).to(x) for x in tensors]
-
-
-def are_adjoint(u: Tensor, Jv: Tensor, JTu: Sequence[Tensor], v: Sequence[Tensor]) -> bool | None:
-    """Tell whether ⟨u, J v⟩ = ⟨Jᵀ u, v⟩; `None` if Jᵀ u is not finite, or all is 0.
-
-    Args:
-        u: A random vector at the outputs.
-        Jv: What is to be confirmed, as `u`.
-        JTu: Jᵀ u, by a backward pass.
-        v: A random vector, as `JTu`.
-    """
-    left = _wide(u) * _wide(Jv)
-    right = torch.cat([_wide(a) * _wide(b) for a, b in zip(JTu, v, strict=True)])
-    error = (left.sum() - right.sum()).abs()
-    # Of terms with random signs: the size of their sum, where that is not 0 by chance.
-    scale = (left.square().sum() + right.square().sum()).sqrt()
-    bound = torch.finfo(v[0].dtype).eps ** CONFIRMATION_DIGITS
-    tells = right.isfinite().all() & (scale != 0)
-    known, agree = torch.stack([tells, error <= bound * scale]).tolist()
-    return bool(agree) if known else None
-
-
-def agree_with_differences(
+def compare_with_differences(
     gradient: Callable[[float], Sequence[Tensor]], product: Sequence[Tensor]
-) -> bool:
-    """Tell whether H v is the derivative of a gradient along v, by central differences.
+) -> Comparison:
+    """Compare H v with central differences of a gradient along v.
 
     Args:
-        gradient: Maps t to the gradient at x + t v, with v of about the size of x.
+        gradient: Maps t to the gradient at x + t v, with v of about the size of x; as matrices,
+            the rows of which are compared each by its own size: a small one hides behind no other.
         product: H v, as the gradient.
     """
-    dtype = product[0].dtype
-    eps = torch.finfo(dtype).eps
-    bound = eps ** _DIFFERENCE_DIGITS.get(dtype, _FEWER_DIFFERENCE_DIGITS)
-    expected = torch.cat([_wide(x) for x in product])
-    for digits in _STEPS:
-        step = eps**digits
-        plus, minus = (torch.cat([_wide(g) for g in gradient(t)]) for t in (step, -step))
+    eps = torch.finfo(product[0].dtype).eps
+    digits = _DIFFERENCE_DIGITS.get(product[0].dtype, _FEWER_DIFFERENCE_DIGITS)
+    expected, middle = _Rows(product), _Rows(gradient(0.0))
+    last = None
+    right = torch.zeros_like(expected.norms(), dtype=torch.bool)
+    tells, smooth = right, ~right
+    for part in _STEPS:
+        step = eps**part
+        plus, minus = (_Rows(gradient(t)) for t in (step, -step))
+        noise = _ROUND_OFFS * eps / step * plus.norms().norm()
         found = (plus - minus) / (2 * step)
-        noise = 4 * eps / step * float(plus.norm())
-        scale = max(float(found.norm()), float(expected.norm()))
-        if float((found - expected).norm()) <= bound * scale + noise:
+        tells = tells | (found.norms() > noise) | (expected.norms() > noise)
+        right = right | found.is_close_to(expected, eps**digits, noise)
+        if bool((right | ~tells).all()):
+            break
+        sides = (plus - middle) / step, (middle - minus) / step
+        smooth = smooth & sides[0].is_close_to(sides[1], _SIDES, noise)
+        if last is not None:
+            smooth = smooth & found.is_close_to(last, eps**digits, noise)
+        last = found
+    left = tells & ~right
+    parts = tells & right, left & smooth, left & ~smooth
+    return Comparison(*(bool(x.any()) for x in parts))
+
+
+class _Rows:
+    """The rows of matrices, in float64."""
+
+    def __init__(self, matrices: Sequence[Tensor]) -> None:
+        self._matrices = [wide(x).view(x.shape) for x in matrices if x.numel()]
+
+    def __sub__(self, other: _Rows) -> _Rows:
+        return _Rows([a - b for a, b in zip(self._matrices, other._matrices, strict=True)])
+
+    def __truediv__(self, divisor: float) -> _Rows:
+        return _Rows([x / divisor for x in self._matrices])
+
+    def norms(self) -> Tensor:
+        return torch.cat([x.norm(dim=1) for x in self._matrices])
+
+    def is_close_to(self, other: _Rows, bound: float, noise: Tensor) -> Tensor:
+        scale = torch.maximum(self.norms(), other.norms())
+        return (self - other).norms() <= bound * scale + noise
+
+
+def verdict_of(comparisons: Iterable[Comparison], enough: int) -> bool | None:
+    """Return whether H v is right, or `None` if nothing tells it.
+
+    What says nothing confirms nothing, one contradiction refutes. What differs at a kink says
+    nothing, but if there is nothing else, second derivatives are not relied on.
+
+    Args:
+        comparisons: Are made as they are needed.
+        enough: How many of them have to agree.
+    """
+    agreeing, unclear = 0, False
+    for comparison in comparisons:
+        if comparison.wrong:
+            return False
+        agreeing += comparison.right
+        unclear |= comparison.unclear
+        if agreeing == enough and not comparison.unclear:
             return True
-    return False
+    return bool(agreeing) if agreeing or unclear else None
 
 
 def single_rows(x: Tensor) -> Iterator[Tensor]:
@@ -127,7 +138,10 @@ def single_rows(x: Tensor) -> Iterator[Tensor]:
     if not x.ndim or not x.numel():
         yield random_like([x])[0][0]
         return
-    for n in sorted({0, len(x) // 2, len(x) - 1})[:_MAX_ROWS]:
+    # the ends and the middle first
+    number = min(len(x), _MAX_ROWS)
+    places = [round(i * (len(x) - 1) / max(number - 1, 1)) for i in range(number)]
+    for n in sorted(set(places), key=lambda n: (n not in (0, len(x) - 1, places[number // 2]), n)):
         v = torch.zeros_like(x, requires_grad=False)
         v[n] = random_like([v[n]], seed=n)[0][0] * x[n].numel() ** 0.5
         yield v
@@ -135,7 +149,7 @@ def single_rows(x: Tensor) -> Iterator[Tensor]:
 
 def root_mean_square(*tensors: Tensor) -> float:
     """Return the size of tensors' entries; 1 for zeros."""
-    entries = torch.cat([_wide(x) for x in tensors])
+    entries = torch.cat([wide(x) for x in tensors])
     size = float(entries.square().mean().sqrt()) if entries.numel() else 0.0
     return size if size > 0 else 1.0
 
@@ -153,14 +167,8 @@ def moved(leaves: Sequence[Tensor], direction: Sequence[Tensor], step: float) ->
             p.data = data
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Return entries in float64 (which MPS does not have), as a vector."""
-    x = x.detach()
-    return (x.cpu() if x.device.type == "mps" else x).to(torch.float64).flatten()
-
-
 def check_twice_differentiable(
-    name: str, value: Tensor, function: Callable[[Tensor], Tensor], x: Tensor, confirmed: Verdicts
+    name: str, value: Tensor, function: Callable[[Tensor], Tensor], x: Tensor
 ) -> None:
     """Raise if second derivatives of a function, through custom functions, are wrong.
 
@@ -169,7 +177,6 @@ def check_twice_differentiable(
         value: A scalar with its graph.
         function: Maps x to it.
         x: A tensor on the way.
-        confirmed: What is known already.
     """
     if not Functions(value).custom:
         return
@@ -180,7 +187,7 @@ def check_twice_differentiable(
         at = (x + shift).detach().requires_grad_()
         return torch.autograd.grad(function(at), at)[0]
 
-    check_gradient(name, value, x, [x], gradient_at, confirmed)
+    check_gradient(name, value, x, [x], gradient_at)
 
 
 def check_has_graph(loss: Tensor) -> None:
@@ -199,9 +206,10 @@ def check_gradient(
     x: Tensor,
     by: Sequence[Tensor] | Sequence[GradientEdge],
     gradient_at: Callable[[Tensor], Tensor],
-    confirmed: Verdicts,
 ) -> None:
     """Raise if derivatives of a gradient, through custom functions, are wrong.
+
+    Nobody knows what else a loss depends on: what is found holds for this graph.
 
     Args:
         name: The argument that they came from.
@@ -209,28 +217,32 @@ def check_gradient(
         x: What it is differentiated by.
         by: Its place in the graph, alone.
         gradient_at: Maps a shift of x to the gradient there.
-        confirmed: What is known already.
     """
     functions = Functions(value)
-    if not functions.custom:
+    if not functions.custom or not x.numel():
         return
-    key = f"second derivatives of {name}", functions.signature
-    if key not in confirmed:
-        (gradient,) = torch.autograd.grad(value, by, create_graph=True, materialize_grads=True)
-        confirmed[key] = any(
-            _is_right(x.detach(), by, gradient, gradient_at, v) for v in single_rows(x.detach())
-        )
-    if not confirmed[key]:
+    x = x.detach()
+    (gradient,) = torch.autograd.grad(value, by, create_graph=True, materialize_grads=True)
+
+    def comparisons() -> Iterator[Comparison]:
+        for v in _vectors_like(x):
+            comparison = _compare_gradient(x, by, gradient, gradient_at, v)
+            yield comparison
+            if not comparison.tells:
+                return
+
+    if verdict_of(comparisons(), enough=1) is False:
         raise refusal(name, functions)
 
 
-def _is_right(
+def _compare_gradient(
     x: Tensor,
     by: Sequence[Tensor] | Sequence[GradientEdge],
     gradient: Tensor,
     gradient_at: Callable[[Tensor], Tensor],
     v: Tensor,
-) -> bool:
+) -> Comparison:
+    """Compare derivatives of a gradient along v, each datum's part by itself."""
     v = v * (root_mean_square(x) / root_mean_square(v[v != 0]))
     product = torch.zeros_like(x)
     if gradient.requires_grad:
@@ -241,8 +253,18 @@ def _is_right(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # what once_differentiable leaves behind
-            return False
-    return agree_with_differences(lambda step: [gradient_at(step * v)], [product])
+            return Comparison(right=False, wrong=True, unclear=False)
+    rows = (len(x), -1) if x.ndim else (1, 1)
+    return compare_with_differences(
+        lambda step: [gradient_at(step * v).reshape(rows)], [product.reshape(rows)]
+    )
+
+
+def _vectors_like(x: Tensor) -> Iterator[Tensor]:
+    """Yield vectors along all data, and then along single ones."""
+    for seed in range(TRIES):
+        yield random_like([x], seed)[0][0]
+    yield from single_rows(x)
 
 
 def refusal(name: str, functions: Functions) -> RuntimeError:

@@ -153,7 +153,14 @@ class DifferentiableFunctions(TorchFunctionMode):
     - `functional.embedding_bag` has neither double derivatives nor a forward mode.
     - Layer norm, batch norm and instance norm with a bias and no weight have double derivatives
       that leave out the bias, without an error; group norm has no backward pass (torch 2.13).
+
+    Attributes:
+        switches: How often gradients were switched on or off, which forward mode does not see.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.switches = 0
 
     def __torch_function__(
         self,
@@ -163,4 +170,5 @@ class DifferentiableFunctions(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a function of torch, or what stands in for it."""
+        self.switches += func is torch._C._set_grad_enabled
         return _STAND_INS.get(func, func)(*args, **(kwargs or {}))

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from kfacopt.curvature.batched_autograd import quiet_vmap
-from kfacopt.curvature.confirmation import random_like
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.data import random_devices, same_random_numbers, tensors_put_back
 
 
 class ForwardMode:
-    """Derivatives in forward mode at θ, confirmed once for the functions of a graph.
+    """Derivatives in forward mode at θ; whether they are right, others find out.
 
     Args:
         model: f and θ.
@@ -32,37 +31,6 @@ class ForwardMode:
         self._model, self._inputs, self._random_state = model, X, random_state
         self.can_substitute = model.can_substitute()
         self._complete: bool | None = None
-
-    def along(
-        self,
-        key: tuple[str, int],
-        function: Callable[..., tuple[Tensor, ...]],
-        V: Sequence[Tensor],
-        is_right: Callable[[list[Tensor], list[Tensor]], bool | None],
-    ) -> list[Tensor] | None:
-        """Return derivatives along K vectors in forward mode, or `None` where it fails or is wrong.
-
-        One random vector more, along all of θ, is multiplied with the first vectors that a graph of
-        the same functions meets; not with those of every product.
-
-        Args:
-            key: Which derivative, and of which functions.
-            function: Maps θ to what is differentiated.
-            V: The vectors.
-            is_right: Judges the derivatives along the random vector. `None`: it cannot tell, and
-                will be asked again.
-        """
-        confirmed = self._model.confirmed
-        if key in confirmed:
-            return self._derivatives(function, V) if confirmed[key] else None
-        probe = random_like(self._model.leaves)
-        result = self._derivatives(
-            function, [torch.cat([v, r]) for v, r in zip(V, probe, strict=True)]
-        )
-        verdict = False if result is None else is_right(probe, [x[-1:] for x in result])
-        if verdict is not None:
-            confirmed[key] = verdict
-        return [x[:-1] for x in result] if result is not None and verdict else None
 
     def is_complete(self) -> bool:
         """Tell whether substitution sees every path from θ to z.
@@ -83,7 +51,7 @@ class ForwardMode:
                     self._complete = False
         return self.can_substitute and bool(self._complete)
 
-    def _derivatives(
+    def derivatives(
         self, function: Callable[..., tuple[Tensor, ...]], V: Sequence[Tensor]
     ) -> list[Tensor] | None:
         """Return the derivatives of a function of θ along K vectors, or `None` if torch cannot."""

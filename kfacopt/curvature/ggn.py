@@ -70,7 +70,7 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
         self, linearization: Linearization, X: Any, y: Any
     ) -> Callable[[Columns], Columns]:
         z = linearization.output.detach().requires_grad_()
-        loss_func, confirmed = self._loss_func, self._model.confirmed
+        loss_func = self._loss_func
         batch_size_fn = self._batch_size_fn
         loss = summed_loss(loss_func, z, X, y, batch_size_fn)
         check_has_graph(loss)
@@ -79,7 +79,6 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
             loss,
             lambda at: summed_loss(loss_func, at, X, y, batch_size_fn),
             z,
-            confirmed,
         )
         (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
 

@@ -7,24 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.adjoint import pull_back
 
 # They are kept up to this size.
 _MAX_BYTES = 2**26
 _AT_ONCE = 16
-
-
-def pull_back(output: Tensor, leaves: Sequence[Tensor], U: Tensor) -> list[Tensor]:
-    """Return Jᵀ u, one `[K, *p.shape]` for each of θ, by backward passes.
-
-    Args:
-        output: z, with its graph.
-        leaves: θ.
-        U: `[K, *z.shape]`.
-    """
-    if not output.requires_grad:
-        return [p.new_zeros(U.shape[0], *p.shape) for p in leaves]
-    return batched_grad([output], leaves, [U])
 
 
 class JacobianRows:

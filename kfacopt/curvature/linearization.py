@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.argument_checks import checked_output
+from kfacopt.curvature.adjoint import AdjointTest, pull_back, random_like
 from kfacopt.curvature.batched_autograd import batched_grad
-from kfacopt.curvature.confirmation import Functions, are_adjoint, random_like
 from kfacopt.curvature.data_gradients import (
     DataGradients,
     GradientPlan,
@@ -22,8 +22,9 @@ from kfacopt.curvature.data_gradients import (
     watch_linear_layers,
 )
 from kfacopt.curvature.forward_mode import ForwardMode
-from kfacopt.curvature.jacobian_rows import JacobianRows, pull_back
+from kfacopt.curvature.jacobian_rows import JacobianRows
 from kfacopt.curvature.model import ParametrizedModel
+from kfacopt.curvature.verdicts import Functions, GraphVerdicts, counts_everywhere
 from kfacopt.data import random_state
 
 # From this many columns on, the forward pass that forward mode repeats is cheap beside the rest.
@@ -45,8 +46,9 @@ class Linearization:
       columns, and for convolutions, whose double derivative computes by-products
       (`_convolution_double_backward` forms all of its outputs, asked for or not).
 
-    Either is confirmed with the first vectors that are multiplied through a graph of some
-    functions, by ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ for random u and v, where Jᵀ u is a plain backward pass.
+    Either is confirmed before the first vectors are multiplied through a graph of some functions,
+    by ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ for random u and v, where Jᵀ u is a plain backward pass. How long that
+    holds is said in `verdicts`.
     Forward mode does not see `torch.no_grad()`, custom functions may not be twice differentiable,
     and torch has rules that are wrong without an error. Where neither holds, the rows of J are
     computed by as many backward passes.
@@ -75,12 +77,15 @@ class Linearization:
         state = random_state()
         watching: AbstractContextManager[list[LayerCall]] = nullcontext([])
         with watch_linear_layers(model) if watch else watching as calls:
+            before = model.switches
             self.output = checked_output(model(X))
+            self._switched = model.switches != before
         if not self.output.requires_grad and self.output.numel():
-            self._say_that_it_is_constant()
+            _say_that_it_is_constant(model)
         self._pullback: tuple[Tensor, list[int], list[Tensor]] | None = None
         self.forward_mode = ForwardMode(model, X, state)
         self._functions: Functions | None = None
+        self._verdicts: GraphVerdicts | None = None
         self._single_rows = JacobianRows(self.output, model.leaves)
         self._calls = calls
         self._rows: DataGradients | None = None
@@ -93,16 +98,6 @@ class Linearization:
         own_bytes = sum(p.numel() * p.element_size() for p in model.leaves)
         self._wide_activations = graph_bytes > _ACTIVATIONS_PER_PARAMETER * own_bytes
         self._convolves = any(isinstance(m, convolutions) for m in modules)
-
-    def _say_that_it_is_constant(self) -> None:
-        if self.model.confirmed.setdefault(("constant", 0), True):
-            self.model.confirmed["constant", 0] = False
-            warnings.warn(
-                "model_func: its predictions have no graph, so that their derivatives by params "
-                "are 0. Does it use torch.no_grad(), detach(), NumPy, or torch.autograd.grad "
-                "without create_graph=True? Does it use other tensors than params?",
-                stacklevel=2,
-            )
 
     def plan(self) -> GradientPlan | None:
         """Return how gradients of single data are to be kept, or `None` if there are no data."""
@@ -155,66 +150,61 @@ class Linearization:
             assert self._rows is not None
             return self._rows.project(list(V)).reshape(-1, *self.output.shape)
         wide = self._convolves or V[0].shape[0] >= _FORWARD_MODE_COLUMNS
-        ways = [self._confirmed_forward_mode, self._confirmed_double_backward]
+        ways = [self._by_forward_mode, self._by_double_backward]
         for way in ways if wide else reversed(ways):
-            result = way(V)
-            if result is not None:
-                return result
-        return self._multiply_rows(V)
+            verdict = self._is_confirmed(way.__name__)
+            # `None`: J has entries that are NaN, as has the product; or it is 0
+            if verdict or (verdict is None and way == self._by_double_backward):
+                result = way(V)
+                if result is not None:
+                    return result
+        if self._is_confirmed(self._by_rows.__name__) is False:
+            raise RuntimeError(
+                f"model_func: the backward pass of {self.functions} is not linear in the "
+                "gradient that it is given (does it clip, round or draw random numbers?), so "
+                "that there is no Jacobian; use a function in its place that has one."
+            )
+        _say_that_rows_are_slow(self.model, self.functions)
+        return self._by_rows(V)
 
-    def _confirmed_forward_mode(self, V: Sequence[Tensor]) -> Tensor | None:
-        """Return J v in forward mode, or `None` where it fails or is wrong."""
-
-        def function(*p: Tensor) -> tuple[Tensor]:
-            return (self.model.at(p, self.inputs),)
-
+    def _by_forward_mode(self, V: Sequence[Tensor]) -> Tensor | None:
+        """Return J v, or `None` where it cannot be computed in this way."""
         if not self.forward_mode.is_complete():
             return None
-        key = "jvp", self.functions.signature
-        result = self.forward_mode.along(key, function, V, lambda v, Jv: self._is_adjoint(v, Jv[0]))
+        result = self.forward_mode.derivatives(lambda *p: (self.model.at(p, self.inputs),), V)
         return None if result is None else result[0]
 
-    def _confirmed_double_backward(self, V: Sequence[Tensor]) -> Tensor | None:
-        """Return J v by double backward, or `None` where it fails or is wrong."""
-        confirmed = self.model.confirmed
-        if not confirmed.get(key := ("double backward", self.functions.signature), True):
-            return None
+    def _by_double_backward(self, V: Sequence[Tensor]) -> Tensor | None:
+        """Return J v, or `None` where it cannot be computed in this way."""
         try:
-            result = self._double_backward(V)
-            if key not in confirmed:
-                probe = random_like(self.model.leaves)
-                verdict = self._is_adjoint(probe, self._double_backward(probe))
-                if verdict is None:  # J has entries that are NaN, as has the result
-                    return result
-                confirmed[key] = verdict
+            if self._pullback is None:
+                self._pullback = _open_pull_back(self.output, self.model.leaves)
+            u, reached, grads = self._pullback
+            if not reached:
+                return self.output.new_zeros(V[0].shape[0], *self.output.shape)
+            return batched_grad(grads, [u], [V[i] for i in reached])[0]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # an operation has no double derivative
-            confirmed[key] = False
-        return result if confirmed[key] else None
+            return None
 
-    def _is_adjoint(self, v: list[Tensor], Jv: Tensor) -> bool | None:
-        u = random_like([self.output], seed=1)[0]
-        return are_adjoint(u, Jv, pull_back(self.output, self.model.leaves, u), v)
-
-    def _multiply_rows(self, V: Sequence[Tensor]) -> Tensor:
-        """Return J v, with the rows of J by a backward pass for each."""
-        if ("rows", self.functions.signature) not in self.model.confirmed:
-            probe = random_like(self.model.leaves)
-            if self._is_adjoint(probe, self._single_rows.multiply(probe)) is False:
-                raise RuntimeError(
-                    f"model_func: the backward pass of {self.functions} is not linear in the "
-                    "gradient that it is given (does it clip, round or draw random numbers?), so "
-                    "that there is no Jacobian; use a function in its place that has one."
-                )
-            warnings.warn(
-                f"model_func: {self.functions} can be differentiated once only, by backward "
-                "passes. Products with the Jacobian are right, but take a backward pass for each "
-                "prediction; with operations of torch in its place they take two.",
-                stacklevel=2,
-            )
-            self.model.confirmed["rows", self.functions.signature] = True
+    def _by_rows(self, V: Sequence[Tensor]) -> Tensor:
+        """Return J v, by a backward pass for each row of J."""
         return self._single_rows.multiply(V)
+
+    def _is_confirmed(self, way: str) -> bool | None:
+        """Tell whether J v is right; `None` if it is not known."""
+        key = way, self.functions.signature
+        return self.verdicts.ask(key, lambda: _judge(self, way), lambda: has_no_silent_part(self))
+
+    @property
+    def verdicts(self) -> GraphVerdicts:
+        """What is known about derivatives of this graph."""
+        if self._verdicts is None:
+            careful = self._switched or bool(self.functions.custom)
+            roots = self.model.roots() if careful else None
+            self._verdicts = GraphVerdicts(self.model.confirmed, careful, roots)
+        return self._verdicts
 
     @property
     def functions(self) -> Functions:
@@ -236,21 +226,74 @@ class Linearization:
         few = columns < _FORWARD_MODE_COLUMNS
         return few or (self._wide_activations and not self._convolves)
 
-    def _double_backward(self, V: Sequence[Tensor]) -> Tensor:
-        if self._pullback is None:
-            self._pullback = self._pull_back()
-        u, reached, grads = self._pullback
-        if not reached:
-            return self.output.new_zeros(V[0].shape[0], *self.output.shape)
-        return batched_grad(grads, [u], [V[i] for i in reached])[0]
 
-    def _pull_back(self) -> tuple[Tensor, list[int], list[Tensor]]:
-        """Return u, and Jᵀ u as a function of u for the parameters that z depends on."""
-        u = torch.zeros_like(self.output, requires_grad=True)
-        if not self.output.requires_grad:
-            return u, [], []
-        pulled = torch.autograd.grad(
-            self.output, self.model.leaves, u, create_graph=True, allow_unused=True
+def in_float64(linearization: Linearization) -> Linearization:
+    """Return the same in float64, where comparisons are sharp, if the model can; or itself."""
+    model, X = linearization.model, linearization.inputs
+    if model.module is None or not isinstance(X, Tensor) or X.dtype == torch.float64:
+        return linearization
+    try:
+        with linearization.forward_mode.once_more():
+            twin = Linearization(model.in_float64(), X.double() if X.is_floating_point() else X)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model raises that is copied, or given float64
+        return linearization
+    same = twin.functions.custom == linearization.functions.custom
+    return twin if same and twin.output.dtype == torch.float64 else linearization
+
+
+def has_no_silent_part(linearization: Linearization) -> bool:
+    """Tell whether all functions that make z have a part in its derivatives."""
+    z = linearization.output
+    if not z.requires_grad:
+        return False
+    return counts_everywhere(z, linearization.model.leaves, random_like([z], seed=1)[0][0])
+
+
+def _judge(linearization: Linearization, way: str) -> bool | None:
+    """Tell whether J v is right; `None` if nothing tells it.
+
+    Args:
+        linearization: z and its graph.
+        way: The name of the method that computes it.
+    """
+    careful = linearization.verdicts.careful
+    verdict: bool | None = True
+    if careful and (twin := in_float64(linearization)) is not linearization:
+        test = AdjointTest(twin.output, twin.model.leaves, careful)
+        verdict, careful = test.agrees(getattr(twin, way)), False
+    test = AdjointTest(linearization.output, linearization.model.leaves, careful)
+    return verdict and test.agrees(getattr(linearization, way))
+
+
+def _open_pull_back(
+    output: Tensor, leaves: Sequence[Tensor]
+) -> tuple[Tensor, list[int], list[Tensor]]:
+    """Return u, and Jᵀ u as a function of u for the parameters that z depends on."""
+    u = torch.zeros_like(output, requires_grad=True)
+    if not output.requires_grad:
+        return u, [], []
+    pulled = torch.autograd.grad(output, leaves, u, create_graph=True, allow_unused=True)
+    reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+    return u, reached, [g for g in pulled if g is not None and g.requires_grad]
+
+
+def _say_that_it_is_constant(model: ParametrizedModel) -> None:
+    if model.confirmed.is_new(("constant", 0)):
+        warnings.warn(
+            "model_func: its predictions have no graph, so that their derivatives by params "
+            "are 0. Does it use torch.no_grad(), detach(), NumPy, or torch.autograd.grad "
+            "without create_graph=True? Does it use other tensors than params?",
+            stacklevel=2,
         )
-        reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-        return u, reached, [g for g in pulled if g is not None and g.requires_grad]
+
+
+def _say_that_rows_are_slow(model: ParametrizedModel, functions: Functions) -> None:
+    if model.confirmed.is_new(("said of rows", functions.signature)):
+        warnings.warn(
+            f"model_func: {functions} can be differentiated once only, by backward "
+            "passes. Products with the Jacobian are right, but take a backward pass for each "
+            "prediction; with operations of torch in its place they take two.",
+            stacklevel=2,
+        )

@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.argument_checks import check_params
-from kfacopt.curvature.confirmation import Verdicts
 from kfacopt.curvature.differentiable_functions import DifferentiableFunctions
+from kfacopt.curvature.verdicts import Verdicts
 from kfacopt.data import evaluation
 from kfacopt.module_search import living_modules, modules_of, owners_of
 
@@ -73,14 +73,16 @@ class ParametrizedModel:
             self._owners = owners_of(unknown, living_modules())
         self.device = self.leaves[0].device
         self._kinds = [_kind_of(p) for p in self.leaves]
-        self.confirmed: Verdicts = {}
+        self.confirmed = Verdicts()
+        self._functions = DifferentiableFunctions()
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ParametrizedModel:
         """Return a module as a function of its inputs alone."""
         model = cls.__new__(cls)
         model.function, model.is_functional, model.leaves, model.names = module, False, [], []
-        model._sources, model._kinds, model.confirmed, model._owners = [], [], {}, []
+        model._sources, model._kinds, model._owners = [], [], []
+        model.confirmed, model._functions = Verdicts(), DifferentiableFunctions()
         first = next(chain(module.parameters(), module.buffers()), torch.empty(0))
         model.device = first.device
         return model
@@ -123,6 +125,15 @@ class ParametrizedModel:
     def module(self) -> nn.Module | None:
         """The module, or `None` if the model is a plain function."""
         return self.function if isinstance(self.function, nn.Module) else None
+
+    @property
+    def switches(self) -> int:
+        """How often evaluations switched gradients on or off within, which not all modes see."""
+        return self._functions.switches
+
+    def roots(self) -> list[Any] | None:
+        """Return what its values depend on, but for the inputs; `None` if nobody knows."""
+        return None if self.module is None else [*self.leaves, self.module]
 
     def modules(self) -> list[nn.Module]:
         """Return the modules that are evaluated, without their parts."""
@@ -198,7 +209,7 @@ class ParametrizedModel:
             if "torch._dynamo" in sys.modules:  # else nothing can be compiled
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(DifferentiableFunctions())
+            stack.enter_context(self._functions)
             stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
             mha.set_fastpath_enabled(False)
             parts = chain.from_iterable(m.modules() for m in owners)

@@ -71,6 +71,8 @@ class LossFisher:
         normalizer = self.likelihood.normalizer(z, y)
         if self.fisher_type != "empirical":
             return normalizer, 0.0
+        if not z.numel():  # a batch without data
+            return normalizer, 0.0
         ratio = self.likelihood.num_terms(z, y) / self.likelihood.num_terms(z, None)
         if self.loss_average == "batch+sequence":
             return normalizer, ratio * self.likelihood.num_positions(z)

@@ -50,7 +50,12 @@ def likelihood_of(loss_func: Any) -> Likelihood:
     if not has_likelihood(loss_func):
         supported = ", ".join(f"nn.{loss.__name__}" for loss in SUPPORTED_LOSSES)
         name = getattr(loss_func, "__name__", type(loss_func).__name__)
-        raise UnsupportedLossError(f"loss_func: {name} is not supported; give one of {supported}.")
+        compiled = (
+            " (it was compiled: loss_func._orig_mod)" if hasattr(loss_func, "_orig_mod") else ""
+        )
+        raise UnsupportedLossError(
+            f"loss_func: {name} is not supported; give one of {supported}{compiled}."
+        )
     kind = next(kind for kind in SUPPORTED_LOSSES if isinstance(loss_func, kind))
     likelihood, names = _LIKELIHOODS[kind]
     return checked(likelihood(loss_func.reduction, *(getattr(loss_func, name) for name in names)))
