@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_pair import results_of_ranks, shared_folder
 
 # Ranks find each other on a machine without a network, too.
 if Path("/sys/class/net/lo").exists():
@@ -21,3 +22,18 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def _results_of_ranks(tmp_path_factory):
+    return results_of_ranks(shared_folder(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture(scope="module")
+def ranks(request, _results_of_ranks):
+    """What each of two ranks got for the obligations of the test's file, by name."""
+    own = request.module.__name__
+    return [
+        {name: found for (file, name), found in results.items() if file == own}
+        for results in _results_of_ranks
+    ]
