@@ -20,9 +20,9 @@ from kfacopt.linalg.conjugate_gradients import NotPositiveDefiniteError
 from kfacopt.linalg.inverses import (
     CGConvergenceWarning,
     CGInverseLinearOperator,
-    NeumannConvergenceWarning,
     NeumannInverseLinearOperator,
 )
+from kfacopt.linalg.neumann_series import NeumannConvergenceWarning
 from kfacopt.linalg.structured import IdentityLinearOperator, SubmatrixLinearOperator
 from kfacopt.optim.connected import KFACWarning
 from kfacopt.optim.kfac import KFACOptimizer

@@ -76,6 +76,39 @@ def test_factors_without_full_rank(rank):
     assert refreshed_basis(zero, Q, SHARE) is Q
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_off_diagonal_share_is_exact_where_it_is_small(dtype, size):
+    """Also where squares of the entries have no place in the dtype."""
+    for share in (0.0, 1e-6, 1e-4, 0.5):
+        matrix = torch.tensor([[[3.0, share], [share, 4.0]]], dtype=torch.float64)
+        expected = (2 * share**2 / (25 + 2 * share**2)) ** 0.5
+        found = off_diagonal_share((size * matrix).to(dtype)).item()
+        assert found == pytest.approx(expected, rel=10 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", ["exact", "factored"])
+def test_singular_products_are_singular_whatever_rounding_made_of_them(dtype, method):
+    """An eigenvalue that is 0 comes out as ± eps; the sign is the processor's."""
+    eps, regular = torch.finfo(dtype).eps, factor(1, blocks=1)
+    Q = orthonormal()[:1]
+    for ulps in (-1.0, -0.5, 0.0, 0.5, 1.0):
+        values = torch.linspace(1, 2, SIDE)
+        values[0] = ulps * eps
+        singular = ((Q * values) @ Q.mT).to(dtype)
+        singular = (singular + singular.mT) / 2
+        for sides in ((singular, regular.to(dtype)), (regular.to(dtype), singular)):
+            product = KroneckerProduct(*sides)
+            with pytest.raises(DecompositionError, match="singular"):
+                product.inverse(0.0, method)
+            assert product.logdet() == -torch.inf
+            damped = product.inverse(1e-2, method)
+            assert bool(damped.apply(torch.ones(1, SIDE, SIDE, dtype=dtype)).isfinite().all())
+    alone = KroneckerProduct(torch.tensor([[1.0, 1e-20]]), torch.tensor([[1.0, 2.0]]))
+    assert torch.isclose(alone.logdet(), torch.tensor([1.0, 1e-20, 2.0, 2e-20]).log().sum())
+
+
 def test_diagonal_factors_have_no_basis_and_bad_ones_raise():
     assert refreshed_basis(torch.rand(2, 5), None, SHARE) is None
     bad = factor()

@@ -19,6 +19,7 @@ from torch import nn
 from kfacopt import EKFACLinearOperator, KFACLinearOperator
 from kfacopt.kfac import eigenvalues
 from kfacopt.kfac.eigenvalues import gradient_second_moments
+from kfacopt.linalg.kronecker import DecompositionError
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -207,3 +208,16 @@ def test_algebra(separate):
         ekfac.inverse(0.1, method="factored")
     with pytest.raises(ValueError, match="damping must"):
         ekfac.inverse(-0.1)
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_a_singular_matrix_is_singular(kfac_approx):
+    """Three data in four and six dimensions: what they lack comes out as noise, of either sign."""
+    model = nn.Sequential(LINEAR(4, 6), nn.Tanh(), LINEAR(6, 3))
+    X, y = torch.randn(3, 4), torch.rand(3, 3)
+    for operator in operators(model, nn.MSELoss(), [(X, y)], kfac_approx=kfac_approx):
+        assert operator.logdet() == -torch.inf
+        assert operator.det() == 0.0
+        with pytest.raises(DecompositionError, match="singular"):
+            operator.inverse(0.0, method="exact")
+        assert operator.inverse(1e-3, method="exact").logdet().isfinite()

@@ -18,6 +18,7 @@ from kfacopt.optim.step_rules import are_finite
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+ROUND_OFFS = 10  # of the few dozen operations in matrices of side 4 and 5
 TOLERANCE = 1e-12
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4).sin()
 LABELS = torch.tensor([0, 2, 1, 0, 2, 2])
@@ -228,7 +229,11 @@ def test_rank_deficient_and_zero_factors(name, dtype, options):
         F_damped = torch.kron(G, A) + 1e-3 * torch.eye(20)
         expected = torch.linalg.solve(F_damped, gradient.flatten()).reshape(5, 4)
         moved = before - model[0].weight.double()
-        assert torch.allclose(moved, expected, rtol=1e-3 if dtype == torch.float32 else 1e-8)
+        # Rounding of gradient, eigenvalues and bases is amplified by the condition; then the
+        # weights are rounded. What is 0 in the expected step is so but for that.
+        eps, condition = torch.finfo(dtype).eps, torch.linalg.cond(F_damped)
+        bound = eps * (ROUND_OFFS * condition * expected.norm() + before.norm())
+        assert (moved - expected).norm() <= bound
     assert bool(model[0].weight.isfinite().all())
     for _ in range(3):
         step(model, optimizer, x.to(dtype), y)

@@ -1,5 +1,6 @@
 """Inverses by conjugate gradients and by the Neumann series, against dense solves in float64."""
 
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -380,6 +381,29 @@ def test_a_singular_system_without_a_solution_says_so():
         inverse @ torch.ones(3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ulps", [-1.0, 0.0, 1.0])
+def test_singular_systems_with_a_solution_are_solved_or_told(dtype, ulps):
+    """Once all is round-off, the sign of pᵀ A p is a matter of chance, and no error."""
+    eps = torch.finfo(dtype).eps
+    for seed in range(4):
+        torch.manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(SIZE, SIZE)).Q
+        null = torch.full((SIZE // 2,), ulps * eps)
+        values = torch.cat([null, torch.linspace(0.1, 1, SIZE // 2)])
+        A = ((basis * values) @ basis.T).to(dtype)
+        b = A.double() @ torch.randn(SIZE, COLUMNS)
+        inverse = CGInverseLinearOperator(A)
+        inverse @ b.to(dtype)
+        assert inverse.last_solve.converged.all()
+        inverse.set_cg_hyperparameters(tol=eps / 4)  # beyond what rounding allows
+        with pytest.warns(CGConvergenceWarning, match="did not converge"):
+            x = inverse @ b.to(dtype)
+        residuals = (A.double() @ x.double() - b).norm(dim=0)
+        # a residual is off by a few eps ‖x‖, and iterations end within a factor of it
+        assert (residuals <= 100 * eps * (x.norm(dim=0) + b.norm(dim=0))).all()
+
+
 # Neumann series -----------------------------------------------------------------------------------
 
 
@@ -387,7 +411,8 @@ def test_a_singular_system_without_a_solution_says_so():
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_neumann_series_is_the_documented_sum(num_terms, scale):
     A = spd(condition=1.5) + 0.05 * torch.randn(SIZE, SIZE)
-    inverse = NeumannInverseLinearOperator(A, num_terms=num_terms, scale=scale)
+    # Where it stops early, it is not near the solution.
+    inverse = NeumannInverseLinearOperator(A, num_terms, scale, check_nan=num_terms == 0)
     factor = torch.eye(SIZE) - scale * A
     series = scale * sum(torch.linalg.matrix_power(factor, k) for k in range(num_terms + 1))
     assert torch.allclose(inverse @ torch.eye(SIZE), series)
@@ -401,7 +426,9 @@ def test_neumann_series_converges_to_the_inverse():
     assert (inverse @ torch.eye(SIZE) - exact).norm() < EXACT * exact.norm()
     # With the default number of terms, the error along an eigenvector is (1 - scale λ)^101.
     inverse.set_neumann_hyperparameters(scale=0.02)
-    error = torch.linalg.matrix_norm(exact - inverse @ torch.eye(SIZE), 2)
+    with pytest.warns(NeumannConvergenceWarning):
+        product = inverse @ torch.eye(SIZE)
+    error = torch.linalg.matrix_norm(exact - product, 2)
     assert torch.isclose(error, torch.tensor(0.98**101), rtol=1e-6)
 
 
@@ -442,12 +469,139 @@ def test_neumann_divergence_beside_a_part_that_converges(largest, num_terms):
         assert error.abs().max() < 1e-3
 
 
-def test_neumann_series_that_converge_slowly_are_summed():
+def test_neumann_series_that_converge_slowly_are_summed_and_told():
     A = torch.tensor([1.0, 0.01]).diag()
-    product = NeumannInverseLinearOperator(A) @ torch.ones(2)
+    with pytest.warns(NeumannConvergenceWarning, match=r"0.99 times the one before.*36% are miss"):
+        product = NeumannInverseLinearOperator(A) @ torch.ones(2)
     assert torch.allclose(product, torch.tensor([1.0, (1 - 0.99**101) / 0.01]))
-    with pytest.warns(NeumannConvergenceWarning, match=r"last term is 0\.7 times its first"):
-        NeumannInverseLinearOperator(torch.tensor([1.0, 1e-4]).diag()) @ torch.ones(2)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_terms", [10, 100, 400])
+@pytest.mark.parametrize("largest", [2.5, 2.7, 3.0, 3.4, 1e4, -0.25, -1e4])
+def test_neumann_divergence_in_every_dtype(dtype, num_terms, largest):
+    """Squares of terms overflow long before the terms; halves overflow at once."""
+    A = torch.tensor([1.0, largest], dtype=dtype).diag()
+    inverse = NeumannInverseLinearOperator(A, num_terms)
+    columns = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]], dtype=dtype)
+    assert torch.equal(inverse @ columns[:, [0, 2]], columns[:, [0, 2]])
+    for x in (columns[:, 1], columns, 1e-4 * columns):
+        with pytest.raises(ValueError, match="diverges"):
+            inverse @ x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_neumann_sums_in_half_precision_keep_small_terms(dtype):
+    """The error is that of the products and of the result, not that of a thousand sums."""
+    values = torch.tensor([1.0, 0.5, 0.0625, 1.9375])  # exact in both dtypes
+    inverse = NeumannInverseLinearOperator(values.to(dtype).diag(), 1000)
+    # Products err by eps λ |t_k|, which costs the sum eps Σ |t_k|; the result is rounded once.
+    bound = torch.finfo(dtype).eps * (values / (1 - (1 - values).abs()) + 1)
+    for size in (1.0, 2.0**-10):
+        x = inverse @ torch.full((4,), size, dtype=dtype)
+        assert x.dtype == dtype
+        assert ((x.double() / size * values - 1).abs() <= bound).all()
+
+
+def test_neumann_results_beyond_the_dtype_are_named():
+    A = torch.tensor([1.0, 2.0**-10], dtype=torch.float16).diag()
+    with pytest.raises(ValueError, match=r"too large for torch\.float16"):
+        NeumannInverseLinearOperator(A, 8000) @ torch.full((2,), 100.0, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("unit", [1e-36, 1e-20, 1.0, 1e20, 1e36])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_neumann_judges_in_any_unit(dtype, unit):
+    x = torch.full((2,), unit, dtype=dtype)
+    outcomes = {1.9: None, 0.5: None, 0.01: "36% are missing", 0.0: "99% are missing"}
+    for value, message in outcomes.items():
+        inverse = NeumannInverseLinearOperator(torch.tensor([1.0, value], dtype=dtype).diag())
+        if message is None:
+            inverse @ x
+        else:
+            with pytest.warns(NeumannConvergenceWarning, match=message):
+                inverse @ x
+    for value in (2.1, -0.1):
+        with pytest.raises(ValueError, match="diverges"):
+            NeumannInverseLinearOperator(torch.tensor([1.0, value], dtype=dtype).diag()) @ x
+
+
+def test_neumann_tells_how_many_columns_are_far():
+    A = torch.tensor([1.0, 0.01, 0.5]).diag()
+    columns = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1e-1, 0.0]])
+    inverse = NeumannInverseLinearOperator(A)
+    with pytest.warns(NeumannConvergenceWarning, match="in 2 of 4 columns: .*add damping"):
+        inverse @ columns.T
+    # A small part of the right-hand side can be a large one of the solution.
+    small = torch.tensor([1.0, 1e-4, 0.0])
+    inverse = NeumannInverseLinearOperator(torch.tensor([1.0, 1e-4, 1.0]).diag())
+    with pytest.warns(NeumannConvergenceWarning, match="are missing"):
+        inverse @ small
+
+
+FAR_SPECTRA = {
+    "small": torch.logspace(-3, 0, SIZE, dtype=torch.float64),
+    "near 2": 2 - torch.logspace(-3, 0, SIZE, dtype=torch.float64),
+    "both": torch.cat([t := torch.logspace(-2.5, 0, SIZE // 2, dtype=torch.float64), 2 - t]),
+    "tiny": torch.logspace(-6, 0, SIZE, dtype=torch.float64),
+    "fine": torch.linspace(0.1, 1.9, SIZE, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("values", FAR_SPECTRA.values(), ids=FAR_SPECTRA)
+@pytest.mark.parametrize("num_terms", [3, 30, 300, 3000])
+def test_a_neumann_series_that_is_far_from_the_solution_warns(values, num_terms):
+    basis = torch.linalg.qr(torch.randn(SIZE, SIZE)).Q
+    A, b = basis * values @ basis.T, torch.randn(SIZE)
+    x = torch.linalg.solve(A, b)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        error = (NeumannInverseLinearOperator(A, num_terms) @ b - x).norm() / x.norm()
+    # What is told is a lower bound: within a factor of three, nothing is overlooked.
+    if caught:
+        assert error > 0.1
+        assert caught[0].category is NeumannConvergenceWarning
+    else:
+        assert error < 0.3
+
+
+def test_neumann_takes_systems_that_are_singular_but_solvable():
+    """Round-off beside the range neither grows to a warning nor to an error."""
+    basis = torch.linalg.qr(torch.randn(SIZE, SIZE)).Q
+    values = torch.cat([torch.zeros(SIZE // 2), torch.linspace(0.5, 1.5, SIZE // 2)])
+    for dtype in (torch.float32, torch.float64):
+        A = (basis * values @ basis.T).to(dtype)
+        b = A.double() @ torch.randn(SIZE, COLUMNS)
+        x = NeumannInverseLinearOperator(A) @ b.to(dtype)
+        exact = torch.linalg.pinv(A.double(), rtol=1e-3) @ b
+        assert (x - exact).norm() < 1e3 * torch.finfo(dtype).eps * exact.norm()
+
+
+def test_neumann_scales():
+    A, x = spd(condition=5.0), torch.ones(SIZE)
+    exact = torch.linalg.solve(A, x)
+    negative = NeumannInverseLinearOperator(-A, num_terms=200, scale=-0.3)
+    assert torch.allclose(negative @ x, -exact)
+    for scale, outcome in ((1e-5, "raise scale=1e-05"), (1e-300, "raise scale=1e-300")):
+        with pytest.warns(NeumannConvergenceWarning, match=outcome):
+            NeumannInverseLinearOperator(A, scale=scale) @ x
+    for scale in (-0.3, 1e5, 1e300):
+        with pytest.raises(ValueError, match="diverges"):
+            NeumannInverseLinearOperator(A, scale=scale) @ x
+
+
+def test_neumann_names_operands_that_are_not_finite():
+    inverse = NeumannInverseLinearOperator(torch.eye(2))
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="x has NaN or infinite entries"):
+            inverse @ torch.tensor([1.0, bad])
+    inverse.set_neumann_hyperparameters(check_nan=False)
+    assert (inverse @ torch.tensor([1.0, torch.nan])).isnan()[1]
+    empty = torch.ones(2, 0)
+    assert torch.equal(NeumannInverseLinearOperator(torch.eye(2)) @ empty, empty)
 
 
 @pytest.mark.parametrize(

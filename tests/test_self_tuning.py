@@ -528,6 +528,26 @@ def test_clipped_gradients_change_nothing(first):
     )
 
 
+@pytest.mark.parametrize("ulps", [-30.0, -11.0, 0.0, 1.0, 11.0, 30.0])
+def test_a_closure_that_clips_may_sum_in_another_order(ulps):
+    """Its value and that of the losses, evaluated again, agree but for rounding."""
+    torch.manual_seed(0)
+    model = mlp()
+    twin = copy.deepcopy(model)
+    optimizer, other = make(model), make(twin)
+    step(model, optimizer, LOSSES["mse-sum"][2])
+
+    def closure():
+        other.zero_grad()
+        loss = LOSSES["mse-sum"][2](twin)
+        loss.backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        return loss * (1 + ulps * torch.finfo(loss.dtype).eps)
+
+    other.step(closure)
+    assert torch.allclose(flat(model.parameters()), flat(twin.parameters()), atol=1e-6)
+
+
 def test_gradients_that_were_changed_otherwise_are_refused():
     model = mlp()
     optimizer = make(model)

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kfacopt.argument_checks import as_integer, as_real
@@ -18,9 +17,13 @@ from kfacopt.estimators.lanczos import (
     spectral_ends,
 )
 from kfacopt.estimators.random_vectors import square_operator
+from kfacopt.linalg.precision import round_off
 
 Boundaries = tuple[float, float] | tuple[float, None] | tuple[None, float] | None
 Density = tuple[np.ndarray, np.ndarray]
+
+# Of a grid's points, in units of their last digit: their distances are exact to some per cent.
+_LEAST_SPACING = 16
 
 
 def lanczos_approximate_spectrum(
@@ -153,7 +156,7 @@ class _LanczosRuns:
         self._ncv = as_integer("ncv", ncv, 1, self._A.shape[0], " (A's dimension)")
         self._given = _checked_boundaries(boundaries)
         self._tol = as_real("boundaries_tol", boundaries_tol, 0)
-        self._round_off = 10 * torch.finfo(self._A.torch_dtype).eps
+        self._round_off = round_off(self._A.torch_dtype)
         self._kept: list[Quadrature] = []
 
     def _runs(self, count: int) -> list[Quadrature]:
@@ -202,7 +205,7 @@ class LanczosApproximateSpectrumCached(_LanczosRuns):
         """
         _check_density_arguments(num_repeats, num_points, kappa, margin)
         size = max(abs(end) for end in self._boundaries)
-        center, half_width = _grid_of(self._boundaries, margin, self._round_off, size)
+        center, half_width = _grid_of(self._boundaries, margin, num_points, self._round_off, size)
         t = np.linspace(-1.0, 1.0, num_points)
         density = np.zeros(num_points)
         for nodes, weights in self._runs(num_repeats):
@@ -266,7 +269,7 @@ class LanczosApproximateLogSpectrumCached(_LanczosRuns):
             raise ValueError("epsilon must be positive as |A| has the eigenvalue 0, got 0.")
         log_boundaries = (math.log(lower + epsilon), math.log(upper + epsilon))
         # A relative error of λ is an absolute one of log λ.
-        center, half_width = _grid_of(log_boundaries, margin, self._round_off, 1.0)
+        center, half_width = _grid_of(log_boundaries, margin, num_points, self._round_off, 1.0)
         t = np.linspace(-1.0, 1.0, num_points)
         grid = np.exp(center + half_width * t)
         density = np.zeros(num_points)
@@ -278,19 +281,22 @@ class LanczosApproximateLogSpectrumCached(_LanczosRuns):
 
 
 def _grid_of(
-    boundaries: tuple[float, float], margin: float, round_off: float, size: float
+    boundaries: tuple[float, float], margin: float, num_points: int, accuracy: float, size: float
 ) -> tuple[float, float]:
     """Return the centre and half the width of a grid, margins included.
 
     Args:
         boundaries: The ends of the spectrum.
         margin: What is added to each side, relative to their distance.
-        round_off: The relative accuracy of eigenvalues.
+        num_points: The number of points on the grid; where it is so narrow that they are only a
+            few units of their last digit apart, the ends count as equal.
+        accuracy: The relative accuracy of eigenvalues.
         size: What it is relative to, and the width of the grid where the ends are equal but for it.
     """
     lower, upper = boundaries
     center, width = (lower + upper) / 2, upper - lower
-    if width <= round_off * size:
+    last_digit = float(np.spacing(max(abs(lower), abs(upper), size)))
+    if width <= max(accuracy * size, _LEAST_SPACING * num_points * last_digit):
         width = size or 1.0
     return center, width * (0.5 + margin)
 

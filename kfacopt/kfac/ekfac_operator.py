@@ -19,6 +19,7 @@ from kfacopt.linalg.kronecker import (
     KroneckerEigendecomposition,
     eigendecomposition,
 )
+from kfacopt.linalg.precision import null_directions
 
 
 class EKFACLinearOperator(KFACLinearOperator):
@@ -109,10 +110,14 @@ class EKFACLinearOperator(KFACLinearOperator):
     ) -> list[tuple[Block, KroneckerEigendecomposition]]:
         bases: dict[Block, Bases] = {}
         moments: dict[Block, Tensor] = {}
+        null: dict[Block, Tensor] = {}
         own_blocks: dict[Any, list[Block]] = {}
         for block, matrix in factored:
             sides = (matrix.grad_output_factor, matrix.input_factor)
-            bases[block] = (eigendecomposition(sides[0])[1], eigendecomposition(sides[1])[1])
+            spectrum_g, spectrum_a = map(eigendecomposition, sides)
+            bases[block] = (spectrum_g[1], spectrum_a[1])
+            null_g, null_a = null_directions(*spectrum_g), null_directions(*spectrum_a)
+            null[block] = null_g.unsqueeze(-1) | null_a.unsqueeze(-2)
             moments[block] = torch.zeros_like(sides[0][..., :1] @ sides[1][..., :1, :])
             own_blocks.setdefault(block.layer, []).append(block)
         for *_, gradients in self._passes("EKFAC eigenvalues"):
@@ -121,6 +126,11 @@ class EKFACLinearOperator(KFACLinearOperator):
                     grads = [by_use[use] for use in own]
                     for block in own_blocks[layer]:
                         moments[block] += block_second_moments(block, own, grads, bases[block])
+        for block, values in moments.items():
+            # What round-off leaves of the data where a factor has none would make det and inverse
+            # of a singular matrix. (Factors of averages, `"reduce"`, may lack what the data have.)
+            noise = max(values.shape[-2:]) * torch.finfo(values.dtype).eps * values.amax()
+            values.masked_fill_(null[block] & (values <= noise), 0.0)
         return [
             (block, KroneckerEigendecomposition(*bases[block], moments[block] * self._scale))
             for block in bases

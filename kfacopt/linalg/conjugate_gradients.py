@@ -14,6 +14,10 @@ class NotPositiveDefiniteError(RuntimeError):
     """Conjugate gradients met a direction in which the matrix is not positive."""
 
 
+# Iterations start again from x when a residual has shrunk to so many eps of where it began.
+_LEAST_ROUND_OFFS = 10
+
+
 @dataclass(frozen=True)
 class CGReport:
     """What the last product of a `CGInverseLinearOperator` achieved, one entry a column.
@@ -45,6 +49,8 @@ def conjugate_gradients(
     The residual of the recurrence drifts away from the true one b − A x. When a column's has
     reached its tolerance (or round-off of where it began), the true one is computed; where that is
     still too large, iterations start again from x, as long as this at least halves the residual.
+    Where A shows itself as not positive only then, in what rounding has left of the residual (as a
+    singular A does, once a solution is found), the last x counts.
 
     Args:
         multiply: X ↦ A X.
@@ -72,12 +78,29 @@ def conjugate_gradients(
     norms = residual.norm(dim=0)
     iterations = torch.zeros(B.shape[1], dtype=torch.long, device=B.device)
     columns = (norms > tolerances).nonzero()[:, 0]
+    restarted = False
     while len(columns):
-        used = _descend(
-            multiply, X, residual, columns, tolerances, iterations, maxiter, precondition, callback
-        )
+        start = X[:, columns]
+        try:
+            used = _descend(
+                multiply,
+                X,
+                residual,
+                columns,
+                tolerances,
+                iterations,
+                maxiter,
+                precondition,
+                callback,
+            )
+        except NotPositiveDefiniteError:
+            if not restarted:
+                raise
+            X[:, columns] = start
+            break
         if not used:
             break
+        restarted = True
         residual[:, columns] = B[:, columns] - multiply(X[:, columns])
         before, norms = norms, residual.norm(dim=0)
         stuck = norms > before / 2
@@ -100,7 +123,8 @@ def _descend(
     columns = columns[iterations[columns] < maxiter]
     R = residual[:, columns]
     P, rho = torch.zeros_like(R), torch.ones_like(R[0])
-    round_off = torch.finfo(R.dtype).eps * R.norm(dim=0)
+    # Beyond, the recurrence would follow noise: into directions that a singular A does not reach.
+    round_off = _LEAST_ROUND_OFFS * torch.finfo(R.dtype).eps * R.norm(dim=0)
     targets = torch.maximum(tolerances[columns], round_off)
     first = True
     while len(columns):

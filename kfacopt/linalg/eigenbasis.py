@@ -13,10 +13,13 @@ MAX_ITERATIONS = 2
 
 def off_diagonal_share(matrix: Tensor) -> Tensor:
     """Return ‖M − diag M‖_F / ‖M‖_F `[B]` of M `[B, d, d]`; 0 for a zero matrix."""
-    total = matrix.square().sum((-2, -1))
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1).square().sum(-1)
-    share = (total - diagonal).clamp(min=0) / torch.where(total > 0, total, 1.0)
-    return share.sqrt()
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    scaled = matrix / torch.where(largest > 0, largest, 1.0)  # squares under- or overflow
+    # The difference of two sums of squares would be off by √eps.
+    rest = scaled - torch.diag_embed(scaled.diagonal(dim1=-2, dim2=-1))
+    norm, total = (torch.linalg.matrix_norm(x) for x in (rest, scaled))
+    share: Tensor = norm / torch.where(total > 0, total, 1.0)
+    return share
 
 
 def rayleigh_quotients(factor: Tensor, basis: Tensor | None) -> Tensor:

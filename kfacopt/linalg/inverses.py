@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kfacopt.argument_checks import as_integer, as_real, check_flag
 from kfacopt.linalg.conjugate_gradients import CGReport, conjugate_gradients
+from kfacopt.linalg.neumann_series import neumann_series
 from kfacopt.linalg.operator import LinearOperator
 from kfacopt.linalg.structured import check_square, operator_from
 from kfacopt.linalg.tensor_lists import is_tensor_list, stack_rows
@@ -212,85 +213,14 @@ def _kernel(A: LinearOperator) -> Callable[[Tensor], Tensor]:
     """Return X ↦ A X in A's dtype, with the result in X's."""
 
     def multiply(X: Tensor) -> Tensor:
-        return A._matmat_tensor(X.to(A.torch_dtype)).to(X.dtype)
+        if A.torch_dtype != torch.float16 or len(X) == 0:
+            return A._matmat_tensor(X.to(A.torch_dtype)).to(X.dtype)
+        # float16 has few exponents: residuals and terms that shrink would vanish.
+        exponents = torch.frexp(X.abs().amax(0)).exponent
+        product = A._matmat_tensor(torch.ldexp(X, -exponents).to(A.torch_dtype))
+        return torch.ldexp(product.to(X.dtype), exponents)
 
     return multiply
-
-
-class NeumannConvergenceWarning(RuntimeWarning):
-    """The terms of a Neumann series did not become smaller."""
-
-
-# A series whose terms shrink by less a product does not get anywhere.
-_LEAST_SHRINKAGE = 1e-3
-
-
-def neumann_series(
-    multiply: Callable[[Tensor], Tensor], X: Tensor, num_terms: int, scale: float, check_nan: bool
-) -> Tensor:
-    """Return α Σ_{k=0}^{K} (I − αA)ᵏ X.
-
-    Args:
-        multiply: X ↦ A X.
-        X: `[D, N]`.
-        num_terms: K, the number of products.
-        scale: α.
-        check_nan: Raise an error where the series diverges, and warn where it does not shrink.
-
-    Raises:
-        ValueError: If `check_nan` is set and a term is not finite, or the last term is larger than
-            the one before, or its negative.
-    """
-    previous, term, total = X, X, X.clone()
-    for k in range(1, num_terms + 1):
-        previous, term = term, term - scale * multiply(term)
-        total += term
-        if check_nan and not bool(term.isfinite().all()):
-            _raise_diverged(f"term {k} has NaN or infinite entries", scale)
-    if check_nan and num_terms > 0:
-        _check_shrinking(X, previous, term, scale)
-    return scale * total
-
-
-def _check_shrinking(first: Tensor, previous: Tensor, last: Tensor, scale: float) -> None:
-    """Judge a series by its last two terms: other parts of X than those that stay have decayed."""
-    sizes = [x.norm(dim=0) for x in (first, previous, last)]
-    matters = sizes[2] > torch.finfo(last.dtype).eps ** 0.5 * sizes[0]
-    if not bool(matters.any()):
-        return
-    size, before, now = (x[matters] for x in sizes)
-    factors = now / before
-    round_off = 100 * torch.finfo(last.dtype).eps  # terms of constant size (A x = 0) are no growth
-    if bool((factors > 1 + round_off).any()):
-        largest = factors.argmax()
-        share = (now / size)[largest].item()
-        _raise_diverged(
-            f"its last term, {share:.2g} times its first, is {factors[largest].item():.6g} times "
-            "the one before and grows",
-            scale,
-        )
-    cosines = (last * previous).sum(0)[matters] / (now * before)
-    if bool(((factors > 1 - round_off) & (cosines < -1 + round_off)).any()):
-        _raise_diverged("its terms only change their sign", scale)
-    stuck = factors > 1 - _LEAST_SHRINKAGE
-    if bool(stuck.any()):
-        warnings.warn(
-            f"The Neumann series does not converge in {int(stuck.sum())} of {len(sizes[0])} "
-            f"columns: its last term is {(now / size)[stuck].max().item():.2g} times its first, "
-            f"and {factors.max().item():.6g} times the one before. An eigenvalue of A is near 0 "
-            f"(add damping, raise scale={scale:g} or num_terms) or near 2 / scale (decrease it); "
-            "or use CGInverseLinearOperator. check_nan=False silences this.",
-            NeumannConvergenceWarning,
-            stacklevel=2,
-        )
-
-
-def _raise_diverged(symptom: str, scale: float) -> None:
-    raise ValueError(
-        f"The Neumann series diverges: {symptom}. It converges where all eigenvalues of A lie "
-        f"between 0 and 2 / scale; decrease scale={scale:g}, or use CGInverseLinearOperator. "
-        "check_nan=False takes the sum as it is."
-    )
 
 
 class NeumannInverseLinearOperator(LinearOperator):
@@ -312,18 +242,19 @@ class NeumannInverseLinearOperator(LinearOperator):
         num_terms: K.
         scale: α.
         check_nan: Raise an error where the series diverges, that is, where terms become NaN or
-            infinite, or where the last one is larger than that before, or its negative; warn with
-            a `NeumannConvergenceWarning` where it is hardly smaller. What grows is not seen as
-            long as it is small beside a part that still shrinks.
+            infinite, or where the last one is larger than that before, or its negative. Warn with a
+            `NeumannConvergenceWarning` where the last terms let expect that more than a tenth of
+            the solution is missing; for K = 0, nothing is known. What grows, or decays slowly, is
+            not seen as long as it is small beside a part that still shrinks.
 
     Raises:
         ValueError: If A is not square, or complex, or an argument has no valid value.
 
     Example:
         >>> import torch
-        >>> inverse = NeumannInverseLinearOperator(torch.tensor([[0.5]]), num_terms=2)
-        >>> inverse @ torch.ones(1)  # 1 + 1/2 + 1/4
-        tensor([1.7500])
+        >>> inverse = NeumannInverseLinearOperator(torch.tensor([[0.5]]), num_terms=4)
+        >>> inverse @ torch.ones(1)  # 1 + 1/2 + 1/4 + 1/8 + 1/16
+        tensor([1.9375])
 
     References:
         Lorraine, Vicol & Duvenaud (2020), https://arxiv.org/abs/1911.02590, section 3.
@@ -368,7 +299,19 @@ class NeumannInverseLinearOperator(LinearOperator):
         return [*super().sources(), *self._options]
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
-        return neumann_series(self._A._matmat_tensor, X, *self._options)
+        return self._series(_kernel(self._A), X)
 
     def _rmatmat_tensor(self, X: Tensor) -> Tensor:
-        return neumann_series(self._A._rmatmat_tensor, X, *self._options)
+        return self._series(_kernel(self._A.T), X)
+
+    def _series(self, multiply: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+        # A sum of many terms in half precision would lose the small ones.
+        wide = X.to(torch.promote_types(X.dtype, torch.float32))
+        total = neumann_series(multiply, wide, *self._options, self._A.torch_dtype)
+        result = total.to(X.dtype)
+        if self._options[2] and not bool(result.isfinite().all()):
+            raise ValueError(
+                f"x: A⁻¹ x is too large for {X.dtype}; compute in a wider dtype, or give x in "
+                "other units. check_nan=False takes the result as it is."
+            )
+        return result

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kfacopt.linalg.precision import null_directions
+
 DampingMethod = Literal["factored", "exact"]
 DAMPING_METHODS: tuple[DampingMethod, ...] = ("factored", "exact")
 
@@ -300,7 +302,12 @@ class KroneckerProduct:
 
     def logdet(self) -> Tensor:
         """Return log det(G ⊗ A) = Σ_B d_in log det G + d_out log det A; −∞ if singular."""
-        return self.eigendecomposition().logdet()
+        logdet = self.eigendecomposition().logdet()
+        return torch.full_like(logdet, -torch.inf) if self._is_singular() else logdet
+
+    def _is_singular(self) -> bool:
+        spectra = map(eigendecomposition, (self.grad_output_factor, self.input_factor))
+        return any(bool(null_directions(*spectrum).any()) for spectrum in spectra)
 
     def eigendecomposition(self) -> KroneckerEigendecomposition:
         """Return G ⊗ A in the Kronecker product of its factors' eigenbases."""
@@ -322,6 +329,8 @@ class KroneckerProduct:
         Raises:
             DecompositionError: If a factor cannot be inverted or decomposed.
         """
+        if damping == 0 and self._is_singular():
+            raise DecompositionError("the matrix is singular and the damping is 0")
         if method == "exact":
             return self.eigendecomposition().inverse(damping)
         sides = (self.grad_output_factor, self.input_factor)

@@ -13,6 +13,7 @@ from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
 from torch import Tensor
 
 from kfacopt.argument_checks import as_real
+from kfacopt.linalg.scipy_products import scipy_product
 from kfacopt.linalg.tensor_lists import Shapes, is_tensor_list, split_rows, stack_rows
 
 
@@ -310,15 +311,17 @@ class ForeignLinearOperator(LinearOperator):
         super().__init__(A.shape, dtype, device)
         self._A = A
 
-    def _round_trip(self, product: Callable[[np.ndarray], np.ndarray], X: Tensor) -> Tensor:
+    def _round_trip(self, X: Tensor, adjoint: bool) -> Tensor:
         X64 = X.to("cpu", torch.float64).numpy()
-        return torch.from_numpy(np.asarray(product(X64))).to(self.device, self.torch_dtype)
+        return torch.from_numpy(scipy_product(self._A, X64, adjoint)).to(
+            self.device, self.torch_dtype
+        )
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
-        return self._round_trip(self._A.matmat, X)
+        return self._round_trip(X, adjoint=False)
 
     def _rmatmat_tensor(self, X: Tensor) -> Tensor:
-        return self._round_trip(self._A.rmatmat, X)
+        return self._round_trip(X, adjoint=True)
 
 
 class AdjointLinearOperator(LinearOperator):

@@ -175,8 +175,9 @@ def operator_from(
     """Return a matrix in any of the usual forms as one of our operators.
 
     Args:
-        A: One of our operators (returned as it is), a SciPy operator, a sparse or dense array, or
-            a tensor.
+        A: One of our operators (returned as it is), a SciPy operator or an object that SciPy takes
+            for one (`shape`, `matvec`, and `rmatvec` for the transpose), a sparse or dense array,
+            or a tensor.
         name: What errors call it.
         dtype: The dtype of the result for what is no tensor. Default: float64.
         device: The device of the result for what is no tensor. Default: the CPU.
@@ -192,13 +193,20 @@ def operator_from(
         return DenseLinearOperator(A)
     if isinstance(A, np.ndarray) and A.dtype.kind in "biuf":
         return DenseLinearOperator(torch.tensor(A.astype(np.float64)).to(device, dtype))
-    if isinstance(A, np.ndarray | SciPyLinearOperator) or issparse(A):
-        if A.dtype is not None and np.dtype(A.dtype).kind == "c":
+    # SciPy takes any object with a shape and products for an operator.
+    is_operator = isinstance(A, SciPyLinearOperator) or (
+        hasattr(A, "shape") and hasattr(A, "matvec")
+    )
+    if isinstance(A, np.ndarray) or issparse(A) or is_operator:
+        if len(A.shape) != 2:
+            raise ValueError(f"{name} must have two axes, got the shape {tuple(A.shape)}.")
+        foreign = aslinearoperator(A)
+        if foreign.dtype is not None and np.dtype(foreign.dtype).kind == "c":
             raise ValueError(
-                f"{name} must be real, got {A.dtype}; write a complex matrix as a real one of "
-                "twice the size, [[Re, -Im], [Im, Re]]."
+                f"{name} must be real, got {foreign.dtype}; write a complex matrix as a real one "
+                "of twice the size, [[Re, -Im], [Im, Re]]."
             )
-        return ForeignLinearOperator(aslinearoperator(A), dtype, device)
+        return ForeignLinearOperator(foreign, dtype, device)
     raise TypeError(
         f"{name} must be a linear operator, a two-dimensional array or a tensor, got "
         f"{type(A).__name__}."

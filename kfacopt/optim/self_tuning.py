@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.kfac.factors import factor_dtype
+from kfacopt.linalg.precision import round_off
 from kfacopt.optim.quadratic_model import QuadraticModel, evaluate, quadratic_model
 from kfacopt.optim.replay import ObjectiveTerm, coarsest_dtype
 
@@ -316,7 +317,7 @@ def _alternating_signs(tensor: Tensor) -> Tensor:
 
 def _same(one: float, other: float, dtype: torch.dtype) -> bool:
     """Tell whether two losses are equal up to round-off."""
-    return abs(one - other) <= 10 * float(torch.finfo(dtype).eps) * abs(other)
+    return abs(one - other) <= round_off(dtype) * abs(other)
 
 
 def _check_replay(model: QuadraticModel, dtype: torch.dtype) -> None:
