@@ -24,8 +24,8 @@ from kfacopt.linalg.inverses import (
 )
 from kfacopt.linalg.neumann_series import NeumannConvergenceWarning
 from kfacopt.linalg.structured import IdentityLinearOperator, SubmatrixLinearOperator
-from kfacopt.optim.connected import KFACWarning
 from kfacopt.optim.kfac import KFACOptimizer
+from kfacopt.optim.messages import KFACWarning
 
 __version__ = "0.1.0.dev0"
 

@@ -1,4 +1,4 @@
-"""Checks of arguments, whose errors name the argument, the constraint and the value."""
+"""Checks of arguments, with errors that name them; what one class alone checks stands there."""
 
 from __future__ import annotations
 
@@ -134,3 +134,13 @@ def check_params(params: Any) -> Any:
         if not isinstance(p, Tensor):
             raise ValueError(f"params[{i}] must be a tensor, got {p!r}.")
     return params
+
+
+def checked_output(output: Any) -> Tensor:
+    """Return what a model returned, if it is one tensor."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"model_func must return one tensor, got {type(output).__name__}; wrap the model in a "
+            "module that selects what the loss sees."
+        )
+    return output

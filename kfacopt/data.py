@@ -1,4 +1,4 @@
-"""A model evaluated on batches of data: progress, determinism, and leaving no trace."""
+"""A model evaluated on batches, deterministic and without a trace; no derivatives but gradients."""
 
 from __future__ import annotations
 

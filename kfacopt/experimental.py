@@ -1,4 +1,4 @@
-"""Operators whose interface may still change."""
+"""Operators whose interface may still change, by name; their code is in `curvature`."""
 
 from kfacopt.curvature.activation_hessian import ActivationHessianLinearOperator
 

@@ -1,4 +1,4 @@
-"""The modules that a function runs, and those that own parameters."""
+"""The modules that a function runs, and those that own parameters; not what they compute."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_candidates_start_with_the_defaults_and_are_settings_of_the_optimizer():
     written_out = KFACOptimizer(layer.parameters(), **current().settings)
     plain = KFACOptimizer(layer.parameters())
     assert written_out.defaults == plain.defaults
-    assert written_out._schedule == plain._schedule
+    assert written_out._settings == plain._settings
     given = set(current().settings)
     assert given == set(found[1].settings) == set(found[-1].settings), "all that is chosen"
     for trial in found:

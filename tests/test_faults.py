@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfacopt import GGNLinearOperator, KFACLinearOperator, KFACOptimizer, KFACWarning
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.kronecker import DecompositionError
-from kfacopt.optim.step_rules import are_finite
+from kfacopt.optim.steps.update import are_finite
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -495,7 +495,7 @@ def test_a_deleted_optimizer_is_gone_and_another_goes_on(options):
     step(model, optimizer)
     plain.load_state_dict(model.state_dict())
     held = F.cross_entropy(model(X), LABELS)  # its graph has hooks of the optimizer
-    references = [weakref.ref(optimizer), weakref.ref(optimizer._collector)]
+    references = [weakref.ref(optimizer), weakref.ref(optimizer._watch)]
     del optimizer
     gc.collect()
     assert [r() for r in references] == [None, None]

@@ -1,4 +1,4 @@
-"""The folders are layers: each imports only from those above it (design.md)."""
+"""The folders are layers: each imports only from those above it (ARCHITECTURE.md)."""
 
 import ast
 from pathlib import Path
@@ -20,12 +20,20 @@ ALLOWED = {
     "module_search": set(),
     "curvature": BASE | {"linalg", "likelihoods", "data", "module_search"},
     "kfac": BASE | {"linalg", "likelihoods", "data"},
-    "optim": BASE | {"linalg", "likelihoods", "data", "module_search", "curvature", "kfac"},
+    "optim": BASE | {"linalg", "likelihoods", "data", "module_search", "kfac"},
     "experimental": {"curvature"},
 }
 
+# Folders in a part, in an order: a file in one imports, of its own part, what is in this folder, in
+# those before it, or in the files that are named beside them. Nothing else: not what joins them.
+ROOMS = {
+    "kfac": ("layers",),
+    "optim": ("watch", "statistics", "state", "steps"),
+}
+BESIDE = {"optim": {"settings", "messages"}}
 
-def imported_parts(path: Path) -> set[str]:
+
+def imported_names(path: Path) -> list[list[str]]:
     tree = ast.parse(path.read_text())
     names = set()
     for node in ast.walk(tree):
@@ -35,8 +43,11 @@ def imported_parts(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    inside = [name.split(".") for name in names if name and name.split(".")[0] == "kfacopt"]
-    return {parts[1] for parts in inside if len(parts) > 1}
+    return [name.split(".")[1:] for name in names if name and name.startswith("kfacopt.")]
+
+
+def imported_parts(path: Path) -> set[str]:
+    return {parts[0] for parts in imported_names(path)}
 
 
 def part_of(path: Path) -> str:
@@ -46,11 +57,28 @@ def part_of(path: Path) -> str:
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(ROOT)) for p in FILES])
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=short)
 def test_imports_only_from_above(path):
     part = part_of(path)
     assert part in ALLOWED, f"say in this test what {part} may import"
     assert imported_parts(path) <= ALLOWED[part] | {part}
+
+
+def in_rooms(part: str) -> list[Path]:
+    return [p for room in ROOMS[part] for p in sorted((ROOT / part / room).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", [p for part in ROOMS for p in in_rooms(part)], ids=short)
+def test_rooms_import_only_from_those_before_them(path):
+    part, room = path.relative_to(ROOT).parts[:2]
+    rooms = ROOMS[part]
+    allowed = {*rooms[: rooms.index(room) + 1], *BESIDE.get(part, set())}
+    own = {names[1] for names in imported_names(path) if names[0] == part and len(names) > 1}
+    assert own <= allowed
 
 
 def test_every_part_exists_or_is_planned():

@@ -6,7 +6,7 @@ from torch import Generator, nn
 from torch.nn import functional as F
 
 from kfacopt.likelihoods import UnsupportedLossError, likelihood_of
-from kfacopt.optim.loss_calls import recognise_call
+from kfacopt.optim.watch.loss_calls import recognise_call
 
 pytestmark = pytest.mark.usefixtures("float64")
 

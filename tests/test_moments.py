@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kfacopt import KFACLinearOperator, KFACOptimizer
-from kfacopt.kfac import patches
+from kfacopt.kfac.layers import patches
 from kfacopt.linalg import gram
 
 pytestmark = pytest.mark.usefixtures("float64")

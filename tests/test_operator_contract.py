@@ -43,6 +43,9 @@ from kfacopt.likelihoods import likelihood_of
 from kfacopt.linalg.operator import LinearOperator
 from kfacopt.linalg.structured import DenseLinearOperator, operator_from
 
+# The row of the Neumann series is about the polynomial that five terms are, far from an inverse.
+pytestmark = pytest.mark.filterwarnings("ignore::kfacopt.NeumannConvergenceWarning")
+
 TOLERANCE = 1e-9  # relative to the largest entry; operators compute in float64
 FLOAT32_TOLERANCE = 1e-4
 SOLVER_TOLERANCE = 1e-5  # of SciPy's iterative methods

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kfacopt import EKFACLinearOperator, KFACLinearOperator, KFACOptimizer, KFACWarning
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.kronecker import DecompositionError
-from kfacopt.optim import preconditioner, running_factors
+from kfacopt.optim.state import inverses, running_averages
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -433,7 +433,7 @@ def test_statistics_that_are_not_finite_never_enter_an_average(fisher_type, bad)
 def inverses_as_on(request, monkeypatch):
     """A GPU computes the inverses of one size in one call; here with the CPU's arithmetic."""
     if request.param == "gpu":
-        for module in (running_factors, preconditioner):
+        for module in (running_averages, inverses):
             monkeypatch.setattr(module, "is_free_to_read", lambda value: False)
 
 
@@ -469,12 +469,12 @@ def test_inverses_at_once_are_those_one_by_one(options, entries, monkeypatch):
     one, two = network(), network()
     two.load_state_dict(one.state_dict())
     calls = []
-    invert = preconditioner.damped_inverses
+    invert = inverses.damped_inverses
     monkeypatch.setattr(
-        preconditioner, "damped_inverses", lambda *args: calls.append(len(args[0])) or invert(*args)
+        inverses, "damped_inverses", lambda *args: calls.append(len(args[0])) or invert(*args)
     )
     for model, free in ((one, True), (two, False)):
-        for module in (running_factors, preconditioner):
+        for module in (running_averages, inverses):
             monkeypatch.setattr(module, "is_free_to_read", lambda value, free=free: free)
         intervals = {"factor_update_interval": 1, "inverse_update_interval": 2}
         optimizer = KFACOptimizer(model.parameters(), max_factor_dim=20, **intervals, **options)

@@ -435,7 +435,10 @@ def test_layers_outside_the_named_model_are_refused():
     kept = nn.ParameterList([torch.ones(2)])
     others += [*kept, *model[0].parameters()]
     model[0].requires_grad_(False)
-    assert len(KFACOptimizer([*model[2].parameters(), *others], model=model[2:])._layers) == 1
+    assert (
+        len(KFACOptimizer([*model[2].parameters(), *others], model=model[2:])._curvature.layers)
+        == 1
+    )
 
 
 def test_a_model_with_other_parameters_is_refused_by_name():
@@ -461,7 +464,7 @@ def test_a_refused_group_leaves_no_trace():
     assert_factors(optimizer, model, CE(), [(X, LABELS)])
     model.append(head)
     optimizer.add_param_group({"params": head.parameters()})
-    assert len(optimizer._layers) == 3
+    assert len(optimizer._curvature.layers) == 3
 
 
 def test_a_module_whose_constructor_failed_is_passed_over():
@@ -475,9 +478,9 @@ def test_a_module_whose_constructor_failed_is_passed_over():
         Unfinished()
     model = mlp()
     parameters = [*model.parameters()]
-    assert len(KFACOptimizer(parameters)._layers) == 2
+    assert len(KFACOptimizer(parameters)._curvature.layers) == 2
     loose = nn.Parameter(torch.ones(2))
-    assert len(KFACOptimizer([*parameters, loose], model=model)._layers) == 2
+    assert len(KFACOptimizer([*parameters, loose], model=model)._curvature.layers) == 2
 
 
 def test_other_parameters_are_trained_by_the_fallback_and_named(caplog):

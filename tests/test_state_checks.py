@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kfacopt import KFACOptimizer
-from kfacopt.optim import running_factors
+from kfacopt.optim.state import running_averages
 
 X = torch.linspace(-2, 2, 36).reshape(6, 6).sin()
 LABELS = torch.tensor([0, 2, 1, 0, 2, 2])
@@ -185,6 +185,28 @@ def test_maximize_is_refused_for_steps_that_tune_themselves():
         optimizer.load_state_dict(state)
 
 
+LAST_STEPS = {
+    "a wrong shape": (entry("previous_parameter", torch.zeros(1)), r"shape \(6, 6\)"),
+    "not finite": (entry("previous_parameter", lambda p: p * NAN), "NaN or infinite"),
+    "the flag alone": (drop("previous_parameter"), r"lacks \['previous_parameter'\]"),
+    "a strange flag": (entry("has_previous_parameter", 0.5), "an integer of at least 0"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by forward mode itself
+@pytest.mark.parametrize("name", LAST_STEPS)
+def test_the_last_step_of_a_self_tuned_run_is_checked(name):
+    break_, message = LAST_STEPS[name]
+    model, optimizer = trained(lr="auto")
+    state, before = copy.deepcopy(optimizer.state_dict()), optimizer.param_groups[0]["damping"]
+    break_(state)
+    state["param_groups"][0]["damping"] = 2 * before
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["damping"] == before
+    train(model, optimizer, 1)
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize(("saved", "own"), [("auto", 0.1), (0.1, "auto")])
 def test_a_state_of_the_other_kind_of_steps_is_refused(saved, own, steps):
@@ -206,7 +228,7 @@ def test_factors_alone_go_over_to_the_other_kind_of_steps(saved, own):
     train(model, first)
     second = KFACOptimizer(model.parameters(), lr=own)
     state = second.state_dict()
-    names = ("input_factor", "grad_output_factor", *running_factors.RECORDS)
+    names = ("input_factor", "grad_output_factor", *running_averages.RECORDS)
     for key, entries in first.state_dict()["state"].items():
         state["state"][key] |= {name: entries[name] for name in names if name in entries}
     second.load_state_dict(state)

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfacopt import KFACOptimizer
-from kfacopt.optim import preconditioner as preconditioner_module
-from kfacopt.optim import running_factors
+from kfacopt.optim.state import inverses, running_averages
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -114,7 +113,7 @@ def test_a_step_asks_the_device_once(depth, preconditioner, monkeypatch):
 
     That K-FAC's inverses are finite is asked for all at once (by `tolist`, which does not count).
     """
-    for module in (running_factors, preconditioner_module):
+    for module in (running_averages, inverses):
         monkeypatch.setattr(module, "is_free_to_read", lambda value: False)  # as a GPU's
     layers = [layer for _ in range(depth) for layer in (nn.Linear(4, 4), nn.Tanh())]
     model = nn.Sequential(*layers, nn.Linear(4, 3))  # AdamW reads its step counters on the CPU

@@ -1,1 +1,1 @@
-"""The exact curvature matrices: the oracle."""
+"""The exact curvature matrices: the oracle, which shares no code with `kfac` that it judges."""

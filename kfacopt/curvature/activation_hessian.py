@@ -1,11 +1,11 @@
-"""The Hessian of the loss by a feature inside the network."""
+"""The Hessian by a feature inside the network; those by parameters have other files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,7 @@ from kfacopt.curvature.network import (
     NetworkLinearOperator,
     leading_columns,
 )
-from kfacopt.data import (
-    Batch,
-    evaluation,
-    random_state,
-    same_random_numbers,
-    show_progress,
-)
+from kfacopt.data import Batch, evaluation, random_state, same_random_numbers, show_progress
 from kfacopt.likelihoods import has_likelihood, likelihood_of
 
 IO_TYPES = ("input", "output")
@@ -162,7 +156,7 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
             )
         assert self._loss_func is not None
         if has_likelihood(self._loss_func):
-            likelihood_of(cast(nn.Module, self._loss_func)).check_target(output, y)
+            likelihood_of(self._loss_func).check_target(output, y)
         loss = self._loss_func(output, y)
         if loss.numel() != 1:
             raise ValueError(

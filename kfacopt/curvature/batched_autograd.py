@@ -1,4 +1,4 @@
-"""Backward passes for many vectors at once."""
+"""Backward passes for many vectors at once; which vectors, and through what, others say."""
 
 from __future__ import annotations
 

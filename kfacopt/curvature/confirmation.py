@@ -1,4 +1,4 @@
-"""Which derivatives of a graph can be relied on.
+"""Which derivatives of a graph can be relied on; they are computed elsewhere.
 
 Torch derives its own operations twice and in both modes. The backward pass of a custom function
 (`torch.autograd.Function`, an extension in C++, TorchScript) is whatever its author wrote: its
@@ -160,11 +160,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def check_twice_differentiable(
-    name: str,
-    value: Tensor,
-    function: Callable[[Tensor], Tensor],
-    x: Tensor,
-    confirmed: Verdicts,
+    name: str, value: Tensor, function: Callable[[Tensor], Tensor], x: Tensor, confirmed: Verdicts
 ) -> None:
     """Raise if second derivatives of a function, through custom functions, are wrong.
 

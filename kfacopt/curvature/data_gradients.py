@@ -1,4 +1,4 @@
-"""The matrix of all J_nᵀ u_nr, kept for data whose predictions depend on their own inputs alone.
+"""The matrix of all J_nᵀ u_nr, kept where a datum's predictions depend on it alone; not J itself.
 
 A linear layer that a datum passes once, s_n = W a_n + b, has in J_nᵀ u_nr the rank-one block
 g_nr a_nᵀ, with g_nr = (∂f_n/∂s_n)ᵀ u_nr. Products need a and g only:

@@ -1,4 +1,4 @@
-"""Functions of torch in a form whose derivatives of every order and mode are right."""
+"""Stand-ins for functions of torch whose derivatives are wrong or missing; nothing of kfacopt's."""
 
 from __future__ import annotations
 

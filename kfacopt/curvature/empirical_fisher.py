@@ -1,4 +1,4 @@
-"""The uncentered gradient covariance, or empirical Fisher."""
+"""The empirical Fisher; the products of outer products are in `outer_products`."""
 
 from __future__ import annotations
 
@@ -83,17 +83,15 @@ class EFLinearOperator(OuterProductLinearOperator):
     def _num_data(self, output: Tensor, X: Any, y: Any) -> Tensor | float:
         if not has_likelihood(self._loss_func):
             return float(batch_size(X, output, self._batch_size_fn))
-        loss_func: Any = self._loss_func
-        likelihood = likelihood_of(loss_func)
+        likelihood = likelihood_of(self._loss_func)
         # For targets that are unknown every term counts, with weight 1.
         share = likelihood.num_terms(output, y) / likelihood.num_terms(output, None)
         return share * self._data_and_rows(output, X)[0]
 
     def _data_and_rows(self, output: Tensor, X: Any) -> tuple[int, int]:
         """Return the number of data and of rows of predictions: 1 without an axis of data."""
-        loss_func: Any = self._loss_func
-        single = has_likelihood(loss_func) and not likelihood_of(loss_func).has_data_axis(output)
-        if single or not output.ndim:
+        known = has_likelihood(self._loss_func)
+        if not output.ndim or (known and not likelihood_of(self._loss_func).has_data_axis(output)):
             return 1, 1
         return batch_size(X, output, self._batch_size_fn), output.shape[0]
 

@@ -1,4 +1,4 @@
-"""The Fisher information matrix by Monte-Carlo samples."""
+"""The Fisher by Monte-Carlo samples; what is drawn says `likelihoods`."""
 
 from __future__ import annotations
 
@@ -113,8 +113,7 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
 
     def _output_vectors(self, output: Tensor, X: Any, y: Any) -> Tensor:
         assert self._generator is not None
-        loss_func: Any = self._loss_func
-        likelihood = likelihood_of(loss_func)
+        likelihood = likelihood_of(self._loss_func)
         weights = likelihood.term_weights(output, y) / self._mc_samples
         samples = [
             likelihood.sample_gradient(output, weights, self._generator)

@@ -1,4 +1,4 @@
-"""The generalized Gauss-Newton matrix."""
+"""The generalized Gauss-Newton matrix; products with J and Jᵀ are in `linearization`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ from kfacopt.curvature.batched_autograd import batched_grad
 from kfacopt.curvature.confirmation import check_has_graph, check_twice_differentiable
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.network import largest_rows
-from kfacopt.curvature.risk import (
-    Columns,
-    EmpiricalRiskLinearOperator,
-    RiskTerm,
-    summed_loss,
-)
+from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, RiskTerm, summed_loss
 from kfacopt.data import is_empty
 
 

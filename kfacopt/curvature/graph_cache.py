@@ -1,4 +1,4 @@
-"""Graphs of batches, kept from product to product for as long as they are right."""
+"""Graphs of batches, kept between products while they are right; not how they are made."""
 
 from __future__ import annotations
 

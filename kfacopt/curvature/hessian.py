@@ -1,4 +1,4 @@
-"""The Hessian."""
+"""The Hessian; the derivative of the gradient along vectors is in `second_derivatives`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kfacopt.curvature.linearization import Linearization
-from kfacopt.curvature.risk import (
-    Columns,
-    EmpiricalRiskLinearOperator,
-    RiskTerm,
-    summed_loss,
-)
+from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, RiskTerm, summed_loss
 from kfacopt.curvature.second_derivatives import SecondDerivative
 from kfacopt.data import is_empty
 

@@ -1,4 +1,4 @@
-"""The Jacobian of a network's predictions by its parameters, and its transpose."""
+"""The Jacobian of a network's predictions, and its transpose, as operators; no loss."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kfacopt.argument_checks import check_evaluation
-from kfacopt.curvature.linearization import Linearization, checked_output
+from kfacopt.argument_checks import check_evaluation, checked_output
+from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import (
     CACHE_BYTES,

@@ -1,4 +1,4 @@
-"""J v from the rows of J, for want of a faster way."""
+"""J v from the rows of J, for want of a faster way; the faster ones are in `linearization`."""
 
 from __future__ import annotations
 

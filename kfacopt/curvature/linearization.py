@@ -1,49 +1,36 @@
-"""Products with the Jacobian of a network's outputs, for many vectors at once."""
+"""Products with the Jacobian of one batch's outputs, and by which way; not the ways themselves."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vmap
 
-from kfacopt.curvature.batched_autograd import batched_grad, quiet_vmap
-from kfacopt.curvature.confirmation import (
-    Functions,
-    are_adjoint,
-    random_like,
-)
+from kfacopt.argument_checks import checked_output
+from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.confirmation import Functions, are_adjoint, random_like
 from kfacopt.curvature.data_gradients import (
     DataGradients,
     GradientPlan,
     LayerCall,
     watch_linear_layers,
 )
+from kfacopt.curvature.forward_mode import ForwardMode
 from kfacopt.curvature.jacobian_rows import JacobianRows, pull_back
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.data import random_devices, random_state, same_random_numbers, tensors_put_back
+from kfacopt.data import random_state
 
 # From this many columns on, the forward pass that forward mode repeats is cheap beside the rest.
 _FORWARD_MODE_COLUMNS = 8
 
 # From this ratio of saved activations to parameters on, second derivatives take double backward.
 _ACTIVATIONS_PER_PARAMETER = 2
-
-
-def checked_output(output: Any) -> Tensor:
-    """Return what a model returned, if it is one tensor."""
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"model_func must return one tensor, got {type(output).__name__}; wrap the model in a "
-            "module that selects what the loss sees."
-        )
-    return output
 
 
 class Linearization:
@@ -77,7 +64,7 @@ class Linearization:
         model: f and θ.
         inputs: X.
         output: z, with its graph.
-        can_substitute: Whether f can be evaluated with other tensors in the place of θ.
+        forward_mode: Derivatives along vectors, where f can be evaluated at other tensors than θ.
     """
 
     def __init__(
@@ -85,15 +72,14 @@ class Linearization:
     ) -> None:
         self.model, self.inputs = model, X
         # A dropout that is active must drop what it dropped in the forward pass.
-        self._random_state = random_state()
+        state = random_state()
         watching: AbstractContextManager[list[LayerCall]] = nullcontext([])
         with watch_linear_layers(model) if watch else watching as calls:
             self.output = checked_output(model(X))
         if not self.output.requires_grad and self.output.numel():
             self._say_that_it_is_constant()
         self._pullback: tuple[Tensor, list[int], list[Tensor]] | None = None
-        self.can_substitute = model.can_substitute()
-        self._checked: bool | None = None
+        self.forward_mode = ForwardMode(model, X, state)
         self._functions: Functions | None = None
         self._single_rows = JacobianRows(self.output, model.leaves)
         self._calls = calls
@@ -121,7 +107,7 @@ class Linearization:
     def plan(self) -> GradientPlan | None:
         """Return how gradients of single data are to be kept, or `None` if there are no data."""
         single = not isinstance(self.inputs, Tensor) or not self.inputs.ndim or not self.output.ndim
-        if single or not self.can_substitute or len(self.inputs) != len(self.output):
+        if single or not self.forward_mode.can_substitute or len(self.inputs) != len(self.output):
             return None
         if not self.output.requires_grad or not self.output.numel():
             return None
@@ -182,10 +168,10 @@ class Linearization:
         def function(*p: Tensor) -> tuple[Tensor]:
             return (self.model.at(p, self.inputs),)
 
-        if not self.can_forward():
+        if not self.forward_mode.is_complete():
             return None
         key = "jvp", self.functions.signature
-        result = self.along(key, function, V, lambda v, Jv: self._is_adjoint(v, Jv[0]))
+        result = self.forward_mode.along(key, function, V, lambda v, Jv: self._is_adjoint(v, Jv[0]))
         return None if result is None else result[0]
 
     def _confirmed_double_backward(self, V: Sequence[Tensor]) -> Tensor | None:
@@ -237,54 +223,6 @@ class Linearization:
             self._functions = Functions(self.output)
         return self._functions
 
-    def along(
-        self,
-        key: tuple[str, int],
-        function: Callable[..., tuple[Tensor, ...]],
-        V: Sequence[Tensor],
-        is_right: Callable[[list[Tensor], list[Tensor]], bool | None],
-    ) -> list[Tensor] | None:
-        """Return derivatives along K vectors in forward mode, or `None` where it fails or is wrong.
-
-        One random vector more, along all of θ, is multiplied with the first vectors that a graph of
-        the same functions meets; not with those of every product.
-
-        Args:
-            key: Which derivative, and of which functions.
-            function: Maps θ to what is differentiated.
-            V: The vectors.
-            is_right: Judges the derivatives along the random vector. `None`: it cannot tell, and
-                will be asked again.
-        """
-        confirmed = self.model.confirmed
-        if key in confirmed:
-            return self._forward_mode(function, V) if confirmed[key] else None
-        probe = random_like(self.model.leaves)
-        result = self._forward_mode(
-            function, [torch.cat([v, r]) for v, r in zip(V, probe, strict=True)]
-        )
-        verdict = False if result is None else is_right(probe, [x[-1:] for x in result])
-        if verdict is not None:
-            confirmed[key] = verdict
-        return [x[:-1] for x in result] if result is not None and verdict else None
-
-    def can_forward(self) -> bool:
-        """Tell whether substitution sees every path from θ to z.
-
-        A module may reach a parameter past its own name (in a closure, a list, a plain
-        attribute); with other tensors in the place of θ, the predictions then still depend on it.
-        """
-        if self.can_substitute and self._checked is None:
-            values = [p.detach() for p in self.model.leaves]
-            with torch.enable_grad(), torch.random.fork_rng(random_devices()):
-                try:
-                    self._checked = not self.model.reached_by(self.model.at(values, self.inputs))
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError:  # parts in TorchScript take no other tensors
-                    self._checked = False
-        return self.can_substitute and bool(self._checked)
-
     def vjp(self, U: Tensor) -> list[Tensor]:
         """Return Jᵀ u, one `[K, *p.shape]` for each parameter, for `U` `[K, *z.shape]`."""
         if self._has_rows(U.shape[0]):
@@ -294,37 +232,9 @@ class Linearization:
         return pull_back(self.output, self.model.leaves, U)
 
     def prefers_double_backward(self, columns: int) -> bool:
-        """Tell whether second derivatives cost less by double backward, ."""
+        """Tell whether second derivatives cost less by double backward."""
         few = columns < _FORWARD_MODE_COLUMNS
         return few or (self._wide_activations and not self._convolves)
-
-    def _forward_mode(
-        self, function: Callable[..., tuple[Tensor, ...]], V: Sequence[Tensor]
-    ) -> list[Tensor] | None:
-        """Return the derivatives of a function of θ along K vectors, or `None` if torch cannot."""
-        primals = tuple(p.detach() for p in self.model.leaves)
-
-        def along(*v: Tensor) -> tuple[Tensor, ...]:
-            derivatives: tuple[Tensor, ...] = jvp(function, primals, v)[1]
-            return derivatives
-
-        with torch.no_grad(), quiet_vmap(), self.once_more():
-            try:
-                if V[0].shape[0] == 1:
-                    return [x.unsqueeze(0) for x in along(*(v[0] for v in V))]
-                return list(vmap(along, randomness="same")(*V))
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError):
-                self.can_substitute = False
-                return None
-
-    @contextmanager
-    def once_more(self) -> Iterator[None]:
-        """Run the model as in the forward pass that made z, without a trace."""
-        # Tensors that are assigned inside a transformation cannot be used outside of it.
-        with tensors_put_back(*self.model.modules()), same_random_numbers(self._random_state):
-            yield
 
     def _double_backward(self, V: Sequence[Tensor]) -> Tensor:
         if self._pullback is None:

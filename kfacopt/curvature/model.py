@@ -1,4 +1,4 @@
-"""A network as a differentiable function of named tensors."""
+"""A network as a function of named tensors; what is differentiated, not how."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ class ParametrizedModel:
     """
 
     def __init__(
-        self,
-        model_func: Callable[[Any], Any],
-        params: Sequence[Tensor] | Mapping[str, Tensor],
+        self, model_func: Callable[[Any], Any], params: Sequence[Tensor] | Mapping[str, Tensor]
     ) -> None:
         if not callable(model_func):
             raise ValueError(f"model_func must be a module or a function, got {model_func!r}.")

@@ -1,4 +1,4 @@
-"""What all matrices of a network and a data set have in common: passes over the data."""
+"""Passes over the data of all matrices of a network, with or without a loss; no derivatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrices Σ_n g_n g_nᵀ of gradients that are Jacobian-transposed products."""
+"""Matrices Σ_n g_n g_nᵀ with g_n = J_nᵀ u_n; what u_n is say the two Fishers."""
 
 from __future__ import annotations
 

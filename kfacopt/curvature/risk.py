@@ -1,4 +1,4 @@
-"""What the curvature matrices of an empirical risk have in common."""
+"""What matrices of an empirical risk share: terms, sums, scale; not one batch's product."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
-from kfacopt.argument_checks import (
-    check_batch_size_fn,
-    check_evaluation,
-    check_loss,
-    check_shape,
-)
+from kfacopt.argument_checks import check_batch_size_fn, check_evaluation, check_loss, check_shape
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import (
@@ -50,11 +45,7 @@ class RiskTerm:
 
 
 def summed_loss(
-    loss_func: Any,
-    output: Tensor,
-    X: Any,
-    y: Any,
-    batch_size_fn: Callable[[Any], int] | None,
+    loss_func: Any, output: Tensor, X: Any, y: Any, batch_size_fn: Callable[[Any], int] | None
 ) -> Tensor:
     """Return Z times a batch's mean loss, or its summed loss; a scalar.
 
@@ -192,8 +183,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         if self._reduction != "mean":
             return 1.0
         if has_likelihood(self._loss_func):
-            loss_func: Any = self._loss_func
-            return likelihood_of(loss_func).normalizer(output.detach(), y)
+            return likelihood_of(self._loss_func).normalizer(output.detach(), y)
         return float(batch_size(X, output, self._batch_size_fn))
 
     def _num_data(self, output: Tensor, X: Any, y: Any) -> Tensor | float:

@@ -1,4 +1,4 @@
-"""The derivative of a gradient, for many vectors at once."""
+"""H v, the derivative of a gradient along many vectors; the gradient's scalar is given."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ class SecondDerivative:
         """Return H v, or `None` where forward mode is not at hand or wrong."""
         linearization, scalar = self._linearization, self._scalar
         model = linearization.model
-        if not linearization.can_forward():
+        if not linearization.forward_mode.is_complete():
             return None
         if model.reached_by(scalar(linearization.output.detach())):  # s sees θ itself
             return None
         every = tuple(range(len(self._leaves)))
         gradient = grad(lambda *p: scalar(model.at(p, linearization.inputs)), argnums=every)
 
-        return linearization.along(("H", self._signature), gradient, V, self._is_right)
+        return linearization.forward_mode.along(("H", self._signature), gradient, V, self._is_right)
 
     def _is_right(self, v: Columns, Hv: Columns) -> bool | None:
         try:
@@ -127,7 +127,7 @@ def _in_float64(linearization: Linearization) -> Linearization:
     if model.module is None or not isinstance(X, Tensor):
         return linearization
     try:
-        with linearization.once_more():
+        with linearization.forward_mode.once_more():
             twin = Linearization(model.in_float64(), X.double() if X.is_floating_point() else X)
     except torch.OutOfMemoryError:
         raise
@@ -166,7 +166,11 @@ def _agrees_with_differences(
     leaves, direction = model.leaves, [x[0] for x in v]
 
     def gradient(step: float) -> list[Tensor]:
-        with linearization.once_more(), moved(leaves, direction, step), torch.enable_grad():
+        with (
+            linearization.forward_mode.once_more(),
+            moved(leaves, direction, step),
+            torch.enable_grad(),
+        ):
             value = scalar(model(linearization.inputs))
             grads = torch.autograd.grad(value, leaves, materialize_grads=True)
         return list(grads)

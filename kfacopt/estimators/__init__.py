@@ -1,1 +1,1 @@
-"""Estimators of what a matrix hides behind its products: trace, diagonal, spectral density."""
+"""Estimators of what a matrix hides behind its products; nothing here knows a network."""

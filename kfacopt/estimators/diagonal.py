@@ -1,4 +1,4 @@
-"""Stochastic estimators of a matrix's diagonal."""
+"""Stochastic estimators of a matrix's diagonal; its sum alone is estimated in `trace`."""
 
 from __future__ import annotations
 

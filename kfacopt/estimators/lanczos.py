@@ -1,4 +1,4 @@
-"""The Lanczos process, its quadrature, and the ends of a spectrum."""
+"""The Lanczos process, its quadrature, and the ends of a spectrum; densities are in `spectrum`."""
 
 from __future__ import annotations
 

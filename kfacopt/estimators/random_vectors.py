@@ -1,4 +1,4 @@
-"""Random vectors with E[v vᵀ] = I, and what all estimators do with their matrix."""
+"""Random vectors with E[v vᵀ] = I, and the matrix of an estimator; no estimates."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Spectral densities by stochastic Lanczos quadrature."""
+"""Spectral densities by stochastic Lanczos quadrature; the Lanczos runs are in `lanczos`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -149,15 +150,37 @@ def lanczos_approximate_log_spectrum(
 
 
 class _LanczosRuns:
-    """Lanczos runs of one matrix, made when they are first needed."""
+    """Lanczos runs of one matrix, made when they are first needed, and the ends of its spectrum."""
 
-    def __init__(self, A: Any, ncv: int, boundaries: Boundaries, boundaries_tol: float) -> None:
+    def __init__(
+        self, A: Any, ncv: int, boundaries: Boundaries = None, boundaries_tol: float = 1e-2
+    ) -> None:
         self._A = square_operator(A)
         self._ncv = as_integer("ncv", ncv, 1, self._A.shape[0], " (A's dimension)")
         self._given = _checked_boundaries(boundaries)
         self._tol = as_real("boundaries_tol", boundaries_tol, 0)
         self._round_off = round_off(self._A.torch_dtype)
         self._kept: list[Quadrature] = []
+        self._boundaries = self._ends()
+
+    def _ends(self) -> tuple[float, float]:
+        raise NotImplementedError
+
+    def _density(
+        self,
+        grid: tuple[float, float],
+        num_points: int,
+        num_repeats: int,
+        kappa: float,
+        coordinate: Callable[[np.ndarray], np.ndarray],
+    ) -> Density:
+        """Return the grid of a centre and half a width, and the density of the nodes on it."""
+        center, half_width = grid
+        t, density = np.linspace(-1.0, 1.0, num_points), np.zeros(num_points)
+        for nodes, weights in self._runs(num_repeats):
+            bumps = _bumps(t, (coordinate(nodes) - center) / half_width, self._ncv, kappa)
+            density += weights @ bumps / (half_width * num_repeats)
+        return center + half_width * t, density
 
     def _runs(self, count: int) -> list[Quadrature]:
         while len(self._kept) < count:
@@ -182,22 +205,11 @@ class LanczosApproximateSpectrumCached(_LanczosRuns):
         RuntimeError: If the boundaries' estimate does not converge.
     """
 
-    def __init__(
-        self,
-        A: Any,
-        ncv: int,
-        boundaries: Boundaries = None,
-        boundaries_tol: float = 1e-2,
-    ) -> None:
-        super().__init__(A, ncv, boundaries, boundaries_tol)
-        self._boundaries = spectral_ends(self._A, *self._given, self._tol)
+    def _ends(self) -> tuple[float, float]:
+        return spectral_ends(self._A, *self._given, self._tol)
 
     def approximate_spectrum(
-        self,
-        num_repeats: int = 1,
-        num_points: int = 1024,
-        kappa: float = 3.0,
-        margin: float = 0.05,
+        self, num_repeats: int = 1, num_points: int = 1024, kappa: float = 3.0, margin: float = 0.05
     ) -> Density:
         """Approximate the spectral density of A.
 
@@ -205,13 +217,8 @@ class LanczosApproximateSpectrumCached(_LanczosRuns):
         """
         _check_density_arguments(num_repeats, num_points, kappa, margin)
         size = max(abs(end) for end in self._boundaries)
-        center, half_width = _grid_of(self._boundaries, margin, num_points, self._round_off, size)
-        t = np.linspace(-1.0, 1.0, num_points)
-        density = np.zeros(num_points)
-        for nodes, weights in self._runs(num_repeats):
-            bumps = _bumps(t, (nodes - center) / half_width, self._ncv, kappa)
-            density += weights @ bumps / (half_width * num_repeats)
-        return center + half_width * t, density
+        grid = _grid_of(self._boundaries, margin, num_points, self._round_off, size)
+        return self._density(grid, num_points, num_repeats, kappa, lambda nodes: nodes)
 
 
 class LanczosApproximateLogSpectrumCached(_LanczosRuns):
@@ -231,23 +238,16 @@ class LanczosApproximateLogSpectrumCached(_LanczosRuns):
         RuntimeError: If the boundaries' estimate does not converge.
     """
 
-    def __init__(
-        self,
-        A: Any,
-        ncv: int,
-        boundaries: Boundaries = None,
-        boundaries_tol: float = 1e-2,
-    ) -> None:
-        super().__init__(A, ncv, boundaries, boundaries_tol)
+    def _ends(self) -> tuple[float, float]:
         lower, upper = self._given
         for value in (lower, upper):
             if value is not None and value < 0:
-                raise ValueError(f"boundaries are those of |A|, at least 0, got {boundaries}.")
+                raise ValueError(f"boundaries are those of |A|, at least 0, got {self._given}.")
         if upper is None:
             upper = max(lower or 0.0, largest_magnitude(self._A, self._tol))
         if lower is None:
             lower = min(upper, smallest_magnitude(self._A, self._runs(1)[0]))
-        self._boundaries = (lower, upper)
+        return lower, upper
 
     def approximate_log_spectrum(
         self,
@@ -269,15 +269,16 @@ class LanczosApproximateLogSpectrumCached(_LanczosRuns):
             raise ValueError("epsilon must be positive as |A| has the eigenvalue 0, got 0.")
         log_boundaries = (math.log(lower + epsilon), math.log(upper + epsilon))
         # A relative error of λ is an absolute one of log λ.
-        center, half_width = _grid_of(log_boundaries, margin, num_points, self._round_off, 1.0)
-        t = np.linspace(-1.0, 1.0, num_points)
-        grid = np.exp(center + half_width * t)
-        density = np.zeros(num_points)
-        for nodes, weights in self._runs(num_repeats):
-            logs = np.log(np.maximum(np.abs(nodes) + epsilon, np.finfo(np.float64).tiny))
-            bumps = _bumps(t, (logs - center) / half_width, self._ncv, kappa)
-            density += weights @ bumps / (half_width * num_repeats)
-        return grid, density / grid
+        grid = _grid_of(log_boundaries, margin, num_points, self._round_off, 1.0)
+        tiny = np.finfo(np.float64).tiny
+        points, density = self._density(
+            grid,
+            num_points,
+            num_repeats,
+            kappa,
+            lambda nodes: np.log(np.maximum(np.abs(nodes) + epsilon, tiny)),
+        )
+        return np.exp(points), density / np.exp(points)
 
 
 def _grid_of(

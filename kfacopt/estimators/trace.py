@@ -1,4 +1,4 @@
-"""Stochastic estimators of a matrix's trace."""
+"""Stochastic estimators of a matrix's trace; single entries are estimated in `diagonal`."""
 
 from __future__ import annotations
 

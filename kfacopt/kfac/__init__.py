@@ -1,1 +1,1 @@
-"""The Kronecker-factored approximation: layers, hooks, factors and the K-FAC operator."""
+"""K-FAC's layers, hooks, factors and operators; what becomes of factors over time is in `optim`."""

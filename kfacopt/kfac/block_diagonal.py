@@ -1,4 +1,4 @@
-"""Block-diagonal matrices over the parameters of layers, with blocks of Kronecker form."""
+"""Matrices of one Kronecker-structured block a layer, as operators; not how blocks are computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward hooks that record what layers saw, and the gradients by their outputs."""
+"""Hooks that record uses of layers, and passes to their outputs; not what is made of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import Parameter
 
 from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers.interface import LayerFamily
+from kfacopt.kfac.layers.registry import family_of
 from kfacopt.likelihoods import FisherType, Likelihood
 
 
@@ -36,6 +39,23 @@ class LayerUse:
     edge: GradientEdge
     version: int
     input_edge: GradientEdge | None
+
+    @property
+    def family(self) -> LayerFamily:
+        """What the module computes."""
+        return family_of(self.module)
+
+    def inputs(self, dtype: torch.dtype, reduce: bool = False) -> tuple[Tensor, int]:
+        """Return a `[B, N, S, d_in]` in a dtype, and S before positions are averaged."""
+        return self.family.inputs(self.module, self.checked_input().to(dtype), reduce)
+
+    def grad_rows(self, g: Tensor) -> Tensor:
+        """Return the gradient by the module's output as `[B, N, S, d_out]`."""
+        return self.family.grad_outputs(self.module, g)
+
+    def adds(self, bias: Parameter | None) -> float:
+        """Return the input of a bias: 1, or 0 if the module, which may share W alone, lacks it."""
+        return float(self.module._parameters.get("bias") is bias)
 
     def checked_input(self) -> Tensor:
         """Return the input, or raise if it was changed in place after the call."""

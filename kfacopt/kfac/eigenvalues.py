@@ -1,4 +1,4 @@
-"""The second moments of per-datum gradients in a Kronecker-factored eigenbasis (EKFAC).
+"""EKFAC's eigenvalues: per-datum gradients' second moments in bases that are given.
 
 For a layer z = W a the gradient of datum n (and vector v) is Γ = Σ_s g_s a_sᵀ. In the bases Q_G and
 Q_A its second moments are
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.kfac.factors import factor_dtype, input_rows
-from kfacopt.kfac.layers import Block, layer_grad_outputs
+from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kronecker import multiply_left, multiply_right
 
 # How many entries the gradients of the data of one chunk may have.
@@ -44,12 +44,11 @@ def block_second_moments(
     dtype = factor_dtype(block.anchor.dtype)
     inputs, outputs = [], []
     for use, grad in zip(uses, grads, strict=True):
-        g = layer_grad_outputs(use.module, grad.to(dtype))
+        g = use.grad_rows(grad.to(dtype))
         if block.weight is not None:
             a = input_rows(block.layer, use)
-        else:  # 1 where the module adds this b; modules may share W alone
-            own = use.module._parameters.get("bias") is block.bias
-            a = g.new_full((*g.shape[:-1], 1), float(own))
+        else:
+            a = g.new_full((*g.shape[:-1], 1), use.adds(block.bias))
         inputs.append(a)
         outputs.append(g)
     if len({g.shape[1] for g in outputs}) == 1:  # else the uses have no data in common

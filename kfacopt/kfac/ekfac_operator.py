@@ -1,4 +1,4 @@
-"""The eigenvalue-corrected K-FAC approximation as a linear operator, and its damped inverse."""
+"""The eigenvalue-corrected K-FAC matrix over data; one pass's eigenvalues are in `eigenvalues`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from kfacopt.kfac.capture import group_by_layer
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.layers import Block
 from kfacopt.kfac.linear_operator import KFACLinearOperator
-from kfacopt.linalg.kronecker import (
-    DampingMethod,
-    KroneckerEigendecomposition,
-    eigendecomposition,
-)
+from kfacopt.linalg.kronecker import DampingMethod, KroneckerEigendecomposition, eigendecomposition
 from kfacopt.linalg.precision import null_directions
 
 

@@ -1,4 +1,4 @@
-"""From inputs a and output gradients g to the factors A and G, and their averages over time.
+"""From one pass's a and g to A and G, and how averages over time move; not who keeps them.
 
 For the loss L = Σ_t ω_t ℓ_t and vectors v that carry √ω (see `kfacopt.likelihoods`):
 
@@ -19,11 +19,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfacopt.kfac.capture import LayerUse
-from kfacopt.kfac.layers import KFACApprox, Layer, layer_grad_outputs, layer_inputs
-from kfacopt.kfac.patches import patch_moment, patch_sums
+from kfacopt.kfac.layers import KFACApprox, Layer
 from kfacopt.linalg.gram import gram
 
 
@@ -84,10 +83,6 @@ def _total(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(list(values)).sum(0)
 
 
-def _copy(source: Tensor, target: Tensor) -> None:
-    target.copy_(source)
-
-
 def bordered(put: Callable[[Tensor], object], sums: Tensor, count: int, constant: float) -> Tensor:
     """Return Σ x xᵀ `[B, d + 1, d + 1]` of vectors x = (a, c) from that of a.
 
@@ -106,37 +101,24 @@ def bordered(put: Callable[[Tensor], object], sums: Tensor, count: int, constant
     return out
 
 
-def _bias_constant(layer: Layer, use: LayerUse) -> float:
-    """Return the constant of a joint bias: a module that shares W but not b adds nothing to b."""
-    return float(use.module._parameters.get("bias") is layer.bias)
-
-
-def _input(layer: Layer, use: LayerUse) -> Tensor:
-    return use.checked_input().to(factor_dtype(layer.anchor.dtype))
-
-
 def input_rows(layer: Layer, use: LayerUse) -> Tensor:
     """Return a layer's input in one use, `[B, N, S, d_in]`, with the constant of a joint bias."""
-    a, _ = layer_inputs(use.module, _input(layer, use), reduce=False)
+    a, _ = use.inputs(factor_dtype(layer.anchor.dtype))
     if layer.joint:
-        a = torch.cat([a, a.new_full((*a.shape[:-1], 1), _bias_constant(layer, use))], dim=-1)
+        a = torch.cat([a, a.new_full((*a.shape[:-1], 1), use.adds(layer.bias))], dim=-1)
     return a
 
 
 def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int]:
     """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
-    x, module = _input(layer, use), use.module
-    if not diagonal and isinstance(module, nn.Conv2d):
-        moment = patch_moment(module, x)
-        if moment is not None:
-            sums, positions = patch_sums(module, x)
-            count = positions * sums.shape[0]
-            if layer.joint:
-                of_all = sums.sum(0).reshape(layer.groups, -1)
-                constant = _bias_constant(layer, use)
-                moment = bordered(partial(_copy, moment), of_all, count, constant)
-            return moment, count
-    return _rows_moment(layer, layer_inputs(module, x, False)[0], diagonal, [use], [1.0])
+    dtype = factor_dtype(layer.anchor.dtype)
+    known = None if diagonal else use.family.input_moment(use.module, use.checked_input().to(dtype))
+    if known is None:
+        return _rows_moment(layer, use.inputs(dtype)[0], diagonal, [use], [1.0])
+    moment, sums, count = known
+    if layer.joint:
+        moment = bordered(lambda view: view.copy_(moment), sums, count, use.adds(layer.bias))
+    return moment, count
 
 
 def _rows_moment(
@@ -146,7 +128,7 @@ def _rows_moment(
     count = a.shape[1] * a.shape[2]
     if not layer.joint:
         return second_moment(a, diagonal), count
-    constant = sum(w * _bias_constant(layer, u) for u, w in zip(uses, weights, strict=True))
+    constant = sum(w * u.adds(layer.bias) for u, w in zip(uses, weights, strict=True))
     if diagonal:
         squares = second_moment(a, True)
         corner = squares.new_full((len(squares), 1), count * constant**2)
@@ -165,14 +147,14 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
     Returns:
         The sum `[B, d_in, d_in]` (or its diagonal), and how many vectors it sums.
     """
+    dtype = factor_dtype(layer.anchor.dtype)
     if layer.weight is None:
-        dtype = factor_dtype(layer.anchor.dtype)
         return torch.ones(layer.groups, 1, 1, dtype=dtype, device=layer.anchor.device), 1
     diagonal = form.diagonal(layer.d_in)
     if not form.reduce:
         moments = [_expanded_moment(layer, use, diagonal) for use in uses]
     else:
-        means = [layer_inputs(use.module, _input(layer, use), True) for use in uses]
+        means = [use.inputs(dtype, reduce=True) for use in uses]
         if len({a.shape[1] for a, _ in means}) == 1:
             total = sum(positions for _, positions in means)
             weights = [positions / total for _, positions in means]
@@ -183,17 +165,6 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
             for use, (a, _) in zip(uses, means, strict=True)
         ]
     return _total([moment for moment, _ in moments]), sum(count for _, count in moments)
-
-
-def _convolution_grad_moment(layer: Layer, g: Tensor) -> Tensor:
-    """Return Σ g gᵀ `[B, d_out, d_out]` of g `[N, C, OH, OW]` without a copy of g.
-
-    One product for each datum; where these have more entries than g, a transposed copy is cheaper.
-    """
-    channels: Tensor = g.unflatten(1, (layer.groups, layer.d_out)).flatten(3)  # [N, B, C/B, S]
-    if layer.d_out > channels.shape[-1]:
-        return gram(channels.permute(1, 0, 3, 2).flatten(1, 2))
-    return (channels @ channels.mT).sum(0)
 
 
 def grad_output_moment(
@@ -209,15 +180,16 @@ def grad_output_moment(
     """
     dtype, diagonal = factor_dtype(layer.anchor.dtype), form.diagonal(layer.d_out)
     grads = [g.to(dtype) for g in grads]
-    whole = not form.reduce and not diagonal
-    if whole and all(isinstance(u.module, nn.Conv2d) for u in uses) and grads[0].ndim == 4:
-        return _total([_convolution_grad_moment(layer, g) for g in grads])
-    rows = [layer_grad_outputs(use.module, g) for use, g in zip(uses, grads, strict=True)]
     if form.reduce:
-        rows = [g.sum(2, keepdim=True) for g in rows]
+        rows = [use.grad_rows(g).sum(2, keepdim=True) for use, g in zip(uses, grads, strict=True)]
         if len({g.shape[1] for g in rows}) == 1:
             rows = [_total(rows)]
-    return _total([second_moment(g, diagonal) for g in rows])
+        return _total([second_moment(g, diagonal) for g in rows])
+    moments = []
+    for use, g in zip(uses, grads, strict=True):
+        known = None if diagonal else use.family.grad_output_moment(g, layer.groups)
+        moments.append(second_moment(use.grad_rows(g), diagonal) if known is None else known)
+    return _total(moments)
 
 
 def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -> None:

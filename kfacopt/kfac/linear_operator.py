@@ -1,4 +1,4 @@
-"""The K-FAC approximation of the Fisher/GGN as a linear operator."""
+"""The K-FAC matrix over data as a linear operator; one pass's factors are formed in `factors`."""
 
 from __future__ import annotations
 
@@ -12,36 +12,24 @@ from torch.nn import Parameter
 from kfacopt.argument_checks import (
     check_batch_size_fn,
     check_choice,
-    check_count,
     check_evaluation,
     check_flag,
     check_integer,
-    check_loss,
     check_params,
     check_range,
     check_shape,
+    checked_output,
 )
 from kfacopt.data import (
     Batch,
-    batch_size,
     check_batches,
-    check_terms,
     evaluation,
     iterate,
     run_determinism_check,
     sum_gradients,
 )
-from kfacopt.kfac.block_diagonal import (
-    KFACInverseLinearOperator,
-    KroneckerBlockLinearOperator,
-)
-from kfacopt.kfac.capture import (
-    LayerUse,
-    WouldBePass,
-    capture,
-    group_by_layer,
-    loss_vectors,
-)
+from kfacopt.kfac.block_diagonal import KFACInverseLinearOperator, KroneckerBlockLinearOperator
+from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
 from kfacopt.kfac.factors import FactorForm, Factors, factor_dtype, grad_output_moment, input_moment
 from kfacopt.kfac.layers import (
     KFAC_APPROXES,
@@ -51,21 +39,10 @@ from kfacopt.kfac.layers import (
     Layer,
     find_layers,
 )
+from kfacopt.kfac.loss_fisher import LossFisher
 from kfacopt.kfac.unseen_uses import refuse_unseen_uses
-from kfacopt.likelihoods import (
-    FISHER_TYPES,
-    SUPPORTED_LOSSES,
-    FisherType,
-    Likelihood,
-    likelihood_of,
-    widened,
-    with_sum,
-)
-from kfacopt.linalg.kronecker import (
-    DAMPING_METHODS,
-    DampingMethod,
-    KroneckerProduct,
-)
+from kfacopt.likelihoods import SUPPORTED_LOSSES, FisherType, widened
+from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod, KroneckerProduct
 
 
 class KFACLinearOperator(KroneckerBlockLinearOperator):
@@ -163,9 +140,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         check_evaluation(data, progressbar, check_deterministic)
         check_batch_size_fn(batch_size_fn)
         check_flag("separate_weight_and_bias", separate_weight_and_bias)
-        check_loss(loss_func)
-        self._likelihood = likelihood_of(loss_func)
-        _check_options(self._likelihood, fisher_type, mc_samples, kfac_approx, loss_average, seed)
+        self._fisher = LossFisher(loss_func, fisher_type, mc_samples, loss_average, batch_size_fn)
+        check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
+        check_integer("seed", seed)
         if not isinstance(model_func, nn.Module):
             raise ValueError(
                 f"model_func must be an nn.Module for K-FAC, got {type(model_func).__name__}."
@@ -174,12 +151,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         self._layers = _layers_of(model_func, own, separate_weight_and_bias)
         super().__init__(own)
         check_shape(shape, self.shape)
-        self._model_func, self._loss_func, self._data = model_func, loss_func, data
-        self._progressbar, self._seed = progressbar, seed
-        self._fisher_type: FisherType = fisher_type
-        self._mc_samples = mc_samples
-        self._form = FactorForm(kfac_approx)
-        self._loss_average, self._batch_size_fn = loss_average, batch_size_fn
+        self._model_func, self._data, self._progressbar = model_func, data, progressbar
+        self._seed, self._form = seed, FactorForm(kfac_approx)
         self._factors: dict[Layer, KroneckerProduct] | None = None
         if check_deterministic:
             with evaluation(model_func):
@@ -241,15 +214,12 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             count = 0
             for X, y in iterate(self._data, self.device, self._progressbar, "gradient and loss"):
                 count += 1
-                output = self._model_func(X)
-                _check_output(output)
-                self._likelihood.check_target(output, y)
-                loss = with_sum(self._loss_func)(output, y)
-                yield loss, self._likelihood.normalizer(output.detach(), y)
+                yield self._fisher.summed_loss(checked_output(self._model_func(X)), y)
             check_batches(count)
 
         with evaluation(self._model_func):
-            return sum_gradients(self._params, terms(), self._likelihood.reduction == "mean")
+            mean = self._fisher.likelihood.reduction == "mean"
+            return sum_gradients(self._params, terms(), mean)
 
     # Factors ---------------------------------------------------------------------------------
 
@@ -270,14 +240,10 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         inputs = {layer: _zeros(layer, layer.d_in) for layer, _ in self._layers}
         grads = {layer: _zeros(layer, layer.d_out) for layer, _ in self._layers}
         rows = dict.fromkeys(inputs, 0)
-        normalizer: Tensor | float = 0.0
-        terms: Tensor | float = 0.0
+        counts = []
         for X, y, output, uses, gradients in self._passes("K-FAC factors"):
             refuse_unseen_uses(self._model_func, self._params, output, uses)
-            z = widened(output)
-            normalizer = normalizer + self._likelihood.normalizer(z, y)
-            if self._fisher_type == "empirical":
-                terms = terms + self._empirical_terms(z, X, y)
+            counts.append(self._fisher.counts(widened(output), X, y))
             reached: set[LayerUse] = set()
             for by_use in gradients:
                 reached.update(by_use)
@@ -288,7 +254,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
                 moment, count = input_moment(layer, own, self._form)
                 inputs[layer] += moment
                 rows[layer] += count
-        self._scale = self._scale_of(normalizer, terms)
+        self._scale = self._fisher.scale(counts)
         return {
             layer: KroneckerProduct(grads[layer] * self._scale, inputs[layer] / max(rows[layer], 1))
             for layer in inputs
@@ -306,8 +272,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         for X, y in iterate(self._data, self.device, self._progressbar, description):
             count += 1
             with capture(self._layers) as uses:
-                output = self._model_func(X)
-            _check_output(output)
+                output = checked_output(self._model_func(X))
             yield X, y, output, uses, self._gradients(output, y, uses, generator)
         check_batches(count)
 
@@ -315,50 +280,15 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         self, output: Tensor, y: Tensor, uses: Sequence[LayerUse], generator: Generator
     ) -> Iterator[dict[LayerUse, Tensor]]:
         backward = WouldBePass(output, uses)
-        for vector in self._vectors(output, y, generator):
+        for vector in self._fisher.vectors(widened(output), y, generator):
             found: dict[LayerUse, Tensor] = {}
             backward.run(vector.to(output.dtype), found.__setitem__)
             yield {use: found[use] for use in uses if use in found}
-
-    def _vectors(self, output: Tensor, y: Tensor, generator: Generator) -> Iterator[Tensor]:
-        """Yield the vectors of the *summed* loss; `_scale_of` makes them those of the mean."""
-        if self._fisher_type != "empirical":
-            z = widened(output)
-            weights = self._likelihood.term_weights(z, y)
-            options = (self._fisher_type, self._mc_samples, generator)
-            yield from loss_vectors(self._likelihood, z, weights, *options)
-            return
-        z = widened(output).requires_grad_()
-        yield torch.autograd.grad(with_sum(self._loss_func)(z, y), z)[0]
-
-    def _empirical_terms(self, output: Tensor, X: Any, y: Tensor) -> Tensor:
-        """Count the data over which an empirical Fisher is a mean, as `loss_average` says."""
-        terms = self._likelihood.num_terms(output, y)
-        rows = self._likelihood.num_terms(output, None)
-        if self._loss_average == "batch+sequence":
-            return terms / rows * self._likelihood.num_positions(output)
-        return terms / rows * batch_size(X, output, self._batch_size_fn)
-
-    def _scale_of(self, normalizer: Tensor | float, terms: Tensor | float) -> Tensor | float:
-        if self._likelihood.reduction == "sum":
-            return 1.0
-        check_terms(normalizer)
-        if self._fisher_type == "empirical":
-            return terms / normalizer**2
-        return 1.0 / normalizer
 
 
 def _zeros(layer: Layer, side: int) -> Tensor:
     dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
     return torch.zeros(layer.groups, side, side, dtype=dtype, device=device)
-
-
-def _check_output(output: Any) -> None:
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"model_func must return one tensor, got {type(output).__name__}; wrap the model in a "
-            "module that selects what the loss sees."
-        )
 
 
 def _own_parameters(
@@ -387,6 +317,7 @@ def _layers_of(
     layers = find_layers(model.named_modules(), params, separate_weight_and_bias)
     covered = {id(p) for layer, _ in layers for p in (layer.weight, layer.bias)}
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    known = " and ".join(f"nn.{kind.__name__}" for kind in SUPPORTED_MODULES)
     for i, p in enumerate(params):
         if not p.requires_grad:
             raise ValueError(f"params[{i}] ({names.get(id(p))}) does not require gradients.")
@@ -394,33 +325,7 @@ def _layers_of(
             raise ValueError(f"params[{i}] is not a parameter of model_func.")
         if id(p) not in covered:
             raise NotImplementedError(
-                f"params: {names[id(p)]!r} is in an unsupported layer; K-FAC knows nn.Linear and "
-                "nn.Conv2d. Leave it out of params."
+                f"params: {names[id(p)]!r} is in an unsupported layer; K-FAC knows {known}. Leave "
+                "it out of params."
             )
     return layers
-
-
-def _check_options(
-    likelihood: Likelihood,
-    fisher_type: str,
-    mc_samples: int,
-    kfac_approx: str,
-    loss_average: str | None,
-    seed: int,
-) -> None:
-    check_choice("fisher_type", fisher_type, FISHER_TYPES)
-    check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
-    check_count("mc_samples", mc_samples)
-    if fisher_type != "mc" and mc_samples != 1:
-        raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {mc_samples}.')
-    check_integer("seed", seed)
-    averages = (None, "batch", "batch+sequence")
-    if loss_average not in averages:
-        raise ValueError(f"loss_average must be one of {averages}, got {loss_average!r}.")
-    if likelihood.reduction == "none":
-        raise ValueError('loss_func: reduction must be "mean" or "sum", got "none".')
-    if (loss_average is None) != (likelihood.reduction == "sum"):
-        raise ValueError(
-            f"loss_average must be None exactly if the loss's reduction is 'sum'; got "
-            f"{loss_average!r} and {likelihood.reduction!r}."
-        )

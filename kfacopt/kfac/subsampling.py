@@ -1,4 +1,4 @@
-"""Statistics on part of a batch."""
+"""Uses of layers by part of a batch; what is computed from them does not know of it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from kfacopt.kfac.capture import LayerUse
 
 
 def data_count(use: LayerUse) -> int | None:
     """Return N of a use's input; `None` if it is a single datum without an axis N."""
-    single = 3 if isinstance(use.module, nn.Conv2d) else 1
-    return None if use.input.ndim == single else use.input.shape[0]
+    return None if use.input.ndim == use.family.datum_axes else use.input.shape[0]
 
 
 def draw_subset(count: int, fraction: float, generator: Generator) -> Tensor:

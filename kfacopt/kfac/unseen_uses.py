@@ -1,4 +1,4 @@
-"""Parameters that a model uses past the calls of their modules, whose blocks would be too small.
+"""Parameters that are used past the calls of their modules; recorded uses are in `capture`.
 
 A module's hook sees the calls of the module alone. `F.linear(x, layer.weight)`, `layer.forward(x)`,
 a weight that is added to another one, and a derivative of the network by its input, whose backward
@@ -17,7 +17,6 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import CheckpointFunction
 
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer
-from kfacopt.kfac.layers import layer_grad_outputs, layer_inputs
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
 _ROUND_OFFS = 16
@@ -90,15 +89,15 @@ def is_undercounted(output: Tensor, uses: Sequence[LayerUse], param: Parameter) 
         if param is not layer.weight and param is not layer.bias:
             continue
         for use in own:
-            g = layer_grad_outputs(use.module, arrived[use].to(wide))
+            g = use.grad_rows(arrived[use].to(wide))
             if param is layer.weight:
-                a, _ = layer_inputs(use.module, use.checked_input().to(wide), reduce=False)
+                a, _ = use.inputs(wide)
             else:
-                adds = use.module._parameters.get("bias") is param
-                a = g.new_full((*g.shape[:-1], 1), float(adds))
+                a = g.new_full((*g.shape[:-1], 1), use.adds(param))
             rows += g.shape[1] * g.shape[2]
-            explained += torch.einsum("bnso,bnsi->boi", g, a).reshape(param.shape)
-            bound += torch.einsum("bnso,bnsi->boi", g.abs(), a.abs()).reshape(param.shape)
+            for total, left, right in ((explained, g, a), (bound, g.abs(), a.abs())):
+                product = torch.einsum("bnso,bnsi->boi", left, right)
+                total += layer.family.from_matrix(product, param.shape)
     dtypes = {output.dtype, param.dtype, *(g.dtype for g in arrived.values())}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)  # autocast's, too
     return not bool(((whole - explained).abs() <= _ROUND_OFFS * eps * rows**0.5 * bound).all())

@@ -1,1 +1,1 @@
-"""Matrices: linear operators for NumPy and torch, Kronecker products, inverses."""
+"""Matrices and their products, inverses and decompositions; nothing here knows a network."""

@@ -1,4 +1,4 @@
-"""The method of conjugate gradients for many right-hand sides at once."""
+"""Conjugate gradients for many right-hand sides as a function; the operator is in `inverses`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Eigenbases that follow a slowly changing factor, and eigenvalues that follow the bases."""
+"""Eigenbases that follow a slowly changing factor; decompositions anew are in `kronecker`."""
 
 from __future__ import annotations
 

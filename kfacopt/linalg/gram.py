@@ -1,4 +1,4 @@
-"""Symmetric products XᵀX at the price of half a general one."""
+"""Symmetric products XᵀX at the price of half a general one; general ones are torch's."""
 
 from __future__ import annotations
 

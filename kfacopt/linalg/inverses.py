@@ -1,4 +1,4 @@
-"""Inverses of linear operators: conjugate gradients and the truncated Neumann series."""
+"""Inverses of operators as operators; the algorithms themselves are functions in other files."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class CGInverseLinearOperator(LinearOperator):
         def call_with_array(iterate: Tensor) -> None:
             callback(iterate.cpu().numpy())
 
-        return self._through_torch(lambda T: self._solve(T, call_with_array), np.asarray(X))
+        return self._multiply_array(lambda T: self._solve(T, call_with_array), X)
 
     _rmatmat = _matmat
 
@@ -260,6 +260,8 @@ class NeumannInverseLinearOperator(LinearOperator):
         Lorraine, Vicol & Duvenaud (2020), https://arxiv.org/abs/1911.02590, section 3.
     """
 
+    _keeps_symmetry = True
+
     def __init__(
         self, A: Any, num_terms: int = 100, scale: float = 1.0, check_nan: bool = True
     ) -> None:
@@ -288,11 +290,6 @@ class NeumannInverseLinearOperator(LinearOperator):
         if as_real("scale", scale) == 0:
             raise ValueError(f"scale must be a finite number other than 0, got {scale!r}.")
         self._options: tuple[int, float, bool] = (num_terms, float(scale), check_nan)
-
-    @property
-    def self_adjoint(self) -> bool:
-        """Whether A is known to be symmetric."""
-        return self._A.self_adjoint
 
     def sources(self) -> list[Any]:
         """Return what A is computed from, and the series' hyperparameters."""

@@ -1,4 +1,4 @@
-"""Kronecker products G ⊗ A: products, trace, logdet, eigenbasis, damped inverse.
+"""Kronecker products G ⊗ A, their eigenbases and damped inverses; no parameters, no layers.
 
 A factor is dense, `[B, d, d]`, or diagonal, `[B, d]`; B counts independent blocks (the groups of a
 convolution, 1 otherwise). All matrices are symmetric and vec is row-major, so that
@@ -230,12 +230,8 @@ def factored_damping(
     sides = (grad_output_factor, input_factor)
     mean_g, mean_a = (trace(side) / side.shape[-1] for side in sides)
     both_positive = (mean_g > 0) & (mean_a > 0)
-    ones = torch.ones_like(mean_a)
-    log_ratio = (
-        torch.where(both_positive, mean_a, ones).log()
-        - torch.where(both_positive, mean_g, ones).log()
-    )
-    pi = (0.5 * log_ratio).exp()
+    log_g, log_a = (torch.where(both_positive, mean, 1.0).log() for mean in (mean_g, mean_a))
+    pi = (0.5 * (log_a - log_g)).exp()
     root = damping**0.5
     damping_g, damping_a = root / pi, root * pi
     if input_factor.shape[-1] == 1:

@@ -1,4 +1,4 @@
-"""The truncated Neumann series of many right-hand sides, and whether it may be trusted."""
+"""The truncated Neumann series as a function, and its trust; the operator is in `inverses`."""
 
 from __future__ import annotations
 

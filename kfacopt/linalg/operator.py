@@ -1,9 +1,8 @@
-"""A SciPy linear operator that also takes tensors and lists of parameter-shaped tensors."""
+"""The linear operator, SciPy's that takes tensors too, and its arithmetic; no particular matrix."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
 from numbers import Number
 from typing import Any
 
@@ -13,15 +12,9 @@ from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
 from torch import Tensor
 
 from kfacopt.argument_checks import as_real
+from kfacopt.linalg import conversions
 from kfacopt.linalg.scipy_products import scipy_product
-from kfacopt.linalg.tensor_lists import Shapes, is_tensor_list, split_rows, stack_rows
-
-
-def numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    """Return NumPy's counterpart of a torch dtype (float32 for bfloat16, which NumPy lacks)."""
-    if dtype == torch.bfloat16:
-        return np.dtype(np.float32)
-    return torch.empty(0, dtype=dtype).numpy().dtype
+from kfacopt.linalg.tensor_lists import Shapes, is_tensor_list
 
 
 class LinearOperator(SciPyLinearOperator):
@@ -55,17 +48,20 @@ class LinearOperator(SciPyLinearOperator):
     ) -> None:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: an operator must be real and floating, got {dtype}.")
-        super().__init__(numpy_dtype(dtype), shape)
+        super().__init__(conversions.numpy_dtype(dtype), shape)
         self._derive_from()
         self.torch_dtype = dtype
         self.device = torch.device(device)
         self.in_shapes = in_shapes
         self.out_shapes = out_shapes
 
+    # Whether the matrix is symmetric where all that it is derived from are.
+    _keeps_symmetry = False
+
     @property
     def self_adjoint(self) -> bool:
         """Whether the matrix is known to be symmetric."""
-        return False
+        return self._keeps_symmetry and all(A.self_adjoint for A in self._operands)
 
     def _derive_from(self, *operands: LinearOperator) -> None:
         """Note the operators that products are computed by."""
@@ -104,30 +100,15 @@ class LinearOperator(SciPyLinearOperator):
 
     # NumPy ---------------------------------------------------------------------------------
 
-    def _through_torch(self, kernel: Callable[[Tensor], Tensor], X: np.ndarray) -> np.ndarray:
+    def _multiply_array(self, kernel: conversions.Kernel, X: np.ndarray) -> np.ndarray:
         self._check_operands()
-        if X.dtype.kind not in "biufc":
-            raise TypeError(f"x: an array of numbers is needed, got dtype {X.dtype}.")
-        if X.dtype.kind == "c":
-            columns = self._through_torch(kernel, np.concatenate([X.real, X.imag], axis=1))
-            real, imaginary = np.split(columns, 2, axis=1)
-            return real + 1j * imaginary
-        dtype = np.result_type(X.dtype, self.dtype) if X.dtype.kind == "f" else self.dtype
-        if X.dtype.kind != "f" or X.dtype.itemsize > 8:
-            X = X.astype(np.float64)
-        X = np.ascontiguousarray(X, X.dtype.newbyteorder("="))
-        with torch.inference_mode(False):  # derivatives inside the kernel need autograd
-            tensor = torch.from_numpy(X if X.flags.writeable else X.copy())
-            result = kernel(tensor.to(self.device, self.torch_dtype))
-        if result.dtype == torch.bfloat16:
-            result = result.float()
-        return result.cpu().numpy().astype(dtype, copy=False)
+        return conversions.multiply_array(self, kernel, np.asarray(X))
 
     def _matmat(self, X: np.ndarray) -> np.ndarray:
-        return self._through_torch(self._matmat_tensor, np.asarray(X))
+        return self._multiply_array(self._matmat_tensor, X)
 
     def _rmatmat(self, X: np.ndarray) -> np.ndarray:
-        return self._through_torch(self._rmatmat_tensor, np.asarray(X))
+        return self._multiply_array(self._rmatmat_tensor, X)
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         return self._matmat(np.asarray(x).reshape(-1, 1))
@@ -136,45 +117,6 @@ class LinearOperator(SciPyLinearOperator):
         return self._rmatmat(np.asarray(x).reshape(-1, 1))
 
     # Tensors and parameter lists -----------------------------------------------------------
-
-    def _apply_tensor(self, kernel: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        if x.ndim not in (1, 2) or x.shape[0] != rows:
-            raise ValueError(
-                f"x must have the shape [{rows}] or [{rows}, K] for this {type(self).__name__} "
-                f"of shape {self.shape}; got {tuple(x.shape)}."
-            )
-        if x.device != self.device:
-            raise ValueError(
-                f"x is on {x.device}, the operator on {self.device}; move one with .to(...)."
-            )
-        matrix = x.detach().unsqueeze(1) if x.ndim == 1 else x.detach()
-        if x.is_complex():
-            both = torch.cat([matrix.real, matrix.imag], dim=1)
-            result = torch.complex(*self._apply_tensor(kernel, both, rows).chunk(2, dim=1))
-            return result[:, 0] if x.ndim == 1 else result
-        dtype = torch.promote_types(x.dtype, self.torch_dtype)
-        with torch.inference_mode(False):  # derivatives inside the kernel need autograd
-            matrix = matrix.clone() if matrix.is_inference() else matrix
-            # The imaginary part of a conjugate view is lazily negated, unknown to NumPy.
-            result = kernel(matrix.resolve_neg().to(self.torch_dtype)).to(dtype)
-        return result[:, 0] if x.ndim == 1 else result
-
-    def _apply_list(
-        self,
-        kernel: Callable[[Tensor], Tensor],
-        tensors: Sequence[Tensor],
-        shapes: tuple[Shapes | None, Shapes | None],
-        rows: int,
-    ) -> list[Tensor]:
-        in_shapes, out_shapes = shapes
-        if in_shapes is None or out_shapes is None:
-            raise TypeError(
-                f"x: this {type(self).__name__} does not act between lists of parameter tensors; "
-                "give one tensor."
-            )
-        matrix, trailing = stack_rows(tensors, in_shapes)
-        pieces = split_rows(self._apply_tensor(kernel, matrix, rows), out_shapes)
-        return pieces if trailing else [p[..., 0] for p in pieces]
 
     def __matmul__(self, x: Any) -> Any:
         """Multiply onto an array, a tensor, a list of tensors or another operator."""
@@ -188,10 +130,10 @@ class LinearOperator(SciPyLinearOperator):
         if isinstance(x, Tensor):
             if x.ndim == 0:
                 return ScaledLinearOperator(self, x.item())
-            return self._apply_tensor(self._matmat_tensor, x, self.shape[1])
+            return conversions.multiply_tensor(self, self._matmat_tensor, x, self.shape[1])
         if is_tensor_list(x):
             shapes = (self.in_shapes, self.out_shapes)
-            return self._apply_list(self._matmat_tensor, x, shapes, self.shape[1])
+            return conversions.multiply_list(self, self._matmat_tensor, x, shapes, self.shape[1])
         if isinstance(x, SciPyLinearOperator):
             return ProductLinearOperator(self, as_operator(x, like=self))
         if np.isscalar(x):
@@ -208,11 +150,11 @@ class LinearOperator(SciPyLinearOperator):
         self._check_operands()
         if isinstance(x, Tensor):
             if x.ndim == 1:
-                return self._apply_tensor(self._rmatmat_tensor, x, self.shape[0])
-            return self._apply_tensor(self._rmatmat_tensor, x.mT, self.shape[0]).mT
+                return conversions.multiply_tensor(self, self._rmatmat_tensor, x, self.shape[0])
+            return conversions.multiply_tensor(self, self._rmatmat_tensor, x.mT, self.shape[0]).mT
         if is_tensor_list(x):
             shapes = (self.out_shapes, self.in_shapes)
-            return self._apply_list(self._rmatmat_tensor, x, shapes, self.shape[0])
+            return conversions.multiply_list(self, self._rmatmat_tensor, x, shapes, self.shape[0])
         if isinstance(x, SciPyLinearOperator):
             return ProductLinearOperator(as_operator(x, like=self), self)
         if np.isscalar(x):
@@ -327,17 +269,14 @@ class ForeignLinearOperator(LinearOperator):
 class AdjointLinearOperator(LinearOperator):
     """The transpose of a real operator."""
 
+    _keeps_symmetry = True
+
     def __init__(self, A: LinearOperator) -> None:
         """Represent the transpose of `A`."""
         rows, columns = A.shape
         super().__init__((columns, rows), A.torch_dtype, A.device, A.out_shapes, A.in_shapes)
         self._A = A
         self._derive_from(A)
-
-    @property
-    def self_adjoint(self) -> bool:
-        """Whether A is known to be symmetric."""
-        return self._A.self_adjoint
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._A._rmatmat_tensor(X)
@@ -354,6 +293,8 @@ class AdjointLinearOperator(LinearOperator):
 class ScaledLinearOperator(LinearOperator):
     """αA for a real number α."""
 
+    _keeps_symmetry = True
+
     def __init__(self, A: LinearOperator, alpha: Any) -> None:
         """Represent `alpha * A`."""
         if isinstance(alpha, complex | np.complexfloating):
@@ -361,11 +302,6 @@ class ScaledLinearOperator(LinearOperator):
         super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes)
         self._A, self._alpha = A, as_real("alpha", alpha)
         self._derive_from(A)
-
-    @property
-    def self_adjoint(self) -> bool:
-        """Whether A is known to be symmetric."""
-        return self._A.self_adjoint
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._A._matmat_tensor(X) * self._alpha
@@ -383,6 +319,8 @@ def _common_dtype(A: LinearOperator, B: LinearOperator) -> torch.dtype:
 class SumLinearOperator(LinearOperator):
     """A + B."""
 
+    _keeps_symmetry = True
+
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
         """Represent `A + B`."""
         if A.shape != B.shape:
@@ -391,11 +329,6 @@ class SumLinearOperator(LinearOperator):
         out_shapes = A.out_shapes if A.out_shapes is not None else B.out_shapes
         super().__init__(A.shape, _common_dtype(A, B), A.device, in_shapes, out_shapes)
         self._derive_from(A, B)
-
-    @property
-    def self_adjoint(self) -> bool:
-        """Whether A and B are known to be symmetric."""
-        return all(A.self_adjoint for A in self._operands)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         first, second = (A._matmat_tensor(X.to(A.torch_dtype)) for A in self._operands)
@@ -439,6 +372,8 @@ class ProductLinearOperator(LinearOperator):
 class PowerLinearOperator(LinearOperator):
     """Aᵖ for a square A and an integer p ≥ 0."""
 
+    _keeps_symmetry = True
+
     def __init__(self, A: LinearOperator, exponent: int) -> None:
         """Represent `A` multiplied `exponent` times."""
         if A.shape[0] != A.shape[1]:
@@ -449,18 +384,13 @@ class PowerLinearOperator(LinearOperator):
         self._A, self._exponent = A, int(exponent)
         self._derive_from(A)
 
-    @property
-    def self_adjoint(self) -> bool:
-        """Whether A is known to be symmetric."""
-        return self._A.self_adjoint
-
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._repeat(self._A._matmat_tensor, X)
 
     def _rmatmat_tensor(self, X: Tensor) -> Tensor:
         return self._repeat(self._A._rmatmat_tensor, X)
 
-    def _repeat(self, kernel: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+    def _repeat(self, kernel: conversions.Kernel, X: Tensor) -> Tensor:
         if self._exponent == 0:  # a product never shares memory with its operand
             return X.clone()
         for _ in range(self._exponent):

@@ -1,4 +1,4 @@
-"""What rounding lets one expect of computed products."""
+"""What rounding lets one expect of computed products; what follows from it, callers decide."""
 
 from __future__ import annotations
 

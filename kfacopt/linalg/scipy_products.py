@@ -1,4 +1,4 @@
-"""Products of SciPy's linear operators with several columns at once."""
+"""Products of SciPy's operators with several columns; ours have their own in `operator`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a matrix is computed from, kept to tell whether it has changed."""
+"""What a matrix is computed from, kept to tell whether it changed; not what then happens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense matrices, identities and sub-matrices as linear operators."""
+"""Dense matrices, identities and sub-matrices as operators; sums and products are in `operator`."""
 
 from __future__ import annotations
 

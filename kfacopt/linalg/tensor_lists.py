@@ -1,4 +1,4 @@
-"""Lists of parameter-shaped tensors as columns of one matrix."""
+"""Lists of parameter-shaped tensors as columns of one matrix, and back; no products."""
 
 from __future__ import annotations
 

@@ -1,167 +1,61 @@
-"""Factors under DistributedDataParallel: what is captured is local and averaged here."""
+"""What an optimizer does as one of several ranks; what each room sends is in the room."""
 
 from __future__ import annotations
 
-import gc
-import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.graph import Node
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from kfacopt.kfac.factors import FactorForm, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.optim.moments import Moments
+from kfacopt.optim.settings import Settings
+from kfacopt.optim.watch.wrappers import WrapperWatch
 
 
-def data_parallel_wrapper(
-    params: Sequence[Parameter],
-) -> weakref.ref[DistributedDataParallel] | None:
-    """Return a reference to the DDP wrapper around any of the parameters, if there is one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    wanted = {id(p) for p in params}
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), DistributedDataParallel) and any(
-            id(p) in wanted for p in candidate.parameters()
-        ):
-            return weakref.ref(candidate)
-    return None
+class Ranks:
+    """The ranks that train one model under DistributedDataParallel; alone without a wrapper.
 
-
-def running_wrapper() -> DistributedDataParallel | None:
-    """Return the DDP wrapper whose forward pass is running, if there is one."""
-    wrapper: DistributedDataParallel | None = DistributedDataParallel._active_ddp_module
-    return wrapper
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module in a DDP wrapper; any other module itself.
-
-    An evaluation again must not go through the wrapper, which counts its forward passes.
-    """
-    inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
-    return inner
-
-
-def follow_through_wrapper(carry: Callable[[Any, Any], Any]) -> None:
-    """Call a function when the outputs of the forward pass that runs have left the wrapper.
-
-    With `find_unused_parameters` or `static_graph` a wrapper puts a custom function of its own
-    behind the outputs of its module, which makes plain tensors of them. A wrapper that was made
-    after the optimizer has no hooks, and hooks that its running call has not seen in the beginning
-    are not called, so that the method is replaced for this call.
-
-    Args:
-        carry: Gets the outputs before and after; returns what the wrapper returns.
-    """
-    wrapper = running_wrapper()
-    if wrapper is None or "_post_forward" in vars(wrapper):
-        return
-    if not (wrapper.find_unused_parameters or wrapper.static_graph):
-        return
-    original = wrapper._post_forward
-
-    def once(output: Any) -> Any:
-        del vars(wrapper)["_post_forward"]
-        return carry(output, original(output))
-
-    vars(wrapper)["_post_forward"] = once
-
-
-@contextmanager
-def bookkeeping_kept(output: Tensor) -> Iterator[None]:
-    """Let extra backward passes from a tensor leave DDP wrappers as they are.
-
-    In the first iteration of `static_graph` the wrapper's node, wherever it stands between the
-    tensor and the layers, has all gradients averaged at the end of the backward pass that comes
-    first. That must be the user's.
-
-    Args:
-        output: Where the passes start.
-    """
-    waiting = []
-    if dist.is_available() and dist.is_initialized():
-        waiting = [
-            wrapper
-            for wrapper in _wrappers_in_graph(output)
-            if wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued
-        ]
-    for wrapper in waiting:
-        wrapper._static_graph_delay_allreduce_enqueued = True
-    try:
-        yield
-    finally:
-        for wrapper in waiting:
-            wrapper._static_graph_delay_allreduce_enqueued = False
-
-
-def _wrappers_in_graph(output: Tensor) -> set[DistributedDataParallel]:
-    """Return the wrappers that have nodes of their own in a tensor's graph."""
-    found: set[DistributedDataParallel] = set()
-    unseen: list[Node] = [] if output.grad_fn is None else [output.grad_fn]
-    seen = set(unseen)
-    while unseen:
-        node = unseen.pop()
-        wrapper = getattr(node, "ddp_weakref", None)
-        if wrapper is not None:
-            found.add(wrapper())
-        new = {n for n, _ in node.next_functions if n is not None} - seen
-        seen |= new
-        unseen += new
-    return found
-
-
-class WrapperWatch:
-    """Knows the DDP wrapper around an optimizer's parameters, also one that comes later.
-
-    A wrapper is seen when its forward pass reaches a layer. The process is searched, which takes
-    long, once in a process group, and again when the wrapper that was known is gone.
+    Attributes:
+        wrappers: Knows the wrapper.
     """
 
     def __init__(self) -> None:
         """Start without a wrapper."""
-        self._known: weakref.ref[DistributedDataParallel] | None = None
-        self._searched = False
+        self.wrappers = WrapperWatch()
 
-    def look(self) -> None:
-        """Take note of the wrapper whose forward pass is running."""
-        wrapper = running_wrapper()
-        if wrapper is not None and (self._known is None or self._known() is not wrapper):
-            self._known = weakref.ref(wrapper)
+    def group(self, params: Sequence[Parameter]) -> dist.ProcessGroup | None:
+        """Return the process group that parameters are trained in, if there is one."""
+        wrapper = self.wrappers.wrapper(params)
+        return None if wrapper is None else group_of(wrapper)
 
-    def rank_among_several(self) -> int | None:
-        """Return this process's rank under a known wrapper; `None` if it is alone."""
-        wrapper = None if self._known is None else self._known()
-        if wrapper is None or not dist.is_initialized():
-            return None
-        several = dist.get_world_size(wrapper.process_group) > 1
-        return dist.get_rank(wrapper.process_group) if several else None
+    def refuse_different(
+        self, params: Sequence[Parameter], layers: Iterable[Layer], settings: Settings, step: int
+    ) -> None:
+        """Raise on all ranks if their optimizers are not the same, before they exchange more."""
+        wrapper = self.wrappers.wrapper(params)
+        assert wrapper is not None
+        positions = {id(p): i for i, p in enumerate(wrapper.parameters())}
+        own = [
+            (positions.get(id(p)), layer.groups, layer.d_in, layer.d_out, p.dtype)
+            for layer in layers
+            for p in (layer.anchor,)
+        ]
+        alike = (settings.inverse, settings.schedule, settings.steps, settings.curvature.form)
+        described = repr((own, *alike, settings.curvature.fisher_type))
+        refuse_different_optimizers(described, step, params[0].device, group_of(wrapper))
 
-    def ranks_without_wrapper(self) -> bool:
-        """Tell whether this process is one of several, and no wrapper was seen."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return False
-        known = self._known is not None and self._known() is not None
-        return not known and dist.get_world_size() > 1
-
-    def wrapper(self, params: Sequence[Parameter]) -> DistributedDataParallel | None:
-        """Return the wrapper around any of the parameters, or `None`."""
-        known = None if self._known is None else self._known()
-        gone = self._known is not None and known is None
-        first = not self._searched and dist.is_available() and dist.is_initialized()
-        if known is None and (gone or first):
-            self._searched = True
-            self._known = data_parallel_wrapper(params)
-            known = None if self._known is None else self._known()
-        return known
+    def align(
+        self, states: MutableMapping[Tensor, Any], params: Sequence[Parameter], own: list[Block]
+    ) -> None:
+        """Let ranks have the same parameters to the bit, where factors were due."""
+        wrapper = self.wrappers.wrapper(params)
+        if wrapper is not None and dist.get_world_size(wrapper.process_group) > 1:
+            align_parameters(states, [p for block in own for p in block.parameters], wrapper)
 
 
 def group_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
@@ -211,76 +105,6 @@ def refuse_different_optimizers(
         )
 
 
-def average_moments(
-    pending: dict[Layer, Moments],
-    layers: Sequence[Layer],
-    form: FactorForm,
-    group: dist.ProcessGroup,
-) -> dict[Layer, Moments]:
-    """Combine the statistics of all ranks, second moments excepted.
-
-    DDP's gradient is that of the mean of the ranks' objectives, whose G is the mean of theirs; A
-    is the mean over all ranks' inputs. Every rank sends the same tensors, whatever it has reached,
-    in one all-reduce for each dtype.
-
-    Args:
-        pending: This rank's statistics.
-        layers: All layers, in the same order on every rank.
-        form: How factors are formed.
-        group: The process group.
-
-    Returns:
-        The same statistics on every rank.
-    """
-    by_dtype: dict[torch.dtype, list[tuple[Layer, list[Tensor]]]] = {}
-    for layer in layers:
-        dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
-        own = pending.get(layer, Moments())
-        pieces = []
-        for value, side in ((own.input_sum, layer.d_in), (own.grad_output_sum, layer.d_out)):
-            shape = (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
-            zeros = torch.zeros(shape, dtype=dtype, device=device)
-            pieces.append(zeros + value)
-        numbers = (own.rows, own.terms)
-        pieces += [torch.as_tensor(n, dtype=dtype, device=device) for n in numbers]
-        by_dtype.setdefault(dtype, []).append((layer, pieces))
-    result: dict[Layer, Moments] = {}
-    for entries in by_dtype.values():
-        flat = torch.cat([piece.reshape(-1) for _, pieces in entries for piece in pieces])
-        dist.all_reduce(flat, group=group)
-        split = iter(flat.split([p.numel() for _, pieces in entries for p in pieces]))
-        summed = [
-            tuple(next(split).reshape(piece.shape) for piece in pieces) for _, pieces in entries
-        ]
-        counts = torch.stack([rows for _, _, rows, _ in summed]).tolist()  # asks the device once
-        for (layer, _), (A, G, _, terms), rows in zip(entries, summed, counts, strict=True):
-            if rows > 0:
-                mean, own = G / dist.get_world_size(group), pending.get(layer, Moments())
-                corrections = (own.second_moments, own.unprojected)
-                result[layer] = Moments(A, int(rows), mean, terms, *corrections)
-    return result
-
-
-def average_second_moments(
-    values: Mapping[Block, Tensor], blocks: Sequence[Block], group: dist.ProcessGroup
-) -> dict[Block, Tensor]:
-    """Return the mean over all ranks of second moments, in eigenbases that they have in common.
-
-    Args:
-        values: This rank's Λ `[B, d_out, d_in]` of the blocks that it has reached.
-        blocks: The blocks, in the same order on every rank.
-        group: The process group.
-    """
-    result: dict[Block, Tensor] = {}
-    for block in blocks:
-        shape = (block.layer.groups, block.layer.d_out, block.d_in)
-        dtype, device = factor_dtype(block.anchor.dtype), block.anchor.device
-        value = torch.zeros(shape, dtype=dtype, device=device) + values.get(block, 0.0)
-        dist.all_reduce(value, group=group)
-        result[block] = value / dist.get_world_size(group)
-    return result
-
-
 def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Return the mean of numbers over all ranks; the numbers themselves without a group.
 
@@ -293,3 +117,33 @@ def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     total = values.clone()
     dist.all_reduce(total, group=group)
     return total / dist.get_world_size(group)
+
+
+def align_parameters(
+    states: MutableMapping[Tensor, Any],
+    params: Sequence[Parameter],
+    wrapper: DistributedDataParallel,
+) -> None:
+    """Give every rank the first one's parameters and momentum, which differ by round-off.
+
+    Products with an inverse are rounded in other ways by other numbers of threads; over thousands
+    of steps such differences grow.
+
+    Args:
+        states: The optimizer's state.
+        params: The parameters, in the same order on every rank.
+        wrapper: Their wrapper; parameters that it was told to ignore are left alone.
+    """
+    group, ignored = wrapper.process_group, wrapper.parameters_to_ignore
+    shared = {p for name, p in wrapper.module.named_parameters() if name not in ignored}
+    first, mine = dist.get_global_rank(group, 0), dist.get_rank(group) == 0
+    for p in params:
+        if p not in shared:
+            continue
+        for value in (p.detach(), states[p].get("momentum_buffer")):
+            if value is None:
+                continue
+            buffer = value.contiguous()
+            dist.broadcast(buffer, first, group=group)
+            if not mine:
+                value.copy_(buffer)

@@ -1,8 +1,8 @@
-"""The K-FAC optimizer."""
+"""The K-FAC optimizer: who has what, and the order of a step. What happens is in the rooms."""
 
 from __future__ import annotations
 
-import math
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
@@ -10,57 +10,52 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim.optimizer import Optimizer
 
-from kfacopt.argument_checks import (
-    check_choice,
-    check_count,
-    check_flag,
-    check_integer,
-    check_loss,
-    check_range,
+from kfacopt.kfac.factors import Factors
+from kfacopt.kfac.layers import Block, KFACApprox, Layer
+from kfacopt.likelihoods import FisherType
+from kfacopt.linalg.kronecker import DampingMethod
+from kfacopt.optim.connection import Connection, connect
+from kfacopt.optim.distributed import Ranks, mean_over_ranks
+from kfacopt.optim.messages import (
+    Notices,
+    log_new_layer,
+    skipped_step,
+    without_curvature,
+    without_layers,
 )
-from kfacopt.kfac.factors import FactorForm
-from kfacopt.kfac.layers import KFAC_APPROXES, KFACApprox, Layer
-from kfacopt.likelihoods import FISHER_TYPES, FisherType, likelihood_of
-from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
-from kfacopt.optim.distributed import mean_over_ranks
-from kfacopt.optim.fallback import adamw_step, by_learning_rate
-from kfacopt.optim.initial_state import is_initialisation
-from kfacopt.optim.label_draws import LabelDraws
-from kfacopt.optim.loss_scale import calling_loss_scale
-from kfacopt.optim.messages import missing_statistics
-from kfacopt.optim.moments import Moments
-from kfacopt.optim.monitoring import Scalars, block_statistics
-from kfacopt.optim.preconditioner import (
-    PRECONDITIONERS,
-    InverseForm,
-    PreconditionerKind,
-    has_inverse,
-)
-from kfacopt.optim.preconditioning import PreconditioningOptimizer
-from kfacopt.optim.replay import ObjectiveTerm, undisturbed
-from kfacopt.optim.self_tuning import ClosureLoss, SelfTuning
+from kfacopt.optim.monitoring import Scalars, all_block_statistics
+from kfacopt.optim.pending import take_pending
 from kfacopt.optim.settings import (
-    DEFAULTS,
-    CurvatureOptions,
-    Schedule,
+    SETTINGS,
+    PreconditionerKind,
     as_number,
     check_group,
-    check_kept_dtype,
     numbers_alone,
-    refuse_flags,
+    read_settings,
     settings_of,
 )
-from kfacopt.optim.step_rules import apply_step, are_finite, kl_clip_scale
+from kfacopt.optim.state.checks import check_state_dict
+from kfacopt.optim.state.conversions import restore_generator, store_generator
+from kfacopt.optim.state.curvature_state import CurvatureState
+from kfacopt.optim.state.initial import is_initialisation
+from kfacopt.optim.state.loading import load_checked
+from kfacopt.optim.statistics.collector import Statistics
+from kfacopt.optim.statistics.label_draws import LabelDraws
+from kfacopt.optim.statistics.moments import Moments
+from kfacopt.optim.steps.clipped_step import ClippedStep
+from kfacopt.optim.steps.fallback import fallback_step
+from kfacopt.optim.steps.preconditioning import gradients_of, preconditioned
+from kfacopt.optim.steps.self_tuning import Objective, SelfTuning, objective_of, step_rule
+from kfacopt.optim.steps.update import are_finite
+from kfacopt.optim.watch.admission import check_iterable, check_parameters
+from kfacopt.optim.watch.modules import find_modules
+from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
+from kfacopt.optim.watch.watch import Watch
 
 
-def _detached(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor | float | int):
-        raise ValueError(f'closure must return the loss for lr="auto", got {type(loss).__name__}.')
-    return torch.as_tensor(loss, dtype=torch.float64).detach()
-
-
-class KFACOptimizer(PreconditioningOptimizer):
+class KFACOptimizer(Optimizer):
     r"""Steps along F⁻¹ ∇L, with the Fisher/GGN F approximated by K-FAC.
 
         optimizer = KFACOptimizer(model.parameters())
@@ -86,17 +81,18 @@ class KFACOptimizer(PreconditioningOptimizer):
 
     Args:
         params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
-            may set `lr`, `momentum`, `nesterov`, `weight_decay`, `damping` and `fallback_lr`. A
-            joint block [W | b] takes W's damping.
+            may set `lr`, `momentum`, `nesterov`, `weight_decay`, `damping`, `fallback_lr`,
+            `maximize` and `foreach`. A joint block [W | b] takes W's damping.
         lr: The learning rate, in units of a natural-gradient step: 1 is a full one; a number, or
             a tensor of one, as for AdamW (the other settings of groups, too). Where the clip
             is active (ν < 1) the step's length follows from κ alone, and a schedule acts where it
             falls below that: tune `kl_clip` first. `"auto"` chooses step size, momentum and damping
-            in every step, for large or full batches: see `kfacopt.optim.self_tuning`. The groups'
-            `lr` is then 1, and what schedulers make of it multiplies the steps; `momentum=0` leaves
-            momentum out, `damping` is where the adaptation starts, `weight_decay` counts per step
-            of size 1, and `kl_clip` is not used; AdamW's part is outside of what is undone. An
-            objective with terms that are not recognised needs `step(closure)`.
+            in every step, for large or full batches: see `kfacopt.optim.steps.self_tuning`. The
+            groups' `lr` is then 1, and what schedulers make of it multiplies the steps;
+            `momentum=0` leaves momentum out, `damping` is where the adaptation starts,
+            `weight_decay` counts per step of size 1, and `kl_clip` is not used; AdamW's part is
+            outside of what is undone. An objective with terms that are not recognised needs
+            `step(closure)`.
         momentum: μ in [0, 1), on the preconditioned step.
         nesterov: Take Nesterov's step; `False` is θ ← (1 − lr λ) θ − m. Without momentum, and for
             `lr="auto"`, it has no effect.
@@ -122,7 +118,7 @@ class KFACOptimizer(PreconditioningOptimizer):
         factor_batch_fraction: The share, in (0, 1], of a batch's data that Ā, Ḡ and Λ are summed
             over, drawn anew for each backward pass; the estimates stay unbiased. It spares products
             of the factors, not the backward pass of `fisher_type="mc"`.
-        factor_update_interval: Steps between updates of Ā and Ḡ. Between them hooks do nothing.
+        factor_update_interval: Steps between updates of Ā and Ḡ. Between them there are no hooks.
             10, or 1 for `lr="auto"`.
         inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`.
         kl_clip: κ > 0, about twice the KL divergence by which a step without momentum may move the
@@ -183,8 +179,8 @@ class KFACOptimizer(PreconditioningOptimizer):
 
     Deviations from Martens & Grosse (2015): with a number for `lr`, fixed damping and the KL clip
     of Ba et al. (2017) instead of their sections 6 and 7 (for `lr="auto"` see
-    `kfacopt.optim.self_tuning`); factored damping without the search for its best split; averages
-    are bias-corrected.
+    `kfacopt.optim.steps.self_tuning`); factored damping without the search for its best split;
+    averages are bias-corrected.
     """
 
     def __init__(
@@ -219,93 +215,26 @@ class KFACOptimizer(PreconditioningOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        listed = isinstance(params, Iterable) and not isinstance(params, nn.Module | Tensor)
-        if not (listed or isinstance(params, nn.ParameterList)):
-            raise ValueError(
-                "params must be an iterable of parameters or groups, as model.parameters(), got "
-                f"{type(params).__name__}."
-            )
-        check_choice("preconditioner", preconditioner, PRECONDITIONERS)
-        if damping_method is None:
-            damping_method = "factored" if preconditioner == "kfac" else "exact"
-        check_choice("damping_method", damping_method, DAMPING_METHODS)
-        if preconditioner == "ekfac" and damping_method != "exact":
-            raise ValueError(
-                'damping_method must be "exact" or None for preconditioner="ekfac", got '
-                f'"{damping_method}": there are no factors between which damping could be split.'
-            )
-        for name, dtype in (("factor_dtype", factor_dtype), ("inverse_dtype", inverse_dtype)):
-            check_kept_dtype(name, dtype)
-        check_choice("fisher_type", fisher_type, FISHER_TYPES)
-        check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
-        check_count("mc_samples", mc_samples)
-        if fisher_type != "mc" and mc_samples != 1:
-            raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {mc_samples}.')
-        tuned = isinstance(lr, str) and lr == "auto"
-        defaults = DEFAULTS["auto" if tuned else "fixed"]
-        damping = defaults.damping if damping is None else damping
-        ema_decay = defaults.ema_decay if ema_decay is None else ema_decay
-        if factor_update_interval is None:
-            factor_update_interval = defaults.factor_update_interval
-        if inverse_update_interval is None:
-            inverse_update_interval = defaults.inverse_update_interval
-        check_range("ema_decay", ema_decay, 0, 1, upper_open=True)
-        check_range("factor_batch_fraction", factor_batch_fraction, 0, 1, lower_open=True)
-        check_count("factor_update_interval", factor_update_interval)
-        check_count("inverse_update_interval", inverse_update_interval)
-        if kl_clip is not None:
-            check_range("kl_clip", kl_clip, 0, lower_open=True)
-        if max_factor_dim is not None:
-            check_count("max_factor_dim", max_factor_dim)
-        check_flag("separate_weight_and_bias", separate_weight_and_bias)
-        if model is not None and not isinstance(model, nn.Module):
-            raise ValueError(f"model must be an nn.Module or None, got {type(model).__name__}.")
-        check_integer("seed", seed)
-        refuse_flags(capturable=capturable, differentiable=differentiable)
-        self._schedule = Schedule(
-            InverseForm(preconditioner, damping_method, inverse_dtype),
-            float(ema_decay),
-            factor_update_interval,
-            inverse_update_interval,
-            kl_clip,
-            separate_weight_and_bias,
-        )
-        if loss_func is not None:
-            check_loss(loss_func)
-        likelihood = None if loss_func is None else likelihood_of(loss_func)
-        form = FactorForm(kfac_approx, max_factor_dim, factor_dtype)
-        self._tuning: SelfTuning | None = None
-        if tuned:
-            if loss_func is not None:
-                raise ValueError(
-                    'loss_func must be None for lr="auto", which evaluates the loss: compute it '
-                    "with one of torch's functions on the model's output, so that it is recognised."
-                )
-            self._tuning, lr = SelfTuning(), 1.0
-        self._curvature = CurvatureOptions(
-            fisher_type,
-            mc_samples,
-            form,
-            likelihood,
-            corrected=preconditioner == "ekfac",
-            recording=self._tuning is not None,
-            batch_fraction=factor_batch_fraction,
-        )
-        self._seed = seed
-        self._start_unconnected(model)
-        group_defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "damping": damping,
-            "fallback_lr": fallback_lr,
-            "maximize": maximize,
-            "foreach": foreach,
-        }
-        super().__init__(params, group_defaults)
-        self._labels = LabelDraws(seed, self._device, self._ddp)
+        given = {name: value for name, value in locals().items() if name in SETTINGS}
+        check_iterable(params)
+        self._settings, defaults = read_settings(given)
+        self._start(model)
+        super().__init__(params, defaults)
+        self._curvature.entries = self.state
+        self._labels = LabelDraws(seed, self._device, self._ranks.wrappers)
         self._connect()
+
+    def _start(self, model: nn.Module | None) -> None:
+        """Make what an optimizer has before it knows its parameters."""
+        self._model = None if model is None else weakref.ref(model)
+        self._rule: ClippedStep | SelfTuning = step_rule(self._settings.steps)
+        self._curvature = CurvatureState(self._settings)
+        self._ranks, self._notices = Ranks(), Notices()
+        self._connection: Connection
+        self._connected = False
+        self._checked_settings: list[tuple[Any, ...]] = []
+        self._skipped_steps = self._num_fallback = 0
+        self._labels_before: Tensor | None = None
 
     # Steps -------------------------------------------------------------------------------------
 
@@ -329,88 +258,227 @@ class KFACOptimizer(PreconditioningOptimizer):
                 result = closure()
         with numbers_alone(self.param_groups):
             self._check_settings()
-            if self._collector.collecting:
-                self._refuse_other_parallelism()
-            self._follow_moved_parameters()
+            params = self._parameters()
+            if self._statistics.collecting:
+                self._connection.refuse_other_parallelism(params)
+            if self._connection.has_moved(params):
+                self._curvature.follow_parameters()
+                self._labels.move(self._device)
             if not (self._has_no_gradients() or self._only_initialises()):
                 if self._has_finite_gradients():
                     self._step(closure, result)
-                self._collector.close_passes()
+                self._watch.close_passes()
         return result
 
-    def _step(self, closure: Callable[[], Any] | None, result: Any) -> None:
-        terms = self._collector.objective() if self._tuning is not None else []
-        first: dict[Layer, Moments] = {}
-        due, collecting = (
-            self._due(self._schedule.factor_update_interval),
-            self._collector.collecting,
-        )
+    def _step(self, closure: Callable[[], Any] | None, loss: Any) -> None:
+        """Collect, fold, invert, precondition, clip and move."""
+        number, collecting = self._num_steps, self._statistics.collecting
+        due = self._settings.schedule.factors_due(number)
+        terms = self._statistics.objective() if self._settings.steps.tuned else []
         # Layers that became new after the forward pass have to wait for the next one.
-        self._waiting = collecting and not (due or self._collector.forward_seen)
-        if collecting and not self._waiting:  # at an interval's start, and when layers are new
-            first = self._update_factors()
+        waiting = collecting and not (due or self._watch.forward_seen)
+        late: dict[Layer, Moments] = {}
+        if collecting and not waiting:  # at an interval's start, or for new layers
+            late = self._collect_and_fold()
         else:
-            self._collector.clear()
-        if self._due(self._schedule.inverse_update_interval):
-            self._update_inverses(self._blocks)
-        else:
-            fresh = [b for b in self._blocks if not has_inverse(self.state[b.anchor])]
-            self._update_inverses(b for b in fresh if self._has_statistics(b.layer))
-        self._start_second_moments(first)
-        if self._tuning is None:
-            self._update_parameters()
-        else:
-            self._tuned_update(terms, closure, result)
-        if self._due(self._schedule.factor_update_interval):
-            self._align_ranks()
+            self._connection.forget()
+        blocks = self._curvature.due_inverses(number)
+        if blocks:
+            self._curvature.invert(blocks, self.param_groups, number, self._group)
+        if late:  # EKFAC's second moments, in bases that are there only now
+            self._curvature.fold_late(late, self._group)
+        gradients = gradients_of(self.param_groups)
+        without_inverse = partial(self._report_without_inverse, waiting)
+        directions = preconditioned(self._curvature, gradients, self.param_groups, without_inverse)
+        self._clip_and_move(gradients, directions, terms, closure, loss)
+        if due:
+            self._ranks.align(self.state, self._parameters(), self._curvature.blocks)
+        self._look_ahead(waiting)
+
+    def _collect_and_fold(self) -> dict[Layer, Moments]:
+        """Move the running factors to include the statistics; return what still lacks a basis."""
+        bases, step = self._statistics.bases, self._num_steps
+        pending = take_pending(
+            self._connection,
+            self._curvature,
+            self._settings,
+            self._parameters(),
+            step,
+            self._ranks,
+            self._notices,
+        )
+        return self._curvature.fold(pending, bases, step, self._group)
+
+    def _report_without_inverse(self, waiting: bool, block: Block) -> None:
+        if waiting:
+            log_new_layer(block.layer)
+            return
+        otherwise = block.layer in self._statistics.undercounted
+        message = without_curvature(block.layer, otherwise)
+        self._notices.warn(f"uncaptured {block.layer.name}", message)
+
+    def _clip_and_move(
+        self,
+        gradients: dict[Parameter, Tensor],
+        directions: dict[Parameter, Tensor],
+        terms: list[ObjectiveTerm],
+        closure: Callable[[], Any] | None,
+        loss: Any,
+    ) -> None:
+        """Move parameters with a direction by the step rule, and all others by AdamW."""
+
+        def objective() -> Objective:
+            over_ranks = partial(mean_over_ranks, group=self._group)
+            return objective_of(terms, closure, loss, self._parameters(), over_ranks)
+
+        moved = self._rule.step(self.state, self.param_groups, gradients, directions, objective)
+        if moved:  # a self-tuned step that found nothing to gain moves nothing
+            others = (self._connection.embedded, self._settings.steps.vector_lr)
+            self._num_fallback = fallback_step(self.state, self.param_groups, directions, *others)
+
+    def _look_ahead(self, waiting: bool) -> None:
+        """Get ready for the next step."""
         if self._labels_before is not None:  # layers that are new leave the others' labels alone
             self._labels.common.set_state(self._labels_before)
         new = self._reconnect_if_frozen()
         for group in self.param_groups:
             group["num_steps"] += 1
-        due = self._due(self._schedule.factor_update_interval)
-        self._watch(due or new or self._waiting)
+        self._set_watching(self._settings.schedule.factors_due(self._num_steps) or new or waiting)
 
     def _check_settings(self) -> None:
         """Raise where a group has a setting by now that it could not have been made with."""
         settings = settings_of(self.param_groups)
         if settings != self._checked_settings:
             for i, group in enumerate(self.param_groups):
-                check_group(group, f"param_groups[{i}]: ")
+                check_group(group, f"param_groups[{i}]: ", self._settings.steps.tuned)
             self._checked_settings = settings
 
     def _has_no_gradients(self) -> bool:
         """Tell whether there is nothing to step along: as for AdamW, that is no step then."""
         if any(p.grad is not None for p in self._parameters()):
             return False
-        self._collector.clear(forward_is_over=False)
+        self._connection.forget(forward_is_over=False)
         self._reconnect_if_frozen()
         return True
 
     def _only_initialises(self) -> bool:
         """Make the state, and nothing else, in a step that checkpoint tools take for that."""
-        if self.state or self._collector.forward_seen or not is_initialisation(self.param_groups):
+        if self.state or self._watch.forward_seen or not is_initialisation(self.param_groups):
             return False
         self._complete_state()
         return True
 
     def _has_finite_gradients(self) -> bool:
         """Tell whether the step can be made; else nothing of it may leave a trace."""
+        names = self._connection.names
         grads = {p: p.grad for p in self._parameters() if p.grad is not None}
         for p, grad in grads.items():
             if grad.is_sparse:
-                raise RuntimeError(f"{self._names[id(p)]}: sparse gradients are unsupported.")
+                raise RuntimeError(f"{names[id(p)]}: sparse gradients are unsupported.")
         if are_finite(list(grads.values())):
             return True
-        names = [self._names[id(p)] for p, grad in grads.items() if not bool(grad.isfinite().all())]
+        strange = [names[id(p)] for p, grad in grads.items() if not bool(grad.isfinite().all())]
         self._skipped_steps += 1
-        self._collector.clear()
-        self._warn(
-            "skipped",
-            f"the step is skipped: gradients have NaN or infinite entries ({', '.join(names)}). "
-            "statistics()['skipped_steps'] counts such steps.",
-        )
+        self._connection.forget()
+        self._notices.warn("skipped", skipped_step(strange))
         return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and with them the statistics that wait for the next step."""
+        if not self._watch.forward_seen:
+            self._reconnect_if_frozen()
+        # forward, zero_grad, backward is usual, too
+        self._connection.forget(forward_is_over=False)
+        super().zero_grad(set_to_none)
+
+    # Parameters and modules --------------------------------------------------------------------
+
+    @property
+    def _watch(self) -> Watch:
+        return self._connection.watch
+
+    @property
+    def _statistics(self) -> Statistics:
+        return self._connection.statistics
+
+    @property
+    def _num_steps(self) -> int:
+        steps: int = self.param_groups[0]["num_steps"]
+        return steps
+
+    @property
+    def _group(self) -> Any:
+        """The process group of the ranks that train the model, if there is one."""
+        return self._ranks.group(self._parameters())
+
+    @property
+    def _device(self) -> torch.device:
+        """Where labels are drawn: with the first parameter."""
+        return next((p.device for p in self._parameters()), torch.device("cpu"))
+
+    def _parameters(self) -> list[Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`."""
+        tuned = self._settings.steps.tuned
+        if tuned and self.param_groups:
+            param_group.setdefault("damping", self.param_groups[0]["damping"])
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            check_parameters(group["params"])
+            group.setdefault("base_lr", as_number(group["lr"]))
+            group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
+            check_group(group, tuned=tuned)
+            if self._connected:
+                self._connect()
+        except Exception:
+            self.param_groups.pop()  # a refused group leaves no trace
+            raise
+
+    def _connect(self, modules: list[tuple[str, nn.Module]] | None = None) -> None:
+        """Find the modules of the parameters and put hooks on them."""
+        params = self._parameters()
+        if modules is None:  # of a group that is empty so far there are none
+            model = None if self._model is None else self._model()
+            modules = find_modules(params, model) if params else []
+        given = (self._settings, self._curvature, self._labels, self._ranks)
+        connection = connect(params, modules, *given)
+        if self._connected:
+            self._watch.active = False
+        self._connection, self._connected = connection, True
+        self._set_watching(True)
+        if params and not self._curvature.layers:
+            self._notices.warn("no-layers", without_layers())
+
+    def _reconnect_if_frozen(self) -> bool:
+        """Find the layers anew where parameters were frozen or unfrozen since; tell of new ones."""
+        if [p.requires_grad for p in self._parameters()] == self._connection.trained:
+            return False
+        self._connect(self._watch.living_modules())
+        return not self._curvature.is_complete()
+
+    def _set_watching(self, active: bool) -> None:
+        """Get the hooks ready for the next step."""
+        step = self._num_steps
+        self._connection.watch_step(step, active, self._settings, self._curvature)
+        self._labels.step, late = step, not self._settings.schedule.factors_due(step)
+        drawn = self._statistics.collecting and late
+        self._labels_before = self._labels.common.get_state() if drawn else None
+
+    # What is kept ------------------------------------------------------------------------------
+
+    def factors(self, key: str | Parameter) -> Factors:
+        """Return the running averages of a layer's Kronecker factors.
+
+        Args:
+            key: The layer's name, a parameter's name, or a parameter.
+
+        Raises:
+            KeyError: If there is no such layer, or no statistics of it yet.
+        """
+        return self._curvature.named_factors(key, self._connection.names)
 
     def statistics(self) -> Scalars:
         """Return numbers for logging: plain floats, one for each name.
@@ -427,123 +495,72 @@ class KFACOptimizer(PreconditioningOptimizer):
             for name, value in optimizer.statistics().items():
                 writer.add_scalar(name, value, step)  # TensorBoard; or wandb.log(the whole)
         """
-        scale = self._kl_clip_scale
-        result: Scalars = {
+        counts = {
             "skipped_steps": float(self._skipped_steps),
-            "kl_clip_scale": 1.0 if scale is None else float(scale),
             "fallback_parameters": float(self._num_fallback),
         }
-        if self._tuning is not None:
-            tuned = vars(self._tuning.statistics).items()
-            result |= {name: math.nan if x is None else float(x) for name, x in tuned}
-        damping = {
-            p: as_number(group["damping"]) for group in self.param_groups for p in group["params"]
-        }
-        for block in self._blocks:
-            alone = len(block.layer.blocks) == 1
-            name = block.layer.name if alone else self._names[id(block.anchor)]
-            steps = self.param_groups[0]["num_steps"]
-            values = block_statistics(self.state, block, damping[block.anchor], steps)
-            result |= {f"{name}/{key}": value for key, value in values.items()}
-        return result
+        own = (self._curvature, self.param_groups, self._connection.names)
+        return counts | self._rule.scalars() | all_block_statistics(*own)
 
-    def _tuned_update(
-        self, terms: list[ObjectiveTerm], closure: Callable[[], Any] | None, loss: Any
-    ) -> None:
-        """Take a step whose size, momentum and damping follow from the quadratic model."""
-        assert self._tuning is not None
-        directions = self._directions(self._gradients())
-        taken = True
-        if directions:
-            if not terms:
-                raise RuntimeError(f"KFACOptimizer: {missing_statistics(True, set())}")
-            over_ranks = partial(mean_over_ranks, group=self._data_parallel_group())
-            again = None
-            if closure is not None:
-                value = float(over_ranks(_detached(loss)))
-                again = ClosureLoss(value, self._reevaluation(terms, closure, over_ranks))
-            settings = (calling_loss_scale(), over_ranks)
-            groups = self.param_groups
-            taken = self._tuning.step(self.state, groups, directions, terms, again, *settings)
-        if taken:
-            self._update_fallback(directions)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.
 
-    def _reevaluation(
-        self,
-        terms: list[ObjectiveTerm],
-        closure: Callable[[], Any],
-        over_ranks: Callable[[Tensor], Tensor],
-    ) -> Callable[[], float]:
-        """Make a function that evaluates a closure again, and leaves the gradients alone."""
+        A run that is resumed from it between two steps goes on bit by bit as it would have.
+        """
+        self._complete_state()
+        return super().state_dict()
 
-        def evaluate() -> float:
-            grads = [(p, p.grad) for p in self._parameters()]
-            for p, _ in grads:
-                p.grad = None
-            try:
-                with undisturbed(terms), torch.enable_grad():
-                    return float(over_ranks(_detached(closure())))
-            finally:
-                for p, grad in grads:
-                    p.grad = grad
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; factors keep their own dtype.
 
-        return evaluate
+        Args:
+            state_dict: What `state_dict` returned, for the same parameters in the same order, once
+                the hooks of `register_load_state_dict_pre_hook` have adapted it.
 
-    def _gradients(self) -> dict[Parameter, Tensor]:
-        """Return what to descend along: the gradients, with their sign changed to maximise."""
-        return {
-            p: -p.grad if group["maximize"] else p.grad
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
+        Raises:
+            ValueError: If it is not a KFACOptimizer's, does not fit the layers, has an entry that
+                no training leads to, or was saved with lr="auto" where this lr is a number, or
+                the reverse. Nothing has been changed then.
+        """
+        params, tuned = self._parameters(), self._settings.steps.tuned
+        named = [(self._connection.names[id(p)], p) for p in params]
+        shapes = self._curvature.shapes(params)
 
-    def _update_parameters(self) -> None:
-        gradients = self._gradients()
-        directions = self._directions(gradients)
-        lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
-        if directions and self._schedule.kl_clip is not None:
-            grads, lrs = [gradients[p] for p in directions], [lr[p] for p in directions]
-            values = list(directions.values())
-            self._kl_clip_scale = kl_clip_scale(grads, values, lrs, self._schedule.kl_clip)
-        scale, factors = self._kl_clip_scale, {}
-        for p, d in directions.items():
-            key = (lr[p], d.device)
-            if key not in factors:
-                factors[key] = lr[p] if scale is None else lr[p] * scale.to(d.device)
-            d.mul_(factors[key])
-        for group in self.param_groups:
-            own = [p for p in group["params"] if p in directions]
-            if own:
-                momentum = group["momentum"]
-                buffers = [self._momentum_buffer(p) for p in own] if momentum else []
-                apply_step(
-                    own,
-                    [directions[p] for p in own],
-                    buffers,
-                    momentum=momentum,
-                    nesterov=group["nesterov"],
-                    decay=group["lr"] * group["weight_decay"],
-                    foreach=group["foreach"],
-                )
-        self._update_fallback(directions)
+        def check(state: Any) -> None:
+            check_state_dict(state, self.param_groups, named, shapes, tuned)
 
-    @property
-    def _vector_lr(self) -> float:
-        return DEFAULTS["fixed" if self._tuning is None else "auto"].fallback_lr
+        load_checked(self, super().load_state_dict, state_dict, check)
+        self._resume()
 
-    def _update_fallback(self, directions: dict[Parameter, Tensor]) -> None:
-        self._num_fallback = 0
-        for group in self.param_groups:
-            rest = [p for p in group["params"] if p.grad is not None and p not in directions]
-            self._num_fallback += len(rest)
-            given = (group["fallback_lr"], self._embeddings, self._vector_lr)
-            for lr, own in by_learning_rate(rest, *given).items():
-                adamw_step(own, self.state, group, lr)
+    def _complete_state(self) -> None:
+        with numbers_alone(self.param_groups):
+            self._curvature.complete(self.param_groups)
+        store_generator(self.state, self._curvature.layers, self._labels.common)
 
-    def _momentum_buffer(self, p: Parameter) -> Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
+    def _resume(self) -> None:
+        self._connection.forget()
+        restore_generator(self.state, self._labels.common)
+        due = self._settings.schedule.factors_due(self._num_steps)
+        self._set_watching(due or not self._curvature.is_complete())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles are made of, the modules included."""
+        store_generator(self.state, self._curvature.layers, self._labels.common)
+        own = {name: getattr(self, name) for name in ("_settings", "_rule")}
+        return super().__getstate__() | own | {"_modules": self._watch.living_modules()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy that works on copies of the modules."""
+        modules = state.pop("_modules", None)
+        if modules is None:  # Optimizer.load_state_dict comes here with state and groups alone
+            super().__setstate__(state)
+            self._curvature.entries = self.state
+            return
+        rule = state["_rule"]
+        self._settings = state["_settings"]
+        self._start(None)
+        super().__setstate__(state)
+        self._rule, self._curvature.entries = rule, self.state
+        self._labels = LabelDraws(self._settings.seed, self._device, self._ranks.wrappers)
+        self._connect(modules)
+        self._resume()

@@ -1,9 +1,10 @@
-"""What the optimizer tells its user: log lines and the causes of errors."""
+"""What users read in warnings, errors and logs; when it is said is in the rooms."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -12,6 +13,29 @@ from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Layer
 
 logger = logging.getLogger("kfacopt")
+
+
+class KFACWarning(UserWarning):
+    """Something works otherwise than a reader of the training script would expect."""
+
+
+class Notices:
+    """Warnings of one optimizer, each given once."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._given: set[str] = set()
+
+    def warn(self, key: str, message: str) -> None:
+        """Warn, unless a warning of this key was given."""
+        if key not in self._given:
+            self._given.add(key)
+            warnings.warn(
+                f"KFACOptimizer: {message} (Shown once; silence it with "
+                "warnings.simplefilter('ignore', kfacopt.KFACWarning).)",
+                KFACWarning,
+                stacklevel=user_stacklevel(),
+            )
 
 
 def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorForm) -> None:
@@ -86,13 +110,16 @@ def without_curvature(layer: Layer, used_otherwise: bool) -> str:
     )
 
 
-def uncompiled_cause(module: type[nn.Module], interval: int) -> str | None:
+def uncompiled_cause(module: type[nn.Module] | None, interval: int) -> str | None:
     """Say why `torch.compile` has no effect at all, or return `None` where it has.
 
     Args:
-        module: The kind of the module that was called from compiled code while it had hooks.
+        module: The kind of the module that was called from compiled code while it had hooks, if
+            there was one.
         interval: `factor_update_interval`; 1 for `lr="auto"`.
     """
+    if module is None:
+        return None
     if interval == 1:
         return (
             "a compiled model runs uncompiled on steps that look at it, and with "
@@ -115,6 +142,30 @@ def unwrapped_averaging() -> str:
         "parameters drift apart, silently. Wrap the model in nn.parallel.DistributedDataParallel: "
         "it averages the gradients, and this optimizer the curvature. Where each rank trains a "
         "model of its own, all is well."
+    )
+
+
+def ignored_losses(names: set[str]) -> str:
+    """Say which terms of the objective have no curvature that is known."""
+    return (
+        f"the objective contains {', '.join(sorted(names))}, whose curvature is not known: it "
+        "counts by its gradient alone."
+    )
+
+
+def skipped_step(names: Sequence[str]) -> str:
+    """Say that a step was skipped, as the gradients of parameters are not finite."""
+    return (
+        f"the step is skipped: gradients have NaN or infinite entries ({', '.join(names)}). "
+        "statistics()['skipped_steps'] counts such steps."
+    )
+
+
+def without_layers() -> str:
+    """Say that there is no curvature at all."""
+    return (
+        "none of the parameters is in a layer that K-FAC knows (nn.Linear, nn.Conv2d); "
+        "all are trained by the AdamW fallback."
     )
 
 

@@ -1,8 +1,8 @@
-"""What the optimizer tells for logging; the device is asked here, never in a step."""
+"""Numbers for logging; the device is asked here, never in a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,31 @@ from kfacopt.linalg.kronecker import (
     KroneckerProduct,
     eigendecomposition,
 )
-from kfacopt.optim.preconditioner import inverse_of
+from kfacopt.optim.settings import as_number
+from kfacopt.optim.state.curvature_state import CurvatureState
+from kfacopt.optim.state.inverses import inverse_of
 
 Scalars = dict[str, float]
+
+
+def all_block_statistics(
+    curvature: CurvatureState, groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]
+) -> Scalars:
+    """Return the statistics of all blocks, by the layer's name, or the parameter's.
+
+    Args:
+        curvature: Has the blocks.
+        groups: The parameter groups.
+        names: The parameters' names by their `id`.
+    """
+    damping = {p: as_number(group["damping"]) for group in groups for p in group["params"]}
+    result: Scalars = {}
+    for block in curvature.blocks:
+        alone = len(block.layer.blocks) == 1
+        name = block.layer.name if alone else names[id(block.anchor)]
+        own = (curvature.entries, block, damping[block.anchor], groups[0]["num_steps"])
+        result |= {f"{name}/{key}": value for key, value in block_statistics(*own).items()}
+    return result
 
 
 def block_statistics(

@@ -1,52 +1,42 @@
-"""The settings of `KFACOptimizer` that are the same for all parameter groups, and their checks."""
+"""What `KFACOptimizer` can be set to: one table, its checks, one object a concern; no tensors.
+
+Nothing here is about tensors that are trained; defaults that are numbers in the constructor's
+signature stand there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kfacopt.argument_checks import check_flag, check_range
+from kfacopt.argument_checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_integer,
+    check_loss,
+    check_range,
+)
 from kfacopt.kfac.factors import FactorForm
-from kfacopt.likelihoods import FisherType, Likelihood
-from kfacopt.optim.preconditioner import InverseForm
+from kfacopt.kfac.layers import KFAC_APPROXES
+from kfacopt.likelihoods import FISHER_TYPES, FisherType, Likelihood, likelihood_of
+from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
+
+PreconditionerKind = Literal["kfac", "ekfac"]
+PRECONDITIONERS: tuple[PreconditionerKind, ...] = ("kfac", "ekfac")
+
+Check = Callable[[str, Any], None]
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Settings that are the same for all parameter groups; see `KFACOptimizer`."""
-
-    inverse: InverseForm
-    ema_decay: float
-    factor_update_interval: int
-    inverse_update_interval: int
-    kl_clip: float | None
-    separate_weight_and_bias: bool
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """Settings that suit mini-batches with a given learning rate, or full batches without one."""
-
-    damping: float
-    ema_decay: float
-    factor_update_interval: int
-    inverse_update_interval: int
-    fallback_lr: float  # of vectors and embeddings
-
-
-# "fixed", with the numbers in the signature of `KFACOptimizer`, is the best of the settings in
-# benchmarks/defaults.py (r1), but for `fallback_lr`: matrices and positions get 1e-3 instead.
-DEFAULTS = {"fixed": Defaults(5e-4, 0.9, 10, 50, 0.015), "auto": Defaults(1e-3, 0.8, 1, 5, 1e-3)}
-
-
-@dataclass(frozen=True)
-class CurvatureOptions:
+class CurvatureSettings:
     """Which curvature is collected.
 
     Attributes:
@@ -80,40 +70,240 @@ class CurvatureOptions:
         return 2 if self.fisher_type == "empirical" else 0
 
 
-def check_kept_dtype(name: str, dtype: torch.dtype | None) -> None:
-    """Raise unless factors or inverses can be kept in a dtype."""
+@dataclass(frozen=True)
+class InverseForm:
+    """How damped inverses are formed.
+
+    Attributes:
+        preconditioner: `"kfac"`, or `"ekfac"`: eigenbases and second moments in them.
+        method: K-FAC's damping, `"factored"` or `"exact"`; EKFAC's is always exact.
+        stored_dtype: The dtype that inverses and bases are kept in; `None` is the factors'.
+    """
+
+    preconditioner: PreconditionerKind
+    method: DampingMethod
+    stored_dtype: torch.dtype | None = None
+
+    @property
+    def corrected(self) -> bool:
+        """Whether eigenvalues are second moments of gradients."""
+        return self.preconditioner == "ekfac"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When factors and inverses are renewed, and how fast averages forget; see `KFACOptimizer`."""
+
+    ema_decay: float
+    factor_update_interval: int
+    inverse_update_interval: int
+
+    def factors_due(self, step: int) -> bool:
+        """Tell whether factors are updated in a step, counted from 0."""
+        return step % self.factor_update_interval == 0
+
+    def inverses_due(self, step: int) -> bool:
+        """Tell whether inverses are updated in a step, counted from 0."""
+        return step % self.inverse_update_interval == 0
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How long steps are.
+
+    Attributes:
+        tuned: Whether steps tune themselves, `lr="auto"`.
+        kl_clip: κ; `None` does not clip.
+        vector_lr: AdamW's rate of vectors and embeddings.
+    """
+
+    tuned: bool
+    kl_clip: float | None
+    vector_lr: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that is the same for all parameter groups; see `KFACOptimizer`."""
+
+    curvature: CurvatureSettings
+    inverse: InverseForm
+    schedule: Schedule
+    steps: StepSettings
+    separate_weight_and_bias: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Settings that suit mini-batches with a given learning rate, or full batches without one."""
+
+    damping: float
+    ema_decay: float
+    factor_update_interval: int
+    inverse_update_interval: int
+    fallback_lr: float  # of vectors and embeddings
+
+
+# "fixed", with the numbers in the signature of `KFACOptimizer`, is the best of the settings in
+# benchmarks/defaults.py (r1), but for `fallback_lr`: matrices and positions get 1e-3 instead.
+DEFAULTS = {"fixed": Defaults(5e-4, 0.9, 10, 50, 0.015), "auto": Defaults(1e-3, 0.8, 1, 5, 1e-3)}
+
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+def _or_none(check: Check) -> Check:
+    def checked(name: str, value: Any) -> None:
+        if value is not None:
+            check(name, value)
+
+    return checked
+
+
+def _in_range(*bounds: float, **options: Any) -> Check:
+    return lambda name, value: check_range(name, value, *bounds, **options)
+
+
+def _number(*bounds: float, **options: Any) -> Check:
+    return lambda name, value: check_range(name, as_number(value), *bounds, **options)
+
+
+def _choice(choices: tuple[str, ...]) -> Check:
+    return lambda name, value: check_choice(name, value, choices)
+
+
+def _check_kept_dtype(name: str, dtype: Any) -> None:
     allowed = (None, torch.bfloat16, torch.float32, torch.float64)
     if dtype not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {dtype!r}.")
 
 
-def refuse_flags(**flags: bool) -> None:
-    """Raise if a flag of torch.optim is set that is not supported; say what to do instead."""
-    reasons = {
-        "capturable": "inverses are checked on the host; capture forward and backward pass in a "
-        "CUDA graph, and call step outside of it",
-        "differentiable": "a step is not differentiable; step with kfacopt.KFACLinearOperator's "
-        "inverse on the gradient instead",
-    }
-    for name, value in flags.items():
-        check_flag(name, value)
-        if value:
-            raise ValueError(f"{name} must be False, got True: {reasons[name]}.")
+def _check_model(name: str, model: Any) -> None:
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(f"{name} must be an nn.Module or None, got {type(model).__name__}.")
 
 
-# Settings of the whole optimizer, which a group cannot have for itself; flags only if they are set.
-_OF_ALL_GROUPS = (
-    *("preconditioner", "damping_method", "fisher_type", "mc_samples", "kfac_approx"),
-    *("ema_decay", "factor_update_interval", "inverse_update_interval", "kl_clip"),
-    *("factor_batch_fraction", "separate_weight_and_bias", "max_factor_dim"),
-    *("factor_dtype", "inverse_dtype"),
-    *("loss_func", "model", "seed"),
-)
+def _check_unsupported(name: str, value: Any, reason: str) -> None:
+    check_flag(name, value)
+    if value:
+        raise ValueError(f"{name} must be False, got True: {reason}.")
+
+
+# The one table of settings: what a group may set, and what belongs to the whole optimizer, with
+# what each must be. The constructor, groups, `load_state_dict` and the docs follow it.
+GROUP_SETTINGS: dict[str, Check] = {
+    "lr": _number(0),
+    "momentum": _number(0, 1, upper_open=True),
+    "weight_decay": _number(0),
+    "damping": _number(0, lower_open=True),
+    "fallback_lr": _or_none(_number(0)),
+    "nesterov": check_flag,
+    "maximize": check_flag,
+    "foreach": _or_none(check_flag),
+}
+WHOLE_SETTINGS: dict[str, Check] = {
+    "preconditioner": _choice(PRECONDITIONERS),
+    "damping_method": _choice(DAMPING_METHODS),
+    "factor_dtype": _check_kept_dtype,
+    "inverse_dtype": _check_kept_dtype,
+    "fisher_type": _choice(FISHER_TYPES),
+    "kfac_approx": _choice(KFAC_APPROXES),
+    "mc_samples": check_count,
+    "ema_decay": _in_range(0, 1, upper_open=True),
+    "factor_batch_fraction": _in_range(0, 1, lower_open=True),
+    "factor_update_interval": check_count,
+    "inverse_update_interval": check_count,
+    "kl_clip": _or_none(_in_range(0, lower_open=True)),
+    "max_factor_dim": _or_none(check_count),
+    "separate_weight_and_bias": check_flag,
+    "model": _check_model,
+    "seed": check_integer,
+    "loss_func": _or_none(lambda _, value: check_loss(value)),
+    "capturable": partial(
+        _check_unsupported,
+        reason="inverses are checked on the host; capture forward and backward pass in a CUDA "
+        "graph, and call step outside of it",
+    ),
+    "differentiable": partial(
+        _check_unsupported,
+        reason="a step is not differentiable; step with kfacopt.KFACLinearOperator's inverse on "
+        "the gradient instead",
+    ),
+}
+SETTINGS = (*GROUP_SETTINGS, *WHOLE_SETTINGS)
+
+# Flags of torch.optim that a group may have, but not set.
 _UNSUPPORTED_FLAGS = ("capturable", "differentiable", "fused")
+_NUMBERS = ("lr", "momentum", "weight_decay", "damping", "fallback_lr")
 
 
-_RATES = ("lr", "momentum", "weight_decay", "damping", "fallback_lr")
-_OWN = (*_RATES, "nesterov", "maximize", "foreach")
+def read_settings(given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """Check the constructor's arguments and sort them.
+
+    Args:
+        given: The arguments by name, `params` excepted.
+
+    Returns:
+        The settings of the whole optimizer, and the defaults of groups.
+
+    Raises:
+        ValueError: Names the argument.
+    """
+    values = dict(given)
+    tuned = isinstance(values["lr"], str) and values["lr"] == "auto"
+    defaults = DEFAULTS["auto" if tuned else "fixed"]
+    for name in ("damping", "ema_decay", "factor_update_interval", "inverse_update_interval"):
+        if values[name] is None:
+            values[name] = getattr(defaults, name)
+    kind = values["preconditioner"]
+    if values["damping_method"] is None:
+        values["damping_method"] = "factored" if kind == "kfac" else "exact"
+    for name, check in WHOLE_SETTINGS.items():
+        check(name, values[name])
+    _check_together(values, tuned)
+    loss_func = values["loss_func"]
+    curvature = CurvatureSettings(
+        values["fisher_type"],
+        values["mc_samples"],
+        FactorForm(values["kfac_approx"], values["max_factor_dim"], values["factor_dtype"]),
+        None if loss_func is None else likelihood_of(loss_func),
+        corrected=kind == "ekfac",
+        recording=tuned,
+        batch_fraction=values["factor_batch_fraction"],
+    )
+    intervals = (values["factor_update_interval"], values["inverse_update_interval"])
+    settings = Settings(
+        curvature,
+        InverseForm(kind, values["damping_method"], values["inverse_dtype"]),
+        Schedule(float(values["ema_decay"]), *intervals),
+        StepSettings(tuned, values["kl_clip"], defaults.fallback_lr),
+        values["separate_weight_and_bias"],
+        values["seed"],
+    )
+    if tuned:
+        values["lr"] = 1.0
+    return settings, {name: values[name] for name in GROUP_SETTINGS}
+
+
+def _check_together(values: Mapping[str, Any], tuned: bool) -> None:
+    """Raise where settings that are in their ranges contradict each other."""
+    method, samples = values["damping_method"], values["mc_samples"]
+    if values["preconditioner"] == "ekfac" and method != "exact":
+        raise ValueError(
+            'damping_method must be "exact" or None for preconditioner="ekfac", got '
+            f'"{method}": there are no factors between which damping could be split.'
+        )
+    if values["fisher_type"] != "mc" and samples != 1:
+        raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {samples}.')
+    if tuned and values["loss_func"] is not None:
+        raise ValueError(
+            'loss_func must be None for lr="auto", which evaluates the loss: compute it '
+            "with one of torch's functions on the model's output, so that it is recognised."
+        )
+
+
+# Groups -------------------------------------------------------------------------------------------
 
 
 def as_number(value: Any) -> Any:
@@ -137,7 +327,7 @@ def numbers_alone(groups: Iterable[dict[str, Any]]) -> Iterator[None]:
     """
     replaced = []
     for group in groups:
-        for name in _RATES:
+        for name in _NUMBERS:
             value = group[name]
             if type(value) is not float:
                 number = group[name] = as_number(value)
@@ -152,41 +342,39 @@ def numbers_alone(groups: Iterable[dict[str, Any]]) -> Iterator[None]:
 
 def settings_of(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     """Return what groups may set, to see whether it has changed."""
-    values = ([group.get(name) for name in _OWN] for group in groups)
+    values = ([group.get(name) for name in GROUP_SETTINGS] for group in groups)
     # Tensors that are no numbers cannot be compared.
     return [tuple(str(x) if isinstance(x, Tensor) else x for x in own) for own in values]
 
 
-def check_group(group: Mapping[str, Any], where: str = "") -> None:
+def check_group(group: Mapping[str, Any], where: str = "", tuned: bool = False) -> None:
     """Raise unless a parameter group has all settings, each in its range.
 
     Args:
         group: The group; keys of others (`name`, what schedulers keep) are let be.
         where: What errors put before a setting's name.
+        tuned: Whether steps tune themselves.
 
     Raises:
         ValueError: Names the setting.
     """
-    missing = [name for name in (*_OWN, "base_lr", "num_steps") if name not in group]
+    missing = [name for name in (*GROUP_SETTINGS, "base_lr", "num_steps") if name not in group]
     if missing:
         raise ValueError(
             f"{where}lacks {missing}; it is not that of a KFACOptimizer of this version."
         )
-    strange = [name for name in _OF_ALL_GROUPS if name in group]
+    whole = [name for name in WHOLE_SETTINGS if name not in _UNSUPPORTED_FLAGS]
+    strange = [name for name in whole if name in group]
     strange += [name for name in _UNSUPPORTED_FLAGS if group.get(name)]
     if strange:
         raise ValueError(
-            f"{where}{', '.join(strange)} cannot be set for a group; groups may set {_OWN}."
+            f"{where}{', '.join(strange)} cannot be set for a group; groups may set "
+            f"{tuple(GROUP_SETTINGS)}."
         )
-    for name in ("lr", "base_lr", "weight_decay", "fallback_lr"):
-        if name != "fallback_lr" or group[name] is not None:
-            check_range(f"{where}{name}", as_number(group[name]), 0)
-    check_range(f"{where}momentum", as_number(group["momentum"]), 0, 1, upper_open=True)
-    check_range(f"{where}damping", as_number(group["damping"]), 0, lower_open=True)
-    check_flag(f"{where}nesterov", group["nesterov"])
-    check_flag(f"{where}maximize", group["maximize"])
-    if group["foreach"] is not None:
-        check_flag(f"{where}foreach", group["foreach"])
+    for name, check in (*GROUP_SETTINGS.items(), ("base_lr", GROUP_SETTINGS["lr"])):
+        check(f"{where}{name}", group[name])
     steps = group["num_steps"]
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"{where}num_steps must be an integer of at least 0, got {steps!r}.")
+    if tuned and group["maximize"]:
+        raise ValueError('maximize must be False for lr="auto", which models the loss it sees.')

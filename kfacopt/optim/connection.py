@@ -1,0 +1,130 @@
+"""Connect an optimizer to the model whose parameters it was given; what follows is in its rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from kfacopt.kfac.layers import find_layers
+from kfacopt.optim.distributed import Ranks
+from kfacopt.optim.messages import log_layers
+from kfacopt.optim.settings import Settings
+from kfacopt.optim.state.curvature_state import CurvatureState
+from kfacopt.optim.statistics.collector import Statistics
+from kfacopt.optim.statistics.label_draws import LabelDraws
+from kfacopt.optim.steps.fallback import embeddings
+from kfacopt.optim.watch.gradient_exchange import ExchangeWatch
+from kfacopt.optim.watch.modules import parameter_names
+from kfacopt.optim.watch.sharding import refuse_pipeline_stages, refuse_replaced
+from kfacopt.optim.watch.watch import Watch
+
+
+@dataclass
+class Connection:
+    """What is known of the modules of an optimizer's parameters.
+
+    Attributes:
+        watch: The hooks on them.
+        statistics: What the hooks tell.
+        names: The parameters' names by their `id`.
+        embedded: The `id`s of embeddings.
+        trained: Which parameters required gradients.
+        placement: The parameters' dtypes and devices.
+        stages_looked_for: Whether the modules were looked for in pipelines since.
+    """
+
+    watch: Watch
+    statistics: Statistics
+    names: dict[int, str]
+    embedded: set[int]
+    trained: list[bool]
+    placement: list[tuple[torch.dtype, torch.device]]
+    stages_looked_for: bool = False
+
+    def forget(self, forward_is_over: bool = True) -> None:
+        """Forget all since the last step, and take back the labels drawn for it.
+
+        Args:
+            forward_is_over: Whether no backward pass of an earlier forward pass will come.
+        """
+        self.statistics.clear()
+        self.watch.forget(forward_is_over)
+
+    def refuse_other_parallelism(self, params: Sequence[Parameter]) -> None:
+        """Raise if the model was shared out over ranks since; on all of them, before they talk."""
+        modules = self.watch.living_modules()
+        refuse_replaced(modules, params, self.names)
+        if not self.stages_looked_for:
+            refuse_pipeline_stages(module for _, module in modules)
+            self.stages_looked_for = True
+
+    def has_moved(self, params: Sequence[Parameter]) -> bool:
+        """Tell whether parameters are of another dtype or on another device than before."""
+        before, self.placement = self.placement, placement_of(params)
+        return self.placement != before
+
+    def watch_step(
+        self, step: int, active: bool, settings: Settings, state: CurvatureState
+    ) -> None:
+        """Put hooks on the modules or take them off, and tell the statistics of the bases.
+
+        Args:
+            step: The number of the step that comes.
+            active: Whether statistics are due in it.
+            settings: Those of the whole optimizer.
+            state: Has the layers and their bases.
+        """
+        active = active and bool(state.layers)
+        if active and settings.inverse.corrected:
+            # Where the next step changes the bases, its second moments wait for the new ones.
+            stay = not settings.schedule.inverses_due(step)
+            self.statistics.bases = state.bases() if stay else {}
+        self.statistics.collecting = active
+        self.watch.active = active or (settings.steps.tuned and bool(state.layers))
+
+
+def placement_of(params: Sequence[Parameter]) -> list[tuple[torch.dtype, torch.device]]:
+    """Return the dtypes and devices of parameters."""
+    return [(p.dtype, p.device) for p in params]
+
+
+def connect(
+    params: Sequence[Parameter],
+    modules: list[tuple[str, nn.Module]],
+    settings: Settings,
+    curvature: CurvatureState,
+    labels: LabelDraws,
+    ranks: Ranks,
+) -> Connection:
+    """Find the layers of parameters, give them to the state, and put hooks on their modules.
+
+    Args:
+        params: The parameters.
+        modules: All modules that contain any of them, with their names.
+        settings: Those of the whole optimizer.
+        curvature: Keeps the layers' curvature.
+        labels: Says what labels are drawn from.
+        ranks: Is told when a forward pass reaches a layer.
+    """
+    refuse_pipeline_stages(module for _, module in modules)
+    layers = find_layers(modules, params, settings.separate_weight_and_bias)
+    names = parameter_names(modules, params)
+    curvature.set_layers(layer for layer, _ in layers)
+    exchange = ExchangeWatch(ranks.wrappers)
+    statistics = Statistics(curvature.layers, settings.curvature, labels, exchange)
+    watch = Watch(layers, modules, settings.curvature, statistics, ranks.wrappers)
+    covered = {id(p) for layer in curvature.layers for p in (layer.weight, layer.bias)}
+    rest = [names[id(p)] for p in params if id(p) not in covered]
+    log_layers(curvature.layers, rest, settings.curvature.form)
+    return Connection(
+        watch,
+        statistics,
+        names,
+        embeddings(module for _, module in modules),
+        [p.requires_grad for p in params],
+        placement_of(params),
+    )

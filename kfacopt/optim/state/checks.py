@@ -1,0 +1,249 @@
+"""What a saved state must be to be loaded; nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from kfacopt.optim.settings import check_group
+from kfacopt.optim.state.conversions import was_not_saved
+from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
+from kfacopt.optim.state.inverses import NO_INVERSE
+from kfacopt.optim.state.running_averages import RECORDS
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Beyond round-off of a matrix product, or of bfloat16, in units of the largest entry.
+_ASYMMETRY = 0.02
+
+_FACTORS = ("input_factor", "grad_output_factor")
+_INVERSES = ("input_inverse", "grad_output_inverse")
+_BASES = ("input_basis", "grad_output_basis")
+_NOT_NEGATIVE = (
+    "inverse_eigenvalues",
+    "second_moments",
+    "exp_avg_sq",
+    "factor_weight",
+    "second_moment_weight",
+    "step",
+)
+_FLOATING = (*_FACTORS, *_INVERSES, *_BASES, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
+_COUNTS = {
+    "factor_updates": 0,
+    "inverse_failures": 0,
+    "inverse_step": NO_INVERSE,
+    "skipped_updates": 0,
+    "factor_step": 0,
+    HAS_PREVIOUS: 0,
+}
+_SCALARS = ("step", "skipped_updates", "factor_step")
+
+# Entries that are there together or not at all.
+_TOGETHER = (
+    (*_FACTORS, *RECORDS),
+    _INVERSES,
+    ("second_moments", "second_moment_weight"),
+    ("exp_avg", "exp_avg_sq", "step"),
+    (PREVIOUS, HAS_PREVIOUS),
+)
+
+
+def check_state_dict(
+    state_dict: Any,
+    groups: Sequence[Mapping[str, Any]],
+    named_params: Sequence[tuple[str, Parameter]],
+    shapes: Mapping[Parameter, Shapes],
+    tuned: bool,
+) -> None:
+    """Raise unless a state dictionary can be loaded; nothing has been changed then.
+
+    Args:
+        state_dict: What is to be loaded.
+        groups: The optimizer's groups.
+        named_params: The optimizer's parameters, in order, with their names.
+        shapes: For each of them the shapes of the entries of its state.
+        tuned: Whether the optimizer has lr="auto".
+
+    Raises:
+        ValueError: If it is not a KFACOptimizer's, or an entry is missing, or has a type, shape or
+            value that no entry of its kind has.
+    """
+    fits = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
+    if (
+        not fits
+        or not isinstance(state_dict["state"], Mapping)
+        or not isinstance(state_dict["param_groups"], list | tuple)
+    ):
+        raise ValueError(
+            "state_dict must be what KFACOptimizer.state_dict() returned, a dict with the keys "
+            f"'state' (a dict) and 'param_groups' (a list), got {_described(state_dict)}."
+        )
+    for i, group in enumerate(state_dict["param_groups"]):
+        _check_saved_group(f"state_dict: param_groups[{i}]", group, tuned)
+    saved = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
+    if len(saved) != len(named_params):
+        raise ValueError(
+            f"state_dict has {len(saved)} parameters, this optimizer has {len(named_params)}. Load "
+            "it before add_param_group, or add the same groups first."
+        )
+    sizes = [[len(g["params"]) for g in all_] for all_ in (state_dict["param_groups"], groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"state_dict has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}."
+        )
+    _check_keys(state_dict["state"], saved)
+    for key, (name, p) in zip(saved, named_params, strict=True):
+        _check_entries(f"{name!r}", state_dict["state"].get(key, {}), shapes[p], p.is_complex())
+    _check_kind_of_steps(state_dict["state"], tuned)
+
+
+def _present(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if not was_not_saved(value)}
+
+
+def _check_kind_of_steps(states: Mapping[Any, Mapping[str, Any]], tuned: bool) -> None:
+    """Raise for a state of steps with a fixed lr where steps tune themselves, or the reverse.
+
+    A state without layers cannot tell, and passes.
+
+    Args:
+        states: The state that is to be loaded, by parameter, once it has been checked otherwise.
+        tuned: Whether the optimizer that loads it has lr="auto".
+    """
+    there = [_present(entries) for entries in states.values()]
+    saved_tuned = any(HAS_PREVIOUS in entries for entries in there)
+    if saved_tuned == tuned or not any("factor_weight" in entries for entries in there):
+        return
+    saved, own = ('lr="auto"', "a number for lr")[:: 1 if saved_tuned else -1]
+    raise ValueError(
+        f"state_dict was saved with {saved}, and this optimizer has {own}: what lr and damping in "
+        f"it mean is another. Make this one with {saved}, too; or put the entries of the factors "
+        "alone into a state_dict() of this one."
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Mapping):
+        entries = {str(key): type(entry).__name__ for key, entry in value.items()}
+        return ", ".join(f"{key!r} ({entries[key]})" for key in sorted(entries)[:6]) or "no keys"
+    return type(value).__name__
+
+
+def _check_saved_group(where: str, group: Any, tuned: bool) -> None:
+    if not isinstance(group, Mapping) or "params" not in group:
+        raise ValueError(f"{where} must be a dict with the key 'params', got {_described(group)}.")
+    if not isinstance(group["params"], list | tuple):
+        got = _described(group["params"])
+        raise ValueError(f"{where}: params must be a list of numbers, got {got}.")
+    check_group(group, f"{where}: ", tuned)
+
+
+def _check_keys(state: Mapping[Any, Any], saved: list[Any]) -> None:
+    try:
+        known = set(saved)
+    except TypeError:
+        raise ValueError(
+            f"state_dict: the params of groups must be numbers, got {saved!r}."
+        ) from None
+    if len(known) != len(saved):
+        raise ValueError(f"state_dict: the params of groups must be all different, got {saved!r}.")
+    strangers = [key for key in state if key not in known]
+    if strangers:
+        raise ValueError(f"state_dict has a state of {strangers}, which no group's params name.")
+
+
+def _check_entries(parameter: str, entries: Any, shapes: Shapes, is_complex: bool) -> None:
+    if not isinstance(entries, Mapping):
+        raise ValueError(
+            f"state_dict: the state of {parameter} must be a dict, got {_described(entries)}."
+        )
+    there = _present(entries)
+    for name, value in there.items():
+        where = f"state_dict: {name} of {parameter}"
+        if not isinstance(value, Tensor | int | float | dict):
+            raise ValueError(f"{where} must be a tensor or a number, got {_described(value)}.")
+        _check_entry(where, name, value, shapes.get(name), is_complex)
+    # What the parameter has no use for, as of a layer that was frozen since, may be partial.
+    together = [names for names in _TOGETHER if names[0] in shapes]
+    for names in (*together, *_inverse_entries(there, shapes)):
+        missing = [name for name in names if name not in there]
+        if 0 < len(missing) < len(names):
+            raise ValueError(f"state_dict: the state of {parameter} lacks {missing}.")
+
+
+def _inverse_entries(there: Mapping[str, Any], shapes: Shapes) -> Iterable[tuple[str, ...]]:
+    """Yield what must be there beside an inverse, or eigenvalues with full sides."""
+    for name in ("inverse_eigenvalues", "second_moments"):
+        if name in there and name in shapes:
+            full = [basis for basis in _BASES if len(shapes[basis]) == 3]
+            yield (name, "inverse_step", *full)
+    if _INVERSES[0] in there:
+        yield (_INVERSES[0], "inverse_step")
+
+
+def _check_entry(
+    where: str, name: str, value: Any, shape: tuple[int, ...] | None, is_complex: bool
+) -> None:
+    if name == "generator_state":
+        _check_bytes(where, value)
+    if name in _COUNTS:
+        _check_saved_count(where, value, _COUNTS[name], name in _SCALARS)
+        return
+    if name in _SCALARS:
+        shape = ()
+    if shape is None:
+        return
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{where} must be a tensor of shape {shape}, got {got}. Use the same model, "
+            "frozen parameters, separate_weight_and_bias and max_factor_dim as when it was saved."
+        )
+    if is_complex and value.is_complex():  # moments of real and imaginary parts
+        value = torch.view_as_real(value)
+    if name in _FLOATING and not value.is_floating_point():
+        raise ValueError(f"{where} must be a tensor of floating numbers, got {value.dtype}.")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{where} has NaN or infinite entries.")
+    if name in (*_FACTORS, *_INVERSES):
+        _check_positive(where, value)
+    if name in _NOT_NEGATIVE and bool((value < 0).any()):
+        raise ValueError(f"{where} must not be negative, got {float(value.min()):.3g}.")
+
+
+def _check_bytes(where: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.ndim != 1:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{where} must be a vector of torch.uint8, got {got}.")
+
+
+def _check_saved_count(where: str, value: Any, least: int, scalar: bool) -> None:
+    is_count: Callable[[Any], bool] = (
+        (lambda v: isinstance(v, Tensor) and v.ndim == 0 and v.dtype == torch.int64)
+        if scalar
+        else (lambda v: isinstance(v, int) and not isinstance(v, bool))
+    )
+    if not is_count(value) or value < least:
+        kind = "a tensor of one torch.int64" if scalar else "an integer"
+        got = repr(value) if isinstance(value, int | float) else _described(value)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            got = f"{value.item()} ({value.dtype})"
+        raise ValueError(f"{where} must be {kind} of at least {least}, got {got}.")
+
+
+def _check_positive(where: str, value: Tensor) -> None:
+    """Raise unless `[B, d, d]` is symmetric with a diagonal, or `[B, d]` is one, of at least 0."""
+    diagonal = value
+    if value.ndim == 3:
+        diagonal = value.diagonal(dim1=-2, dim2=-1)
+        asymmetry = (value - value.mT).abs().amax() / value.abs().amax().clamp(min=1e-30)
+        if float(asymmetry) > _ASYMMETRY:
+            raise ValueError(f"{where} must be symmetric.")
+    if bool((diagonal < 0).any()):
+        least = float(diagonal.min())
+        raise ValueError(f"{where} must have no negative entry on its diagonal, got {least:.3g}.")

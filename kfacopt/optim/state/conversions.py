@@ -1,0 +1,130 @@
+"""What `torch.optim.Optimizer` loses of dtypes, devices and generators; no value is computed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from kfacopt.kfac.factors import FactorForm, factor_dtype
+from kfacopt.kfac.layers import Layer
+from kfacopt.optim.settings import InverseForm
+
+logger = logging.getLogger("kfacopt")
+
+_GENERATOR = "generator_state"
+
+_INVERSE_SIDES = frozenset(
+    {
+        "grad_output_inverse",
+        "input_inverse",
+        "grad_output_basis",
+        "input_basis",
+        "inverse_eigenvalues",
+    }
+)
+
+# Kept in a dtype of their own, whatever that of the parameter.
+_OWN_DTYPE = _INVERSE_SIDES | frozenset(
+    {
+        "input_factor",
+        "grad_output_factor",
+        "factor_weight",
+        "skipped_updates",
+        "factor_step",
+        "second_moments",
+        "second_moment_weight",
+    }
+)
+
+
+def was_not_saved(value: Any) -> bool:
+    """Tell the empty dict that `torch.distributed.checkpoint` makes of an entry that is missing."""
+    return isinstance(value, dict) and not value
+
+
+def restore_dtypes(
+    states: MutableMapping[Tensor, Any],
+    param_groups: Sequence[dict[str, Any]],
+    state_dict: dict[str, Any],
+) -> None:
+    """Undo the cast of floating state to the parameter's dtype in `Optimizer.load_state_dict`.
+
+    Args:
+        states: The optimizer's state after loading.
+        param_groups: The optimizer's groups.
+        state_dict: What was loaded.
+    """
+    saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+    params = chain.from_iterable(g["params"] for g in param_groups)
+    for key, p in zip(saved, params, strict=True):
+        for name, value in state_dict["state"].get(key, {}).items():
+            if was_not_saved(value):
+                states[p].pop(name, None)
+            elif name in _OWN_DTYPE and isinstance(value, Tensor):
+                states[p][name] = value.detach().to(p.device, copy=True)
+            elif name == _GENERATOR:
+                states[p][name] = value.detach().to("cpu", copy=True)
+
+
+def store_generator(
+    states: MutableMapping[Tensor, Any], layers: Sequence[Layer], generator: Generator
+) -> None:
+    """Put a generator's state into that of the first layer: no other place is carried everywhere.
+
+    Args:
+        states: The optimizer's state.
+        layers: Its layers.
+        generator: The generator of labels.
+    """
+    for state in states.values():
+        state.pop(_GENERATOR, None)
+    if layers:
+        states[layers[0].anchor][_GENERATOR] = generator.get_state().clone()
+
+
+def restore_generator(states: MutableMapping[Tensor, Any], generator: Generator) -> None:
+    """Set a generator to what `store_generator` put into the state, if it is there.
+
+    Args:
+        states: The optimizer's state.
+        generator: The generator of labels.
+    """
+    for state in states.values():
+        if _GENERATOR in state:
+            try:
+                generator.set_state(state[_GENERATOR].to("cpu", torch.uint8))
+            except RuntimeError:  # of another kind of device
+                logger.warning(
+                    "the state of the generator of labels was saved on another kind of device; "
+                    "labels are drawn from the seed instead"
+                )
+
+
+def follow_parameters(
+    states: MutableMapping[Tensor, Any], form: FactorForm, inverse_form: InverseForm
+) -> None:
+    """Move the state to where its parameters are, after `model.to(...)`.
+
+    Args:
+        states: The optimizer's state.
+        form: How factors are formed.
+        inverse_form: How damped inverses are formed.
+    """
+    for p, state in states.items():
+        own, device = factor_dtype(p.dtype), p.device
+        for name, value in state.items():
+            if name in (_GENERATOR, "step") or not isinstance(value, Tensor):
+                continue
+            dtype = value.dtype
+            if name in ("input_factor", "grad_output_factor", "second_moments"):
+                dtype = form.stored_dtype or own
+            elif name in _INVERSE_SIDES:
+                dtype = inverse_form.stored_dtype or form.stored_dtype or own
+            elif value.is_floating_point():
+                dtype = own if name in _OWN_DTYPE else p.dtype
+            state[name] = value.to(device, dtype)

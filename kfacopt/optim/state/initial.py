@@ -1,0 +1,132 @@
+"""The state before the first step, complete: what checkpoint tools load into; no statistics yet.
+
+`torch.distributed.checkpoint` loads only what a fresh optimizer has, so everything is there, with
+shapes and dtypes that follow from the parameters; numbers tell that it holds nothing yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.layers import Block, Layer
+from kfacopt.optim.settings import InverseForm
+from kfacopt.optim.state.inverses import NO_INVERSE, refresh_inverse
+from kfacopt.optim.state.running_averages import factor_shapes, initialise_factors
+
+PREVIOUS = "previous_parameter"
+HAS_PREVIOUS = "has_previous_parameter"
+
+
+def initialise_previous(state: dict[str, Any], p: Parameter) -> None:
+    """Give a parameter's state the entries that the last step leaves in it, as before any step."""
+    if HAS_PREVIOUS not in state:
+        state |= {PREVIOUS: p.detach().clone(), HAS_PREVIOUS: 0}
+
+
+def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
+    """Give a parameter AdamW's state if it has none."""
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def is_initialisation(groups: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether a first step only makes the state: learning rates and gradients are all 0.
+
+    Args:
+        groups: The parameter groups.
+    """
+    if any(group["lr"] != 0 for group in groups):
+        return False
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return bool(grads) and not any(bool(g.any()) for g in grads)
+
+
+def complete_state(
+    states: MutableMapping[Tensor, Any],
+    layers: Sequence[Layer],
+    groups: Sequence[dict[str, Any]],
+    form: FactorForm,
+    inverse_form: InverseForm,
+    tuned: bool,
+) -> None:
+    """Give every trained parameter the entries that it lacks; they change no later step.
+
+    Args:
+        states: The optimizer's state.
+        layers: Its layers.
+        groups: Its parameter groups.
+        form: How factors are formed.
+        inverse_form: How damped inverses are formed.
+        tuned: Whether steps tune themselves.
+    """
+    group_of = {p: group for group in groups for p in group["params"]}
+    for layer in layers:
+        initialise_factors(states[layer.anchor], layer, form)
+        for block in layer.blocks:
+            _complete_inverse(states, block, inverse_form)
+            for p in block.parameters:
+                if tuned:
+                    initialise_previous(states[p], p)
+                if group_of[p]["momentum"] and "momentum_buffer" not in states[p]:
+                    states[p]["momentum_buffer"] = torch.zeros_like(
+                        p, memory_format=torch.preserve_format
+                    )
+    covered = {p for layer in layers for block in layer.blocks for p in block.parameters}
+    for p in group_of:
+        if p.requires_grad and p not in covered:
+            initialise_moments(states[p], p)
+
+
+def _complete_inverse(states: MutableMapping[Tensor, Any], block: Block, form: InverseForm) -> None:
+    state, layer_state = states[block.anchor], states[block.layer.anchor]
+    if "inverse_step" in state:
+        return
+    # The inverse of the empty factors has the entries, shapes and dtypes of any other.
+    empty: Mapping[str, Any] = {
+        name: torch.ones_like(value) if name == "factor_weight" else torch.zeros_like(value)
+        for name, value in layer_state.items()
+        if isinstance(value, Tensor)
+    }
+    refresh_inverse(state, dict(empty), block, 1.0, form)
+    state["inverse_step"] = NO_INVERSE
+
+
+def state_shapes(
+    params: Sequence[Parameter], layers: Sequence[Layer], form: FactorForm
+) -> dict[Parameter, dict[str, tuple[int, ...]]]:
+    """Return, for each parameter, the shapes that entries of its state have where they exist.
+
+    Args:
+        params: All parameters.
+        layers: The layers.
+        form: How factors are formed.
+    """
+    own = ("momentum_buffer", "exp_avg", "exp_avg_sq", PREVIOUS)
+    shapes: dict[Parameter, dict[str, tuple[int, ...]]] = {
+        p: dict.fromkeys(own, tuple(p.shape)) for p in params
+    }
+    for layer in layers:
+        factors = factor_shapes(layer, form)
+        shapes[layer.anchor] |= factors | {"factor_weight": ()}
+        for block in layer.blocks:
+            d_in = sum(p[0].numel() for p in block.parameters)
+            constant = (layer.groups, 1, 1)  # a bias's input
+            sides = {
+                "grad_output": factors["grad_output_factor"],
+                "input": constant if block.weight is None else factors["input_factor"],
+            }
+            entries: dict[str, tuple[int, ...]] = {"second_moment_weight": ()}
+            for name in ("inverse_eigenvalues", "second_moments"):
+                entries[name] = (layer.groups, layer.d_out, d_in)
+            for side, shape in sides.items():
+                entries |= {f"{side}_inverse": shape, f"{side}_basis": shape}
+            shapes[block.anchor] |= entries
+    return shapes

@@ -1,0 +1,126 @@
+"""A layer's running factors and second moments; a single step's sums are in `statistics`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacopt.kfac.factors import FactorForm, factor_dtype, fold
+from kfacopt.kfac.layers import Layer
+from kfacopt.linalg.kronecker import is_diagonal
+from kfacopt.optim.statistics.moments import Moments
+
+State = dict[str, Any]
+
+# What is known of a layer's factors: their total weight, how many updates were tried, how many of
+# these were skipped as not finite, and the step of the last that was not.
+RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
+
+
+def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's running factors by their key in the state."""
+    return {
+        name: (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
+        for name, side in (("input_factor", layer.d_in), ("grad_output_factor", layer.d_out))
+    }
+
+
+def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
+    """Give a layer's state empty running factors if it has none.
+
+    Their shapes follow from the parameters, as `torch.distributed.checkpoint` needs it.
+
+    Args:
+        state: The optimizer's state of the layer's anchor parameter.
+        layer: The layer.
+        form: How factors are formed.
+    """
+    dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
+    shapes = factor_shapes(layer, form)
+    if "factor_weight" in state:
+        return
+    for name, shape in shapes.items():
+        state[name] = torch.zeros(shape, dtype=form.stored_dtype or dtype, device=device)
+    state["factor_weight"] = torch.zeros((), dtype=dtype, device=device)
+    state["factor_updates"] = 0
+    state["skipped_updates"] = torch.zeros((), dtype=torch.int64, device=device)
+    state["factor_step"] = torch.zeros((), dtype=torch.int64, device=device)
+
+
+def is_free_to_read(value: Tensor) -> bool:
+    """Tell whether Python may look at a value without waiting for a device."""
+    return value.device.type == "cpu"
+
+
+def _fold_finite(
+    state: State,
+    weight_key: str,
+    values: dict[str, Tensor],
+    checked: Iterable[Tensor],
+    terms: Tensor | float,
+    ema_decay: float,
+) -> Tensor:
+    """Move running averages of one weight to include new values, if what is checked is finite.
+
+    A GPU is not waited for: values that are not finite get the weight 0 there.
+
+    Returns:
+        Whether they were included, on the device.
+    """
+    total = state[weight_key]
+    weight = torch.as_tensor(terms).to(total)
+    finite = weight.isfinite() & (weight > 0)
+    for value in checked:
+        finite = finite & value.isfinite().all()
+    weight = torch.where(finite, weight, 0.0)
+    total.copy_(torch.where(finite, ema_decay * total + weight, total))
+    safe_total = torch.where(total > 0, total, 1.0)
+    known = is_free_to_read(finite)
+    if known and not bool(finite):
+        return finite
+    for name, value in values.items():
+        safe = value if known else torch.where(finite, value, state[name])
+        fold(state[name], safe, weight, safe_total)
+    return finite
+
+
+def fold_factors(
+    state: State, layer: Layer, moments: Moments, form: FactorForm, ema_decay: float, step: int
+) -> None:
+    """Move a layer's running factors to include new statistics, unless these are not finite.
+
+    Args:
+        state: The optimizer's state of the layer's anchor parameter.
+        layer: The layer.
+        moments: The statistics of this step.
+        form: How factors are formed.
+        ema_decay: The decay of earlier statistics; a step's weight is its number of terms.
+        step: The number of the step, to be remembered.
+    """
+    initialise_factors(state, layer, form)
+    A, G = moments.take_factors()
+    values = {"input_factor": A, "grad_output_factor": G}
+    # Sums of squares: |Σ x_i x_j|² ≤ Σ x_i² Σ x_j², so that the diagonals tell.
+    checked = [x if is_diagonal(x) else x.diagonal(dim1=-2, dim2=-1) for x in values.values()]
+    folded = _fold_finite(state, "factor_weight", values, checked, moments.terms, ema_decay)
+    state["factor_updates"] += 1
+    state["skipped_updates"] += ~folded
+    state["factor_step"].copy_(torch.where(folded, step, state["factor_step"]))
+
+
+def fold_second_moments(
+    state: State, value: Tensor, terms: Tensor | float, ema_decay: float
+) -> None:
+    """Move a block's second moments in its eigenbasis to include new ones, if these are finite.
+
+    Args:
+        state: The optimizer's state of the block's anchor parameter.
+        value: Λ `[B, d_out, d_in]`, in the basis that the state has.
+        terms: The number of terms of the loss that it stems from.
+        ema_decay: The decay of earlier ones.
+    """
+    values = {"second_moments": value}
+    _fold_finite(state, "second_moment_weight", values, [value], terms, ema_decay)

@@ -1,0 +1,83 @@
+"""Statistics under DDP: what is captured is local and averaged over ranks here, not over time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from kfacopt.kfac.factors import FactorForm, factor_dtype
+from kfacopt.kfac.layers import Block, Layer
+from kfacopt.optim.statistics.moments import Moments
+
+
+def average_moments(
+    pending: dict[Layer, Moments],
+    layers: Sequence[Layer],
+    form: FactorForm,
+    group: dist.ProcessGroup,
+) -> dict[Layer, Moments]:
+    """Combine the statistics of all ranks, second moments excepted.
+
+    DDP's gradient is that of the mean of the ranks' objectives, whose G is the mean of theirs; A
+    is the mean over all ranks' inputs. Every rank sends the same tensors, whatever it has reached,
+    in one all-reduce for each dtype.
+
+    Args:
+        pending: This rank's statistics.
+        layers: All layers, in the same order on every rank.
+        form: How factors are formed.
+        group: The process group.
+
+    Returns:
+        The same statistics on every rank.
+    """
+    by_dtype: dict[torch.dtype, list[tuple[Layer, list[Tensor]]]] = {}
+    for layer in layers:
+        dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
+        own = pending.get(layer, Moments())
+        pieces = []
+        for value, side in ((own.input_sum, layer.d_in), (own.grad_output_sum, layer.d_out)):
+            shape = (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
+            zeros = torch.zeros(shape, dtype=dtype, device=device)
+            pieces.append(zeros + value)
+        numbers = (own.rows, own.terms)
+        pieces += [torch.as_tensor(n, dtype=dtype, device=device) for n in numbers]
+        by_dtype.setdefault(dtype, []).append((layer, pieces))
+    result: dict[Layer, Moments] = {}
+    for entries in by_dtype.values():
+        flat = torch.cat([piece.reshape(-1) for _, pieces in entries for piece in pieces])
+        dist.all_reduce(flat, group=group)
+        split = iter(flat.split([p.numel() for _, pieces in entries for p in pieces]))
+        summed = [
+            tuple(next(split).reshape(piece.shape) for piece in pieces) for _, pieces in entries
+        ]
+        counts = torch.stack([rows for _, _, rows, _ in summed]).tolist()  # asks the device once
+        for (layer, _), (A, G, _, terms), rows in zip(entries, summed, counts, strict=True):
+            if rows > 0:
+                mean, own = G / dist.get_world_size(group), pending.get(layer, Moments())
+                corrections = (own.second_moments, own.unprojected)
+                result[layer] = Moments(A, int(rows), mean, terms, *corrections)
+    return result
+
+
+def average_second_moments(
+    values: Mapping[Block, Tensor], blocks: Sequence[Block], group: dist.ProcessGroup
+) -> dict[Block, Tensor]:
+    """Return the mean over all ranks of second moments, in eigenbases that they have in common.
+
+    Args:
+        values: This rank's Λ `[B, d_out, d_in]` of the blocks that it has reached.
+        blocks: The blocks, in the same order on every rank.
+        group: The process group.
+    """
+    result: dict[Block, Tensor] = {}
+    for block in blocks:
+        shape = (block.layer.groups, block.layer.d_out, block.d_in)
+        dtype, device = factor_dtype(block.anchor.dtype), block.anchor.device
+        value = torch.zeros(shape, dtype=dtype, device=device) + values.get(block, 0.0)
+        dist.all_reduce(value, group=group)
+        result[block] = value / dist.get_world_size(group)
+    return result

@@ -1,0 +1,239 @@
+"""Collect sums of moments from the losses and gradients of the user's own backward passes.
+
+The factors are those of the user's objective: of `loss / k`, of a weighted sum of losses, of a sum
+divided by the number of tokens. A layer's moments are candidates until the same backward pass
+accumulates the gradient of its parameter: passes that differentiate by something else (inputs, for
+a gradient penalty or an attack) do not count. Hooks, and what calls them, are in `watch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from kfacopt.kfac.capture import LayerUse, group_by_layer, in_would_be_pass
+from kfacopt.kfac.eigenvalues import Bases
+from kfacopt.kfac.layers import Block, Layer
+from kfacopt.kfac.unseen_uses import is_undercounted, unseen_parameters
+from kfacopt.likelihoods import UnsupportedLossError, widened
+from kfacopt.optim.settings import CurvatureSettings
+from kfacopt.optim.statistics.backward_pass import CandidateMoments
+from kfacopt.optim.statistics.empirical import EmpiricalPass
+from kfacopt.optim.statistics.label_draws import LabelDraws, Mark, rewind
+from kfacopt.optim.statistics.moments import Moments
+from kfacopt.optim.statistics.would_be import count_would_be
+from kfacopt.optim.watch.gradient_exchange import ExchangeWatch
+from kfacopt.optim.watch.loss_calls import LossCall
+from kfacopt.optim.watch.probed_tensors import ForwardPass
+from kfacopt.optim.watch.recorded_calls import LossOrigin, ObjectiveTerm
+from kfacopt.optim.watch.wrappers import bookkeeping_kept
+
+
+class Statistics:
+    """What the losses since the last step add up to; the receiver of a `Watch`.
+
+    Args:
+        layers: The layers.
+        settings: Which curvature is collected.
+        labels: Says what labels are drawn from.
+        exchange: Is told of backward passes and gradients.
+
+    Attributes:
+        bases: The blocks' eigenbases, as far as they are known; read where second moments are
+            collected.
+        collecting: Whether statistics are due.
+        reached: The layers whose gradients have been accumulated since the last step.
+        exchange: As above.
+        undercounted: The layers whose parameters a loss of the last step with statistics depends on
+            in other ways, too, than by calls of their modules. They got no statistics from it.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        settings: CurvatureSettings,
+        labels: LabelDraws,
+        exchange: ExchangeWatch,
+    ) -> None:
+        self._layers, self._settings, self._labels = layers, settings, labels
+        self.exchange = exchange
+        self.bases: Mapping[Block, Bases] = {}
+        self.collecting = True
+        self._task = -1  # of the user's backward pass that runs
+        self.undercounted: set[Layer] = set()
+        # Before the first label of a step and of a backward pass was drawn.
+        self._labels_of_step: Mark | None = None
+        self._labels_of_task: Mark | None = None
+        self._confirmed = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all statistics since the last step, and take back the labels drawn for them."""
+        self._start_task(-1)
+        rewind(self._labels_of_step)
+        self._labels_of_step = None
+        self._pending: dict[Layer, Moments] = {}
+        self.reached: set[Layer] = set()
+        self._also_used_otherwise: set[Layer] = set()
+        self._objective: list[ObjectiveTerm] = []
+        self.exchange.forget()
+
+    def _start_task(self, task: int) -> None:
+        """Forget what belongs to one backward pass of the user's alone."""
+        rewind(self._labels_of_task)
+        self._labels_of_task = None
+        if self._confirmed:
+            self._objective += self._candidate_terms
+        self._task, self._confirmed = task, False
+        self._candidate_terms: list[ObjectiveTerm] = []
+        self._candidates = CandidateMoments(self._settings, self._labels.generator(), self.bases)
+        self._empirical: list[EmpiricalPass] = []
+
+    def arrive_at_loss(
+        self, call: LossCall, passes: list[ForwardPass], upstream: Tensor, origin: LossOrigin | None
+    ) -> None:
+        """Collect moments; see `LossReceiver`."""
+        task = torch._C._current_graph_task_id()
+        begins = task != self._task
+        if begins:
+            self._start_task(task)
+            self._drop_what_was_reset()
+        if self.collecting:
+            if begins:
+                self.exchange.backward_begins()
+            self._look_for_other_uses(call.output, [use for p in passes for use in p.uses])
+            if self._settings.fisher_type == "empirical":
+                self._collect_empirical(call, passes, upstream)
+            else:
+                terms = call.likelihood.num_terms(widened(call.output), call.target)
+                drawn = (self._settings, self._labels.generator(), terms, self._share(terms))
+                count_would_be(self._candidates, call, passes, upstream, *drawn)
+        if origin is not None:
+            self._candidate_terms.append(ObjectiveTerm(origin, call.output.detach(), upstream))
+
+    def _drop_what_was_reset(self) -> None:
+        """Forget the statistics of gradients that others than `zero_grad` reset.
+
+        `model.zero_grad()`, for instance, after a step that a GradScaler skipped.
+        """
+        kept = self._accumulated_in(self._layers) if self._pending or self._objective else set()
+        self._pending = {la: m for la, m in self._pending.items() if la in kept}
+        if not self._pending:
+            rewind(self._labels_of_step)
+            self._labels_of_step = self._labels.mark()
+        self._labels_of_task = self._labels.mark()
+        if not kept:
+            self._objective, self.reached = [], set()
+
+    def _look_for_other_uses(self, output: Tensor, uses: list[LayerUse]) -> None:
+        """Take note of the layers whose factors would lack uses that no hook saw."""
+        params = {
+            p: la for la in group_by_layer(uses) for p in (la.weight, la.bias) if p is not None
+        }
+        unseen = unseen_parameters([output], uses, params)
+        with bookkeeping_kept(output) if unseen else nullcontext():
+            own = {params[p] for p in unseen if is_undercounted(output, uses, p)}
+        self._also_used_otherwise |= own
+
+    @staticmethod
+    def _accumulated_in(layers: Iterable[Layer]) -> set[Layer]:
+        """Return the layers with a gradient to accumulate on; none where all are zero.
+
+        Zeros stem from a reset in place, which leaves no other trace (`grad.data.zero_()`).
+        """
+        grads = {la: la.anchor.grad for la in layers if la.anchor.grad is not None}
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for grad in grads.values():
+            by_device.setdefault(grad.device, []).append(grad.any())
+        return set(grads) if any(bool(torch.stack(x).any()) for x in by_device.values()) else set()
+
+    def _share(self, terms: Tensor) -> Tensor | float:
+        """Return what a backward pass's G counts in a step of several.
+
+        A recognised loss brings its factor in the objective. A stated mean is taken for the mean
+        over all data since the last step; `finish` divides by the number of terms.
+        """
+        likelihood = self._settings.likelihood
+        return terms if likelihood is not None and likelihood.reduction == "mean" else 1.0
+
+    def _collect_empirical(
+        self, call: LossCall, passes: list[ForwardPass], upstream: Tensor
+    ) -> None:
+        likelihood, z = call.likelihood, widened(call.output)
+        if likelihood.reduction == "none":
+            raise UnsupportedLossError(
+                'fisher_type="empirical" needs a loss with reduction "mean" or "sum"; got "none". '
+                'Let the loss reduce, or use fisher_type="mc".'
+            )
+        terms = likelihood.num_terms(z, call.target)
+        scale = upstream.abs().to(z)
+        if likelihood.reduction == "mean":
+            scale = scale / terms
+        for p in passes:
+            entry = next((e for e in self._empirical if e.forward_pass is p), None)
+            if entry is None:
+                entry = EmpiricalPass(p, self._empirical_gradient)
+                self._empirical.append(entry)
+            entry.add_loss(call.output, scale, terms)
+
+    def _empirical_gradient(self, entry: EmpiricalPass, use: LayerUse, grad: Tensor) -> None:
+        """Take a gradient by a layer's output; fold it when the layer's other uses have come."""
+        if in_would_be_pass() or torch._C._current_graph_task_id() != self._task:
+            return
+        if entry.add_gradient(use, grad):
+            self._fold_empirical(entry, use.layer)
+
+    def _fold_empirical(self, entry: EmpiricalPass, layer: Layer) -> None:
+        """Turn a layer's gradients in the user's own backward pass into moments."""
+        grads = entry.take_gradients(layer)
+        if not grads:
+            return
+        scale, terms = entry.scale_and_terms()
+        own = list(grads)
+        share = self._share(terms) / scale
+        self._candidates.count_gradients(layer, own, list(grads.values()), share)
+        self._candidates.count_terms(layer, terms)
+        self._candidates.count_inputs(own)
+
+    def accumulate_gradient(self, layer: Layer) -> None:
+        """Let a layer's candidates count; see `LossReceiver`."""
+        self.reached.add(layer)
+        if torch._C._current_graph_task_id() != self._task:
+            return
+        self._confirmed = True
+        self.exchange.accumulated(layer.anchor)
+        for entry in self._empirical:  # uses of the layer that no gradient reached are left out
+            self._fold_empirical(entry, layer)
+        candidate = self._candidates.by_layer.pop(layer, None)
+        if candidate is not None:
+            self._labels_of_task = None
+            self._pending.setdefault(layer, Moments()).add(candidate)
+
+    def objective(self) -> list[ObjectiveTerm]:
+        """Return the losses whose gradients have been accumulated since the last step."""
+        if self._confirmed or not self._objective:
+            return [*self._objective, *self._candidate_terms]
+        return list(self._objective)
+
+    def finish(self) -> dict[Layer, Moments]:
+        """Return what was collected since the last step, and forget it.
+
+        Where no gradient was accumulated at all, the last backward pass counts: the gradients come
+        from `torch.autograd.grad`.
+        """
+        pending = self._pending or self._candidates.by_layer
+        self.undercounted = self._also_used_otherwise
+        pending = {la: m for la, m in pending.items() if la not in self.undercounted}
+        if pending:
+            self._labels_of_step = None
+        if not self._pending:  # else a task that was not confirmed gives its labels back
+            self._labels_of_task = None
+        likelihood = self._settings.likelihood
+        if likelihood is not None and likelihood.reduction == "mean":
+            for moments in pending.values():
+                moments.scale_curvature(1 / moments.terms)
+        self.clear()
+        return pending

@@ -1,0 +1,81 @@
+"""The empirical Fisher from the user's own backward pass; would-be gradients are in `would_be`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacopt.kfac.capture import LayerUse, group_by_layer
+from kfacopt.kfac.layers import Layer
+from kfacopt.optim.watch.probed_tensors import ForwardPass
+
+
+class EmpiricalPass:
+    """Records the gradients by the outputs of one forward pass's layers in one backward pass.
+
+    For the objective κ Σ_n ℓ_n the gradients are g = κ ∇ℓ_n; Σ g gᵀ / κ is the factor of κ Σ_n ∇ℓ_n
+    ∇ℓ_nᵀ. Losses on the same tensor add up to one with the sum of their κ; losses on different
+    tensors are taken for losses on different data, κ for their mean.
+
+    Args:
+        forward_pass: The forward pass.
+        receive: A method that takes this record, a use and its gradient.
+    """
+
+    def __init__(
+        self, forward_pass: ForwardPass, receive: Callable[[EmpiricalPass, LayerUse, Tensor], None]
+    ) -> None:
+        self.forward_pass = forward_pass
+        self._uses_of = group_by_layer(forward_pass.uses)
+        self._grads: dict[Layer, dict[LayerUse, Tensor]] = {}
+        self._losses: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+        method = weakref.WeakMethod(receive)
+        for i, use in enumerate(forward_pass.uses):
+            use.edge.node.register_prehook(self._recorder(i, use.edge.output_nr, method))
+
+    def add_loss(self, output: Tensor, scale: Tensor, terms: Tensor) -> None:
+        """Take note of a loss.
+
+        Args:
+            output: The tensor z that it saw.
+            scale: κ, its factor in the objective, a scalar.
+            terms: Its number of data, a scalar.
+        """
+        key = (output.data_ptr(), output.shape)
+        known = self._losses.get(key)
+        self._losses[key] = (scale if known is None else known[0] + scale, terms)
+
+    def add_gradient(self, use: LayerUse, grad: Tensor) -> bool:
+        """Take note of a gradient by a layer's output; tell whether it was the layer's last one."""
+        arrived = self._grads.setdefault(use.layer, {})
+        arrived[use] = grad
+        return len(arrived) == len(self._uses_of[use.layer])
+
+    def take_gradients(self, layer: Layer) -> dict[LayerUse, Tensor]:
+        """Return the gradients that have arrived for a layer, by use, in order; forget them."""
+        arrived = self._grads.pop(layer, {})
+        return {use: arrived[use] for use in self._uses_of.get(layer, []) if use in arrived}
+
+    def scale_and_terms(self) -> tuple[Tensor, Tensor]:
+        """Return κ of the objective and its number of data."""
+        scales, counts = zip(*self._losses.values(), strict=True)
+        terms = torch.stack(counts).sum()
+        return (torch.stack(scales) * torch.stack(counts)).sum() / terms, terms
+
+    def _recorder(
+        self, index: int, output_nr: int, receive: weakref.WeakMethod[Any]
+    ) -> Callable[[Any], None]:
+        # The hook belongs to the graph; a reference from it to the use, which holds the graph's
+        # node, would be a cycle that nothing collects.
+        this = weakref.ref(self)
+
+        def record(grads: Any) -> None:
+            entry, method = this(), receive()
+            if entry is not None and method is not None and grads[output_nr] is not None:
+                method(entry, entry.forward_pass.uses[index], grads[output_nr].detach())
+
+        return record

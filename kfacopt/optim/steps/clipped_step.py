@@ -1,0 +1,84 @@
+"""Steps with a given learning rate and the KL clip; those that tune themselves are next door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from kfacopt.optim.steps.kl_clip import kl_clip_scale
+from kfacopt.optim.steps.update import apply_step
+
+
+class ClippedStep:
+    """Moves parameters along ν lr Δ, with momentum and decoupled weight decay.
+
+    Args:
+        kl_clip: κ; `None` does not clip.
+
+    Attributes:
+        scale: ν of the last step; `None` before one, and without a clip.
+    """
+
+    def __init__(self, kl_clip: float | None) -> None:
+        self._kl_clip = kl_clip
+        self.scale: Tensor | None = None
+
+    def step(
+        self,
+        states: MutableMapping[Tensor, Any],
+        groups: Sequence[dict[str, Any]],
+        gradients: Mapping[Parameter, Tensor],
+        directions: Mapping[Parameter, Tensor],
+        objective: Callable[[], Any],
+    ) -> bool:
+        """Update parameters in place.
+
+        Args:
+            states: The optimizer's state, which has the momentum.
+            groups: The parameter groups.
+            gradients: ∇ of each parameter.
+            directions: Δ of those that have one; changed.
+            objective: Not asked for; see `SelfTuning.step`.
+
+        Returns:
+            That a step was taken.
+        """
+        lr = {p: group["lr"] for group in groups for p in group["params"]}
+        if directions and self._kl_clip is not None:
+            grads, lrs = [gradients[p] for p in directions], [lr[p] for p in directions]
+            self.scale = kl_clip_scale(grads, list(directions.values()), lrs, self._kl_clip)
+        factors: dict[tuple[float, torch.device], Any] = {}
+        for p, d in directions.items():
+            key = (lr[p], d.device)
+            if key not in factors:
+                factors[key] = lr[p] if self.scale is None else lr[p] * self.scale.to(d.device)
+            d.mul_(factors[key])
+        for group in groups:
+            own = [p for p in group["params"] if p in directions]
+            if own:
+                momentum = group["momentum"]
+                apply_step(
+                    own,
+                    [directions[p] for p in own],
+                    [_momentum_buffer(states[p], p) for p in own] if momentum else [],
+                    momentum=momentum,
+                    nesterov=group["nesterov"],
+                    decay=group["lr"] * group["weight_decay"],
+                    foreach=group["foreach"],
+                )
+        return True
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is to be logged of the last step."""
+        return {"kl_clip_scale": 1.0 if self.scale is None else float(self.scale)}
+
+
+def _momentum_buffer(state: dict[str, Any], p: Parameter) -> Tensor:
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    buffer: Tensor = state["momentum_buffer"]
+    return buffer

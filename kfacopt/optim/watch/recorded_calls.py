@@ -1,0 +1,127 @@
+"""Calls of modules and functions, recorded up to the losses; `steps.replay` runs them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from kfacopt.data import random_devices
+
+_call_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The state of the process that the outcome of a forward pass depends on.
+
+    Attributes:
+        random_states: Of torch's global generators: the CPU's, then the devices'.
+        autocast_dtype: What the forward pass was autocast to, if it was.
+    """
+
+    random_states: list[Tensor]
+    autocast_dtype: torch.dtype | None
+
+    @classmethod
+    def now(cls) -> Surroundings:
+        """Take note of the present state."""
+        devices = random_devices()
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+        kinds = [kind for kind in device_types() if torch.is_autocast_enabled(kind)]
+        return cls(states, torch.get_autocast_dtype(kinds[0]) if kinds else None)
+
+    def set_random_states(self) -> None:
+        """Let torch's global generators draw again what they drew then."""
+        torch.set_rng_state(self.random_states[0])
+        for state, device in zip(self.random_states[1:], random_devices(), strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+
+def device_types() -> tuple[str, ...]:
+    """Return the kinds of devices that can be autocast here."""
+    return ("cpu", "cuda") if random_devices() else ("cpu",)
+
+
+@dataclass(eq=False)
+class Call:
+    """A recorded call of an outermost module or of a function of torch.
+
+    Attributes:
+        function: What was called.
+        args: Its arguments; a `Source` where an argument was the result of a recorded call.
+        kwargs: Its keyword arguments, likewise.
+        surroundings: What a forward pass of a module depends on; `None` for functions.
+        number: Counts calls in the order of time.
+    """
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    surroundings: Surroundings | None = None
+    number: int = field(default_factory=lambda: next(_call_numbers))
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a tensor came from: a leaf of a call's result."""
+
+    call: Call
+    leaf: int
+
+
+@dataclass(frozen=True, eq=False)
+class LossOrigin:
+    """Where a loss was computed.
+
+    Attributes:
+        call: The call of the loss function, or of the module inside which it was called.
+        ordinal: Which of the loss calls inside the module it was; `None` outside.
+    """
+
+    call: Call
+    ordinal: int | None = None
+
+
+@dataclass(eq=False)
+class ObjectiveTerm:
+    """A loss with its factor in the user's objective.
+
+    Attributes:
+        origin: Where it was computed.
+        output: The tensor z that it saw, without a graph.
+        upstream: The derivative of the objective by the loss.
+    """
+
+    origin: LossOrigin
+    output: Tensor
+    upstream: Tensor
+
+
+def tensor_leaves(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in containers, registered pytrees and dataclasses, in a fixed order."""
+    for leaf in tree_flatten(tree)[0]:
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for entry in dataclasses.fields(leaf):
+                yield from tensor_leaves(getattr(leaf, entry.name))
+
+
+def in_order(roots: Iterable[Call]) -> list[Call]:
+    """Return the calls that calls depend on, themselves included, in the order of time."""
+    found: dict[Call, None] = {}
+    unseen = list(roots)
+    while unseen:
+        call = unseen.pop()
+        if call not in found:
+            found[call] = None
+            leaves = tree_flatten((call.args, call.kwargs))[0]
+            unseen += [leaf.call for leaf in leaves if isinstance(leaf, Source)]
+    return sorted(found, key=lambda call: call.number)

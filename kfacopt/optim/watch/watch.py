@@ -1,0 +1,326 @@
+"""Watch forward passes, losses and gradients in the user's own loop; nothing is computed here.
+
+Hooks on the modules that contain the parameters record the uses of layers; a hook on the loss value
+that the user computes tells when the user's backward pass arrives there. That is the moment when it
+is known that the loss counts, and with what factor: `loss / k`, `0.3 * loss_1 + 0.7 * loss_2`, or a
+sum divided by the number of tokens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from kfacopt.data import is_evaluating
+from kfacopt.kfac.capture import in_would_be_pass, record_use
+from kfacopt.kfac.layers import Layer
+from kfacopt.likelihoods import Likelihood, UnsupportedLossError
+from kfacopt.optim.settings import CurvatureSettings
+from kfacopt.optim.watch.activation_checkpointing import refuse_reentrant_checkpointing
+from kfacopt.optim.watch.compilation import (
+    is_called_from_compiled_code,
+    leave_hooks_uncompiled,
+    run_uncompiled,
+)
+from kfacopt.optim.watch.hooks import gradient_hooks, module_hooks, remove_hooks
+from kfacopt.optim.watch.loss_calls import LossCall
+from kfacopt.optim.watch.probed_tensors import (
+    ForwardPass,
+    LossCallMode,
+    ProbedTensor,
+    carry_probes,
+    differentiable_tensors,
+    passes_feeding,
+    probe,
+    record_call,
+    unprobe,
+)
+from kfacopt.optim.watch.recorded_calls import LossOrigin, Surroundings
+from kfacopt.optim.watch.wrappers import WrapperWatch, follow_through_wrapper, unwrapped
+
+
+class LossReceiver(Protocol):
+    """Who is told of what was watched: the one way from `watch` to the rooms below.
+
+    Attributes:
+        collecting: Whether statistics are due; where they are not, forward passes and losses may
+            still be recorded.
+    """
+
+    collecting: bool
+
+    def arrive_at_loss(
+        self, call: LossCall, passes: list[ForwardPass], upstream: Tensor, origin: LossOrigin | None
+    ) -> None:
+        """Take note that the user's backward pass has arrived at a loss.
+
+        Args:
+            call: What the loss means.
+            passes: The forward passes that it depends on.
+            upstream: The derivative of the objective by the loss.
+            origin: Where it was computed, if calls are recorded.
+        """
+
+    def accumulate_gradient(self, layer: Layer) -> None:
+        """Take note that the gradient of a layer's parameter has been accumulated."""
+
+
+class Watch:
+    """The hooks on a model, and what they have seen since the last step.
+
+    Args:
+        layers: The layers with their modules.
+        modules: All modules that contain any trained parameter, with their names.
+        settings: Which curvature is collected.
+        receiver: Is told of losses and gradients.
+        wrappers: Is told when a forward pass reaches a layer.
+
+    Attributes:
+        uncompiled: The kind of the module that was called with hooks from compiled code, if any.
+        forward_seen: Whether a forward pass went through the hooks since the last step.
+        used: Whether one of them called a layer.
+        unknown_losses: Loss functions that were called but are not known.
+        unknown_objectives: Those of them that the objective contains.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[tuple[Layer, list[nn.Module]]],
+        modules: Iterable[tuple[str, nn.Module]],
+        settings: CurvatureSettings,
+        receiver: LossReceiver,
+        wrappers: WrapperWatch,
+    ) -> None:
+        self._settings, self._receiver, self._wrappers = settings, receiver, wrappers
+        self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
+        self._mode: LossCallMode | None = None
+        leave_hooks_uncompiled(ProbedTensor)
+        self._passes: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
+        self.uncompiled: type[nn.Module] | None = None
+        self._layers_of: dict[int, list[Layer]] = {}
+        for layer, own in layers:
+            for module in own:
+                self._layers_of.setdefault(id(module), []).append(layer)
+        self._modules = [(name, weakref.ref(module)) for name, module in modules]
+        self._handles: list[Any] = []
+        weakref.finalize(self, remove_hooks, self._handles)
+        self.forget()
+        self.active = True
+
+    @property
+    def active(self) -> bool:
+        """Whether hooks are on the modules; they are taken off where no statistics are due."""
+        return bool(self._handles)
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        if active and not self._handles:
+            modules = [module for _, module in self.living_modules()]
+            layers = {layer.anchor: layer for own in self._layers_of.values() for layer in own}
+            self._handles += module_hooks(modules, self._enter, self._leave)
+            self._handles += gradient_hooks(layers, self._receiver.accumulate_gradient)
+        elif not active:
+            remove_hooks(self._handles)
+
+    def living_modules(self) -> list[tuple[str, nn.Module]]:
+        """Return the modules that can have hooks, and their names."""
+        living = [(name, ref()) for name, ref in self._modules]
+        return [(name, module) for name, module in living if module is not None]
+
+    def forget(self, forward_is_over: bool = True) -> None:
+        """Forget what was seen since the last step.
+
+        Args:
+            forward_is_over: Whether no backward pass of an earlier forward pass will come.
+        """
+        self.unknown_losses: set[str] = set()
+        self.unknown_objectives: set[str] = set()
+        if forward_is_over:
+            self.forward_seen = self.used = False
+
+    def close_passes(self) -> None:
+        """Let outputs and losses that are left of the step be plain tensors."""
+        for forward_pass in list(self._passes):
+            forward_pass.close()
+        self._passes.clear()
+
+    # Forward passes --------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() and self._outermost is None:
+            self._sleep_during(module)
+            return None
+        if self._outermost is not None and module is self._outermost[0]:
+            self._end_pass()  # it was left by an exception that runs no hooks, as Ctrl-C does
+        if run_uncompiled() and self._outermost is None:
+            self.uncompiled = type(module)
+        if self._outermost is not None or not torch.is_grad_enabled():
+            return None
+        if _is_foreign_call(module):
+            _refuse_recomputation(self._layers_of.get(id(module), ()))
+            return None
+        parents = passes_feeding((args, kwargs))
+        for parent in parents:
+            parent.consumed = True
+        call = None
+        if self._settings.recording:
+            call = record_call(unwrapped(module), args, kwargs, Surroundings.now())
+        forward_pass = ForwardPass(self, call)
+        self._outermost = (module, forward_pass, parents)
+        self._passes.add(forward_pass)
+        if self._settings.likelihood is None:
+            self._mode = LossCallMode(forward_pass, parents)
+            self._mode.__enter__()
+        return unprobe(args), unprobe(kwargs)
+
+    def _end_pass(self) -> None:
+        self._outermost = None
+        if self._mode is not None:
+            self._mode.__exit__(None, None, None)
+            self._mode = None
+
+    def _sleep_during(self, module: nn.Module) -> None:
+        """Take the hooks off for a compiled forward pass without gradients."""
+        if not is_called_from_compiled_code():
+            return
+        self.active = False
+        self._alarm = module_hooks([module], self._ignore, self._wake)
+
+    def _ignore(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Let a forward pass begin."""
+
+    def _wake(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        remove_hooks(self._alarm)
+        self.active = True
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._outermost is None:
+            return None
+        outermost, forward_pass, parents = self._outermost
+        layers = self._layers_of.get(id(module), ())
+        if layers:
+            self._wrappers.look()
+        if self._receiver.collecting and not torch._C._are_functorch_transforms_active():
+            for layer in layers:
+                if not torch.is_grad_enabled():
+                    refuse_reentrant_checkpointing(layer.name)
+                use = record_use(layer, module, args, kwargs, output)
+                if use is not None:
+                    forward_pass.uses.append(use)
+        if module is not outermost:
+            return None
+        self._end_pass()
+        self.forward_seen = True
+        self.used = self.used or bool(forward_pass.uses)
+        if output is None or not (forward_pass.uses or parents or self._settings.recording):
+            return None
+        probed = probe(output, forward_pass, parents)
+        if self._settings.likelihood is not None:
+            self._watch_output(output, probed, forward_pass, parents)
+        follow_through_wrapper(carry_probes)
+        return probed
+
+    # Losses ----------------------------------------------------------------------------------
+
+    def observe_unknown_loss(self, name: str, loss: Tensor) -> None:
+        """Remember a loss function that is not known, and whether the objective contains it."""
+        self.unknown_losses.add(name)
+        watch = weakref.ref(self)
+
+        def on_backward(_: Tensor) -> None:
+            alive = watch()
+            if alive is not None:
+                alive.unknown_objectives.add(name)
+
+        loss.register_hook(on_backward)
+
+    def observe_loss(
+        self,
+        call: LossCall | UnsupportedLossError,
+        loss: Tensor,
+        passes: list[ForwardPass],
+        origin: LossOrigin | None,
+    ) -> None:
+        """Tell the receiver when the user's backward pass arrives at a loss."""
+        if self._settings.likelihood is not None or is_evaluating():
+            return
+        watch = weakref.ref(self)
+
+        def on_backward(upstream: Tensor) -> None:
+            alive = watch()
+            if alive is None or in_would_be_pass():
+                return
+            if origin is None and not any(p.uses for p in passes):
+                return
+            if isinstance(call, UnsupportedLossError):
+                raise call
+            alive._receiver.arrive_at_loss(call, passes, upstream.detach(), origin)
+
+        loss.register_hook(on_backward)
+
+    def _watch_output(
+        self, output: Any, probed: Any, forward_pass: ForwardPass, parents: list[ForwardPass]
+    ) -> None:
+        """Take the stated loss at the model's output, when the backward pass arrives there."""
+        call = _stated_call(self._settings.likelihood, output)
+        passes = [p for p in (*parents, forward_pass) if p.observer is self]
+        watch = weakref.ref(self)
+
+        def on_backward(grads: Any) -> None:
+            alive = watch()
+            if alive is not None and not forward_pass.consumed and not in_would_be_pass():
+                alive._receiver.arrive_at_loss(call, passes, torch.ones(()), None)
+
+        # On the probe's own node, behind z: a hook on z's node that refers to z would be a cycle.
+        (probed_output,) = differentiable_tensors(probed)
+        get_gradient_edge(probed_output).node.register_prehook(on_backward)
+
+
+def _stated_call(likelihood: Likelihood | None, output: Any) -> LossCall:
+    """Return what a stated loss means at a model's output."""
+    assert likelihood is not None
+    outputs = differentiable_tensors(unprobe(output))
+    if len(outputs) != 1:
+        raise ValueError(
+            "loss_func: the model must return one differentiable tensor for a stated loss, "
+            f"got {len(outputs)}. Let the loss be recognised, or wrap the model."
+        )
+    return LossCall(likelihood, outputs[0], None)
+
+
+def _refuse_recomputation(layers: Iterable[Layer]) -> None:
+    """Raise if a whole model is called by reentrant activation checkpointing.
+
+    Its first forward pass looks like an evaluation without gradients.
+
+    Args:
+        layers: The layers that the module itself is.
+    """
+    if torch._C._current_graph_task_id() != -1 and not is_evaluating():
+        for layer in layers:
+            refuse_reentrant_checkpointing(layer.name)
+
+
+def _is_foreign_call(module: nn.Module) -> bool:
+    """Tell whether a forward pass is none of the user's training loop.
+
+    kfacopt's own evaluations, transforms of `torch.func`, traces of `torch.jit` and `torch.export`,
+    and the recomputation of activation checkpointing, which happens within a backward pass.
+    """
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            "nn.DataParallel runs copies of the modules whose parameters are not the optimizer's. "
+            "Use nn.parallel.DistributedDataParallel."
+        )
+    return (
+        is_evaluating()
+        or torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._current_graph_task_id() != -1
+    )
