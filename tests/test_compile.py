@@ -120,8 +120,11 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"fullgraph": True}], ids=["", "fullgraph"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+# Every order meets either backend, and graphs that may break as well as those that may not.
+CALLS = [("eager", {"fullgraph": True}), ("aot_eager", {})]
+
+
+@pytest.mark.parametrize(("backend", "options"), CALLS, ids=["eager-fullgraph", "aot_eager"])
 @pytest.mark.parametrize("order", ORDERS, ids=[order.__name__ for order in ORDERS])
 def test_compiled_models(order, backend, options):
     """Steps without factors are one graph, compiled at most once; the others run uncompiled."""

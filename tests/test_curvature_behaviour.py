@@ -328,7 +328,7 @@ class TestFisherMC:
     def test_converges_to_the_fisher(self, case):
         """The mean over seeds lies within 5 standard errors, entry by entry along a vector.
 
-        With 43 entries at most, a right estimator fails with a probability below 1e-4.
+        With 43 entries at most, a right estimator fails with a probability below 2e-4.
         """
         model_name, loss_name = case.split("-")
         losses = {"ce": nn.CrossEntropyLoss, "mse": nn.MSELoss, "bce": nn.BCEWithLogitsLoss}
@@ -340,10 +340,10 @@ class TestFisherMC:
         samples = torch.stack(
             [
                 kfacopt.FisherMCLinearOperator(
-                    model, loss_func, params, data, False, False, seed, 4
+                    model, loss_func, params, data, False, False, seed, 12
                 )
                 @ v
-                for seed in range(300)
+                for seed in range(100)
             ]
         )
         error = (samples.mean(0) - exact @ v).abs()

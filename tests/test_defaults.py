@@ -1,17 +1,13 @@
 """The choice of defaults: its scores, and what is left out of them."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.defaults import ROUNDED, candidates, current, first_round, left_out, scores
+from benchmarks.defaults import ROUNDED, candidates, current, first_round, left_out, main, scores
 from benchmarks.running import Run
 from kfacopt import KFACOptimizer
-
-ROOT = Path(__file__).parents[1]
 
 
 def _run(times):
@@ -60,19 +56,11 @@ def test_candidates_start_with_the_defaults_and_are_settings_of_the_optimizer():
 
 
 @pytest.mark.slow
-def test_a_small_choice_runs_from_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.defaults", "--candidates", "1", "--narrower", "0"]
-    command += [
-        "--problems",
-        "robot-full",
-        "diabetes-full",
-        "--scale",
-        "0.0",
-        "--output",
-        str(tmp_path / "d"),
-    ]
-    command += ["--compared", str(tmp_path / "c"), "--workers", "1"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "| robot-full |" in found.stdout
+def test_a_small_choice_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
+    arguments = ["--candidates", "1", "--narrower", "0", "--workers", "1", "--scale", "0.0"]
+    arguments += ["--problems", "robot-full", "diabetes-full"]
+    arguments += ["--output", str(tmp_path / "d"), "--compared", str(tmp_path / "c")]
+    monkeypatch.setattr(sys, "argv", ["defaults", *arguments])
+    main()
+    assert "| robot-full |" in capsys.readouterr().out
     assert (tmp_path / "d" / "defaults.json").exists()

@@ -1,22 +1,22 @@
 """DistributedDataParallel on gloo: two ranks with half a batch each are one process with all."""
 
-import datetime
+import functools
 import gc
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
+from rank_pair import WORLD
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from kfacopt import KFACOptimizer
 
-WORLD, STEPS, TIME_LIMIT = 2, 4, datetime.timedelta(seconds=60)
-TOLERANCE = 1e-10
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+TOLERANCE = 1e-10  # float64, a few steps with inverses of condition up to 1e3
 EVERY_STEP = {"factor_update_interval": 1, "inverse_update_interval": 1}
 
 
@@ -43,26 +43,15 @@ def train(model, params, X, y, options, wrap_late=None):
     return optimizer.factors("0.weight" if wrap_late is not None else next(iter(params)))
 
 
-def run_rank(rank, folder, options, late):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIME_LIMIT
-    )
-    try:
-        X, y = (part.chunk(WORLD)[rank] for part in batch())
-        model = network()
-        params = list(model.parameters())
-        if late:
-            wrap = DistributedDataParallel
-            factors = train(model, params, X, y, options, wrap)
-        else:
-            wrapped = DistributedDataParallel(model)
-            factors = train(wrapped, params, X, y, options)
-        result = {"params": [p.detach() for p in params], "factors": list(factors)}
-        torch.save(result, f"{folder}/rank{rank}.pt")
-        dist.barrier()  # gloo aborts a rank that still talks to one that is gone
-    finally:
-        dist.destroy_process_group()
+def wrapped_training(rank, options, late):
+    X, y = (part.chunk(WORLD)[rank] for part in batch())
+    model = network()
+    params = list(model.parameters())
+    if late:
+        factors = train(model, params, X, y, options, DistributedDataParallel)
+    else:
+        factors = train(DistributedDataParallel(model), params, X, y, options)
+    return [p.detach() for p in params], list(factors)
 
 
 TYPE_2, EMPIRICAL = {"fisher_type": "type-2"}, {"fisher_type": "empirical"}
@@ -73,22 +62,6 @@ RUNS = {
     "ekfac": (TYPE_2 | {"preconditioner": "ekfac"}, False),
     "self-tuning": (TYPE_2 | {"lr": "auto"}, False),
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("options", "late"), RUNS.values(), ids=RUNS)
-def test_two_ranks_are_one_process(options, late):
-    model = network()
-    params = list(model.parameters())
-    expected = train(model, params, *batch(), options)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (folder, options, late), nprocs=WORLD)
-        results = [torch.load(Path(folder) / f"rank{r}.pt") for r in range(WORLD)]
-    for result in results:
-        for got, want in zip(result["factors"], expected, strict=True):
-            assert torch.allclose(got, want, atol=TOLERANCE)
-        for got, want in zip(result["params"], params, strict=True):
-            assert torch.allclose(got, want, atol=TOLERANCE)
 
 
 def train_micro_batches(rank, fisher_type):
@@ -120,36 +93,6 @@ def train_micro_batches(rank, fisher_type):
     return result
 
 
-def run_micro_batches(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIME_LIMIT
-    )
-    try:
-        results = {kind: train_micro_batches(rank, kind) for kind in ("type-2", "empirical")}
-        torch.save(results, f"{folder}/rank{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_micro_batches_under_no_sync_are_one_batch_and_join_is_refused():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_micro_batches, (folder,), nprocs=WORLD)
-        results = [torch.load(Path(folder) / f"rank{r}.pt") for r in range(WORLD)]
-    for fisher_type in ("type-2", "empirical"):
-        model = network()
-        expected_params = list(model.parameters())
-        expected_factors = train(model, expected_params, *batch(), {"fisher_type": fisher_type})
-        for result in results:
-            params, factors = result[fisher_type]
-            for got, want in zip(factors, expected_factors, strict=True):
-                assert torch.allclose(got, want, atol=TOLERANCE)
-            for got, want in zip(params, expected_params, strict=True):
-                assert torch.allclose(got, want, atol=TOLERANCE)
-
-
 def train_wrapped_again(X, y, model, wrap_at):
     optimizer = KFACOptimizer(model.parameters(), fisher_type="type-2", **EVERY_STEP)
     called = model
@@ -168,42 +111,70 @@ def train_wrapped_again(X, y, model, wrap_at):
     return [p.detach() for p in model.parameters()]
 
 
+def wrapped_again(rank, wrap_at):
+    X, y = (part.chunk(WORLD)[rank] for part in batch())
+    return train_wrapped_again(X, y, network(), wrap_at)
+
+
 WRAPPED_AT = {"again": (0, 2), "after the first step": (1,), "late and again": (1, 3)}
 
 
-def run_wrapped_again(rank, folder, wrap_at):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIME_LIMIT
-    )
-    try:
-        X, y = (part.chunk(WORLD)[rank] for part in batch())
-        torch.save(train_wrapped_again(X, y, network(), wrap_at), f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def sharded(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (WORLD,)))
+    with pytest.raises(ValueError, match="sharded") as refused:
+        KFACOptimizer(model.parameters())
+    return str(refused.value)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("wrap_at", WRAPPED_AT.values(), ids=WRAPPED_AT)
-def test_a_wrapper_that_comes_later_is_found(wrap_at):
-    expected = train_wrapped_again(*batch(), network(), ())
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_wrapped_again, (folder, wrap_at), nprocs=WORLD)
-        results = [torch.load(Path(folder) / f"rank{r}.pt") for r in range(WORLD)]
-    for result in results:
-        for got, want in zip(result, expected, strict=True):
+def obligations(rank):
+    for name, run in RUNS.items():
+        yield ("run", name), functools.partial(wrapped_training, rank, *run)
+    for fisher_type in ("type-2", "empirical"):
+        yield (
+            ("micro-batches", fisher_type),
+            functools.partial(train_micro_batches, rank, fisher_type),
+        )
+    for name, wrap_at in WRAPPED_AT.items():
+        yield ("wrapped", name), functools.partial(wrapped_again, rank, wrap_at)
+    yield "sharded", functools.partial(sharded, rank)
+
+
+def assert_same(result, expected):
+    assert not isinstance(result, str), result
+    for tensors, wanted in zip(result, expected, strict=True):
+        for got, want in zip(tensors, wanted, strict=True):
             assert torch.allclose(got, want, atol=TOLERANCE)
 
 
-def test_sharded_parameters_are_refused():
-    from torch.distributed.fsdp import fully_shard
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_are_one_process(ranks, name):
+    model = network()
+    params = list(model.parameters())
+    expected = train(model, params, *batch(), RUNS[name][0])
+    for result in (r["run", name] for r in ranks):
+        assert_same(result, (params, expected))
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh("cpu", (1,))
-        model = network()
-        fully_shard(model, mesh=mesh)
-        with pytest.raises(ValueError, match=r"a parameter is sharded \(FSDP, DTensor\)"):
-            KFACOptimizer(model.parameters())
-    finally:
-        dist.destroy_process_group()
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
+def test_micro_batches_under_no_sync_are_one_batch_and_join_is_refused(ranks, fisher_type):
+    model = network()
+    params = list(model.parameters())
+    expected = train(model, params, *batch(), {"fisher_type": fisher_type})
+    for result in (r["micro-batches", fisher_type] for r in ranks):
+        assert_same(result, (params, expected))
+
+
+@pytest.mark.parametrize("name", WRAPPED_AT)
+def test_a_wrapper_that_comes_later_is_found(ranks, name):
+    expected = train_wrapped_again(*batch(), network(), ())
+    for result in (r["wrapped", name] for r in ranks):
+        assert not isinstance(result, str), result
+        assert_same([result], [expected])
+
+
+def test_sharded_parameters_are_refused(ranks):
+    for message in (r["sharded"] for r in ranks):
+        assert "a parameter is sharded (FSDP, DTensor)" in message

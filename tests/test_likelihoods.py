@@ -11,7 +11,7 @@ from kfacopt.optim.watch.loss_calls import recognise_call
 pytestmark = pytest.mark.usefixtures("float64")
 
 TOLERANCE = 1e-12
-MC_SAMPLES = 4000
+MC_SAMPLES = 1500
 MC_SIGMAS = 6.0
 
 

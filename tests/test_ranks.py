@@ -1,21 +1,19 @@
 """Two ranks on gloo: what wrappers, sharding and own averaging do to an optimizer.
 
-One pair of processes meets all obligations; each reports what it got, or the error that it raised.
+One pair of processes meets all obligations (`rank_pair`); each reports what it got, or the error
+that it raised.
 """
 
 import contextlib
 import copy
-import datetime
 import functools
 import re
-import tempfile
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from rank_pair import WORLD
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +24,7 @@ from kfacopt.linalg.kronecker import DecompositionError
 
 pytestmark = pytest.mark.slow
 
-WORLD, STEPS, TIME_LIMIT = 2, 4, datetime.timedelta(seconds=60)
+STEPS = 4
 TOLERANCE = 1e-10  # float64, a few steps with inverses of condition up to 1e3
 INTERVALS = {"factor_update_interval": 1, "inverse_update_interval": 2}
 SEEDS = 64
@@ -398,31 +396,6 @@ def obligations(rank):
         yield ("rounded", kind), functools.partial(rounded_otherwise, kind, rank)
     for name in REFUSALS:
         yield ("refusal", name), functools.partial(refusal, name, rank)
-
-
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, rank=rank, world_size=WORLD, timeout=TIME_LIMIT)
-    results = {}
-    try:
-        for name, obligation in obligations(rank):
-            try:
-                results[name] = obligation()
-            except Exception as error:  # the test that asks for it shows it
-                results[name] = f"{type(error).__name__}: {error}"
-            dist.barrier()
-        torch.save(results, f"{folder}/rank{rank}.pt")
-        dist.barrier()  # gloo aborts a rank that still talks to one that is gone
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (folder,), nprocs=WORLD)
-        return [torch.load(Path(folder) / f"rank{r}.pt", weights_only=False) for r in range(WORLD)]
 
 
 @functools.cache
