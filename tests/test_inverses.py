@@ -506,6 +506,26 @@ def test_neumann_sums_in_half_precision_keep_small_terms(dtype):
         assert ((x.double() / size * values - 1).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_neumann_judges_what_stands_above_its_round_off(dtype):
+    """A part of 8 % of the right-hand side is nine tenths of the solution that is missing."""
+    A, b = torch.tensor([1e-3, 1.0], dtype=dtype).diag(), torch.tensor([0.08, 1.0], dtype=dtype)
+    with pytest.warns(NeumannConvergenceWarning, match="are missing"):
+        NeumannInverseLinearOperator(A) @ b
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_neumann_takes_round_off_in_a_null_space_for_what_it_is(dtype):
+    """A is singular, b in its range: the sum is near the solution there, whatever rounding adds."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64, generator=generator)).Q
+        values = torch.cat([torch.linspace(0.2, 1.4, 8), torch.zeros(12)]).double()
+        A = basis * values @ basis.T
+        b = A @ torch.randn(20, dtype=torch.float64, generator=generator)
+        NeumannInverseLinearOperator(A.to(dtype)) @ b.to(dtype)  # warnings are errors
+
+
 def test_neumann_results_beyond_the_dtype_are_named():
     A = torch.tensor([1.0, 2.0**-10], dtype=torch.float16).diag()
     with pytest.raises(ValueError, match=r"too large for torch\.float16"):

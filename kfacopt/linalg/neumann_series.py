@@ -45,15 +45,23 @@ def neumann_series(
     if check_nan and not bool(X.isfinite().all()):
         raise ValueError("x has NaN or infinite entries; A⁻¹ x is not defined.")
     previous, term, total = X, X, X.clone()
+    checked = check_nan and num_terms > 0 and X.numel() > 0
+    unit = X.abs().amax(0) if checked else X
+    unit = torch.where(unit > 0, unit, 1.0)
+    length = (X / unit).norm(dim=0) if checked else X
+    start = length
     for k in range(1, num_terms + 1):
         previous, term = term, term - scale * multiply(term)
         total += term
         if check_nan and not bool(term.isfinite().all()):
             _raise_diverged(f"term {k} has NaN or infinite entries", scale)
-    if check_nan and num_terms > 0 and X.numel() > 0:
+        if checked:
+            length = length + (term / unit).norm(dim=0)
+    if checked:
         terms = _LastTerms.of(X, previous, term, total)
         _check_growth(terms, scale, dtype)
-        _check_distance(terms, num_terms, scale, dtype)
+        relative = (length / torch.where(start > 0, start, 1.0)).to("cpu", torch.float64)
+        _check_distance(terms, torch.finfo(dtype).eps * relative, num_terms, scale)
     return scale * total
 
 
@@ -116,19 +124,19 @@ def _check_growth(terms: _LastTerms, scale: float, dtype: torch.dtype) -> None:
         _raise_diverged("its terms only change their sign", scale)
 
 
-def _check_distance(terms: _LastTerms, num_terms: int, scale: float, dtype: torch.dtype) -> None:
+def _check_distance(terms: _LastTerms, noise: Tensor, num_terms: int, scale: float) -> None:
     """Warn if what is left out is not small against the sum.
 
     If the last terms lie where I − αA has the eigenvalues ±q, (t_K + q t_{K−1}) / 2 is the part of
     +q, and what follows adds up to q / (1 − q) times it; the rest alternates, to q / (1 + q) times
-    it. For a symmetric A, q grows with K: more may be missing. Round-off leaves up to (K + 1) eps
-    in directions that A does not reach; of them nothing can be said.
+    it. For a symmetric A, q grows with K: more may be missing. Round-off leaves up to eps Σ ‖t_k‖,
+    the noise, in directions that A does not reach; of them nothing can be said.
     """
     factor = terms.factor.clamp(max=1 - torch.finfo(torch.float64).eps)
     along = terms.share * ((1 + terms.cosine) / 2).clamp(0, 1).sqrt()
     against = terms.share * ((1 - terms.cosine) / 2).clamp(0, 1).sqrt()
     left_out = along * factor / (1 - factor) + against * factor / (1 + factor)
-    known = terms.share > min((num_terms + 1) * torch.finfo(dtype).eps, NEAR)
+    known = terms.share > noise.clamp(max=NEAR)
     missing = torch.where(known, left_out / (left_out + terms.sum_share), 0.0)
     far = missing > NEAR
     if not bool(far.any()):
