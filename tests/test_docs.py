@@ -1,7 +1,11 @@
-"""docs/faults.md names tests that exist."""
+"""Pages name what exists: tests, files, functions, settings."""
 
+import inspect
 import re
 from pathlib import Path
+
+from kfacopt import KFACOptimizer
+from kfacopt.optim.settings import GROUP_SETTINGS, WHOLE_SETTINGS
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "faults.md").read_text()
@@ -28,3 +32,10 @@ def test_architecture_names_files_and_functions_that_exist():
     names = {name for found in re.findall(r"`([A-Za-z_.]+)`", page) for name in found.split(".")}
     names -= {"step", "kfacopt", "grad", ""}
     assert {n for n in names if not re.search(rf"\b{n}\b", source)} == set()
+
+
+def test_the_table_of_settings_is_that_of_the_constructor_and_its_docs():
+    signature = inspect.signature(KFACOptimizer).parameters
+    assert {*GROUP_SETTINGS, *WHOLE_SETTINGS} == set(signature) - {"params"}
+    may_set = re.search(r"Groups\s+may set (.*?)\.\s", KFACOptimizer.__doc__, re.DOTALL).group(1)
+    assert set(re.findall(r"`(\w+)`", may_set)) == set(GROUP_SETTINGS)
