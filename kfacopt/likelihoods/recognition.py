@@ -1,4 +1,4 @@
-"""From loss modules of `torch.nn` to likelihoods; calls of functions are recognised in `optim`."""
+"""From `nn` loss modules to likelihoods; calls of functions are in `optim.watch.loss_calls`."""
 
 from __future__ import annotations
 

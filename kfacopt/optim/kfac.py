@@ -1,4 +1,4 @@
-"""The K-FAC optimizer: who has what, and the order of a step. What happens is in the rooms."""
+"""The K-FAC optimizer: the order of a step, and which are skipped (NaN); the rest is in rooms."""
 
 from __future__ import annotations
 
