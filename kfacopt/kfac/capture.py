@@ -170,40 +170,52 @@ class WouldBePass:
     comes behind, unless it is kept: a pass of its own to all outputs would hold all of them.
 
     Args:
-        output: z, with its graph.
+        outputs: z with its graph, or the gradient edges of several tensors z.
         uses: The uses of layers in that graph.
     """
 
-    def __init__(self, output: Tensor, uses: Sequence[LayerUse]) -> None:
+    def __init__(self, outputs: Tensor | Sequence[GradientEdge], uses: Sequence[LayerUse]) -> None:
         self._by_node: dict[Any, list[LayerUse]] = {}
         for use in uses:
             self._by_node.setdefault(use.edge.node, []).append(use)
         self._passed = _above_others(self._by_node)
         self._ends = [use for use in uses if use.edge.node not in self._passed]
-        if self._ends:  # else there is nothing to arrive at
+        self._roots: Sequence[Tensor | GradientEdge] = ()
+        if isinstance(outputs, Tensor) and self._ends:  # else there is nothing to arrive at
             with torch.enable_grad():
-                self._root = output.view_as(output)  # only these passes go through its node
+                root = outputs.view_as(outputs)  # only these passes go through its node
+            self._roots, self._starts = [root], [get_gradient_edge(root).node]
+        elif self._ends:
+            self._roots = list(outputs)
+            self._starts = list(dict.fromkeys(edge.node for edge in outputs))
 
-    def run(self, vector: Tensor, consume: Callable[[LayerUse, Tensor], object]) -> None:
+    def run(
+        self,
+        vector: Tensor | Sequence[Tensor | None],
+        consume: Callable[[LayerUse, Tensor], object],
+    ) -> None:
         """Backpropagate a vector.
 
         Args:
-            vector: v, `[*z.shape]`.
+            vector: v, `[*z.shape]`; for several tensors z one each, `None` for 0.
             consume: Gets each use that z depends on, and the gradient by its output.
         """
-        if not self._ends:
+        vectors = [vector] if isinstance(vector, Tensor) else vector
+        pairs = [(r, v) for r, v in zip(self._roots, vectors, strict=False) if v is not None]
+        if not pairs:
             return
         own = _OwnTask()
-        handles = [
+        handles = [node.register_prehook(own.start) for node in self._starts]
+        handles += [
             node.register_prehook(_handing_over(own, self._by_node[node], consume))
             for node in self._passed
         ]
-        handles.append(get_gradient_edge(self._root).node.register_prehook(own.start))
         try:
-            with _would_be_pass():
+            with would_be_pass():
                 edges = [use.edge for use in self._ends]
                 options = {"retain_graph": True, "allow_unused": True}
-                grads = torch.autograd.grad(self._root, edges, vector, **options)
+                roots, given = zip(*pairs, strict=True)
+                grads = torch.autograd.grad(roots, edges, given, **options)
         finally:
             for handle in handles:
                 handle.remove()
@@ -219,8 +231,9 @@ class _OwnTask:
         self._number = -1
 
     def start(self, _: Any) -> None:
-        """Take note that the pass has begun."""
-        self._number = torch._C._current_graph_task_id()
+        """Take note that the pass has begun, when it arrives first at where it starts."""
+        if self._number == -1:
+            self._number = torch._C._current_graph_task_id()
 
     def runs(self) -> bool:
         """Tell whether it is the one that calls."""
@@ -272,7 +285,8 @@ _would_be_depth = 0
 
 
 @contextmanager
-def _would_be_pass() -> Iterator[None]:
+def would_be_pass() -> Iterator[None]:
+    """Let hooks know that backward passes within are ours."""
     global _would_be_depth
     _would_be_depth += 1
     try:

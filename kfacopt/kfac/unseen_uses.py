@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Parameter
 from torch.utils.checkpoint import CheckpointFunction
 
-from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer
+from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
 _ROUND_OFFS = 16
 
 
 def unseen_parameters(
-    outputs: Iterable[Tensor], uses: Iterable[LayerUse], params: Iterable[Parameter]
+    outputs: Iterable[GradientEdge], uses: Iterable[LayerUse], params: Iterable[Parameter]
 ) -> list[Parameter]:
     """Return those of some parameters that outputs depend on past the recorded uses of layers.
 
@@ -32,7 +33,7 @@ def unseen_parameters(
     a parameter that it uses is returned, and `is_undercounted` tells.
 
     Args:
-        outputs: Tensors with their graphs, for instance z, or a loss.
+        outputs: Gradient edges, for instance of z, or of a loss.
         uses: The uses of layers that were recorded in these graphs.
         params: The parameters to look for.
 
@@ -43,7 +44,7 @@ def unseen_parameters(
     return [p for p in params if id(p) in found]
 
 
-def _nodes_past(outputs: Iterable[Tensor], uses: Iterable[LayerUse]) -> set[Any]:
+def _nodes_past(outputs: Iterable[GradientEdge], uses: Iterable[LayerUse]) -> set[Any]:
     """Return the nodes of graphs; from the output of a use the walk goes on at its input."""
     behind: dict[Any, list[Any]] = {}  # from the node of a use's output to that of its input
     for use in uses:
@@ -51,7 +52,7 @@ def _nodes_past(outputs: Iterable[Tensor], uses: Iterable[LayerUse]) -> set[Any]
             behind.setdefault(use.edge.node, [])
             if use.input_edge is not None:
                 behind[use.edge.node].append(use.input_edge.node)
-    waiting: list[Any] = [z.grad_fn for z in outputs if z.grad_fn is not None]
+    waiting: list[Any] = list(dict.fromkeys(edge.node for edge in outputs))
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
@@ -65,7 +66,12 @@ def _nodes_past(outputs: Iterable[Tensor], uses: Iterable[LayerUse]) -> set[Any]
     return seen
 
 
-def is_undercounted(output: Tensor, uses: Sequence[LayerUse], param: Parameter) -> bool:
+def is_undercounted(
+    outputs: Sequence[GradientEdge],
+    values: Sequence[Tensor],
+    uses: Sequence[LayerUse],
+    param: Parameter,
+) -> bool:
     """Tell whether recorded uses explain less, or more, than the whole derivative by a parameter.
 
     The vector-Jacobian product of a random vector is compared with the sum of g aᵀ over the
@@ -73,16 +79,18 @@ def is_undercounted(output: Tensor, uses: Sequence[LayerUse], param: Parameter) 
     path may have been seen by compiled code's hooks, or count nothing (`z + 0 * weight.sum()`).
 
     Args:
-        output: z with its graph, which stays alive.
+        outputs: The gradient edges of tensors z, whose graph stays alive.
+        values: A tensor of the shape and dtype of each z.
         uses: The uses of layers that were recorded in this graph.
         param: A weight or bias of these layers, or any other.
     """
-    draws = torch.randn(output.shape, generator=Generator().manual_seed(0), dtype=torch.float64)
-    vector = draws.to(output)
+    draws = Generator().manual_seed(0)
+    vectors = [torch.randn(z.shape, generator=draws, dtype=torch.float64).to(z) for z in values]
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    (whole,) = torch.autograd.grad(output, [param], vector, **options)
+    with would_be_pass():
+        (whole,) = torch.autograd.grad(outputs, [param], vectors, **options)
     arrived: dict[LayerUse, Tensor] = {}
-    WouldBePass(output, uses).run(vector, arrived.__setitem__)
+    WouldBePass(outputs, uses).run(vectors, arrived.__setitem__)
     wide = torch.promote_types(param.dtype, torch.float32)
     explained, bound, rows = torch.zeros_like(whole, dtype=wide), whole.abs().to(wide), 1
     for layer, own in group_by_layer(arrived).items():
@@ -98,7 +106,7 @@ def is_undercounted(output: Tensor, uses: Sequence[LayerUse], param: Parameter) 
             for total, left, right in ((explained, g, a), (bound, g.abs(), a.abs())):
                 product = torch.einsum("bnso,bnsi->boi", left, right)
                 total += layer.family.from_matrix(product, param.shape)
-    dtypes = {output.dtype, param.dtype, *(g.dtype for g in arrived.values())}
+    dtypes = {*(z.dtype for z in values), param.dtype, *(g.dtype for g in arrived.values())}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)  # autocast's, too
     return not bool(((whole - explained).abs() <= _ROUND_OFFS * eps * rows**0.5 * bound).all())
 
@@ -118,15 +126,14 @@ def refuse_unseen_uses(
         NotImplementedError: It names the parameters, and the ways out; also for activation
             checkpointing with reentry, whose parts are not in the graph.
     """
-    if any(
-        getattr(n, "_forward_cls", None) is CheckpointFunction for n in _nodes_past([output], [])
-    ):
+    edges = [get_gradient_edge(output)] if output.requires_grad else []
+    if any(getattr(n, "_forward_cls", None) is CheckpointFunction for n in _nodes_past(edges, [])):
         raise NotImplementedError(
             "model_func: activation checkpointing with use_reentrant=True hides layers from "
             "derivatives; checkpoint with use_reentrant=False."
         )
-    unseen = unseen_parameters([output], uses, params)
-    missing = {id(p) for p in unseen if is_undercounted(output, uses, p)}
+    unseen = unseen_parameters(edges, uses, params)
+    missing = {id(p) for p in unseen if is_undercounted(edges, [output], uses, p)}
     if missing:
         named = model.named_parameters()
         names = ", ".join(repr(name) for name, p in named if id(p) in missing)

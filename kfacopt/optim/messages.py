@@ -78,6 +78,11 @@ def log_new_layer(layer: Layer) -> None:
     logger.info("layer %r is new since the forward pass; AdamW makes its first step", layer.name)
 
 
+def log_objective(title: str, curvature: str) -> None:
+    """Log which curvature is used for an objective."""
+    logger.info("objective %s: %s", title, curvature)
+
+
 def stale_factors(layer: Layer) -> str:
     """Say that a layer's curvature is no longer captured."""
     return (
@@ -145,14 +150,6 @@ def unwrapped_averaging() -> str:
     )
 
 
-def ignored_losses(names: set[str]) -> str:
-    """Say which terms of the objective have no curvature that is known."""
-    return (
-        f"the objective contains {', '.join(sorted(names))}, whose curvature is not known: it "
-        "counts by its gradient alone."
-    )
-
-
 def skipped_step(names: Sequence[str]) -> str:
     """Say that a step was skipped, as the gradients of parameters are not finite."""
     return (
@@ -169,12 +166,11 @@ def without_layers() -> str:
     )
 
 
-def missing_statistics(forward_seen: bool, unknown_losses: set[str]) -> str:
+def missing_statistics(forward_seen: bool) -> str:
     """Say why there are gradients but no statistics, and the way out.
 
     Args:
         forward_seen: Whether a forward pass went through the hooks.
-        unknown_losses: Loss functions that were called but are not known.
     """
     if not forward_seen:
         return (
@@ -183,9 +179,9 @@ def missing_statistics(forward_seen: bool, unknown_losses: set[str]) -> str:
             "with model=; if the model was compiled and called before the optimizer was made, "
             "call torch._dynamo.reset()."
         )
-    seen = f" ({', '.join(sorted(unknown_losses))} is not known)" if unknown_losses else ""
     return (
-        f"no loss was recognised on the model's output{seen}. Use cross_entropy, mse_loss, "
-        "binary_cross_entropy_with_logits or nll_loss from torch.nn (or its functional), or say "
-        "with loss_func= what the loss at the model's output is."
+        "no backward pass from the model's outputs was seen: the loss is computed from tensors in "
+        "objects that are no containers of torch's pytrees, dataclasses or tensors, in another "
+        "thread, or from detached outputs. Return the outputs in a tuple, dict or dataclass, or "
+        "say with loss_func= what the loss at the model's output is."
     )

@@ -42,33 +42,31 @@ def take_pending(
             optimizers differ.
     """
     watch, statistics = connection.watch, connection.statistics
-    forward_seen, used, unknown = watch.forward_seen, watch.used, watch.unknown_losses
-    ignored, reached = watch.unknown_objectives, statistics.reached
+    forward_seen, used, reached = watch.forward_seen, watch.used, statistics.reached
+    loss_scale = calling_loss_scale()
     exchanged, group = statistics.exchange.noticed(), ranks.group(params)
-    pending = statistics.finish()
+    pending = statistics.finish(loss_scale)
     watch.forget()
     if group is not None:
         ranks.refuse_different(params, curvature.layers, settings, step)
         pending = average_moments(pending, curvature.layers, settings.curvature.form, group)
     elif exchanged:
         notices.warn("exchanged", messages.unwrapped_averaging())
-    if pending and ignored and settings.curvature.likelihood is None:
-        notices.warn("ignored-loss", messages.ignored_losses(ignored))
     due = settings.schedule.factors_due(step)
     for layer in reached if pending and due else ():
         if layer not in pending and curvature.has_statistics(layer):
             notices.warn(f"stale {layer.name}", messages.stale_factors(layer))
     if not pending and not statistics.undercounted and (used or not forward_seen):
-        _report_missing(curvature, messages.missing_statistics(forward_seen, unknown), notices)
+        _report_missing(curvature, messages.missing_statistics(forward_seen), notices)
     if not due:  # here for new layers alone
         pending = {la: m for la, m in pending.items() if not curvature.has_statistics(la)}
     interval = 1 if settings.steps.tuned else settings.schedule.factor_update_interval
     cause = messages.uncompiled_cause(watch.uncompiled, interval)
     if cause is not None:
         notices.warn("uncompiled", cause)
-    loss_scale = calling_loss_scale() ** settings.curvature.loss_scale_power
+    factor = loss_scale**settings.curvature.loss_scale_power
     for moments in pending.values():
-        moments.scale_curvature(1 / loss_scale)
+        moments.scale_curvature(1 / factor)
     return pending
 
 

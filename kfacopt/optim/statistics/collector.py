@@ -13,21 +13,25 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfacopt.kfac.capture import LayerUse, group_by_layer, in_would_be_pass
+from kfacopt.kfac.capture import LayerUse, group_by_layer, in_would_be_pass, loss_vectors
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.kfac.unseen_uses import is_undercounted, unseen_parameters
 from kfacopt.likelihoods import UnsupportedLossError, widened
+from kfacopt.optim.messages import log_objective
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.statistics.backward_pass import CandidateMoments
 from kfacopt.optim.statistics.empirical import EmpiricalPass
 from kfacopt.optim.statistics.label_draws import LabelDraws, Mark, rewind
 from kfacopt.optim.statistics.moments import Moments
+from kfacopt.optim.statistics.objectives import FoundCurvature, curvature_of, unseen_objective
 from kfacopt.optim.statistics.would_be import count_would_be
+from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
 from kfacopt.optim.watch.gradient_exchange import ExchangeWatch
 from kfacopt.optim.watch.loss_calls import LossCall
-from kfacopt.optim.watch.probed_tensors import ForwardPass
+from kfacopt.optim.watch.objectives import Objective
 from kfacopt.optim.watch.recorded_calls import LossOrigin, ObjectiveTerm
 from kfacopt.optim.watch.wrappers import bookkeeping_kept
 
@@ -49,6 +53,7 @@ class Statistics:
         exchange: As above.
         undercounted: The layers whose parameters a loss of the last step with statistics depends on
             in other ways, too, than by calls of their modules. They got no statistics from it.
+        objectives: What was differentiated so far, and which curvature was used for it.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Statistics:
         self._labels_of_step: Mark | None = None
         self._labels_of_task: Mark | None = None
         self._confirmed = False
+        self.objectives: dict[str, str] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -76,6 +82,7 @@ class Statistics:
         rewind(self._labels_of_step)
         self._labels_of_step = None
         self._pending: dict[Layer, Moments] = {}
+        self._pending_squares: dict[Layer, Moments] = {}
         self.reached: set[Layer] = set()
         self._also_used_otherwise: set[Layer] = set()
         self._objective: list[ObjectiveTerm] = []
@@ -89,53 +96,105 @@ class Statistics:
             self._objective += self._candidate_terms
         self._task, self._confirmed = task, False
         self._candidate_terms: list[ObjectiveTerm] = []
-        self._candidates = CandidateMoments(self._settings, self._labels.generator(), self.bases)
+        drawn = (self._settings, self._labels.generator(), self.bases)
+        self._candidates = CandidateMoments(*drawn)
+        self._candidate_squares = CandidateMoments(*drawn)  # of whole objectives' gradients
         self._empirical: list[EmpiricalPass] = []
+
+    def _begin_task(self) -> None:
+        """Take note of the user's backward pass that runs, where it is a new one."""
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self._start_task(task)
+        self._drop_what_was_reset()
+        if self.collecting:
+            self.exchange.backward_begins()
 
     def arrive_at_loss(
         self, call: LossCall, passes: list[ForwardPass], upstream: Tensor, origin: LossOrigin | None
     ) -> None:
         """Collect moments; see `LossReceiver`."""
-        task = torch._C._current_graph_task_id()
-        begins = task != self._task
-        if begins:
-            self._start_task(task)
-            self._drop_what_was_reset()
+        self._begin_task()
         if self.collecting:
-            if begins:
-                self.exchange.backward_begins()
-            self._look_for_other_uses(call.output, [use for p in passes for use in p.uses])
+            edges = [get_gradient_edge(call.output)]
+            self._look_for_other_uses(edges, [call.output], passes)
+            self._report(type(call.likelihood).__name__, "known")
             if self._settings.fisher_type == "empirical":
                 self._collect_empirical(call, passes, upstream)
             else:
-                terms = call.likelihood.num_terms(widened(call.output), call.target)
-                drawn = (self._settings, self._labels.generator(), terms, self._share(terms))
-                count_would_be(self._candidates, call, passes, upstream, *drawn)
+                with bookkeeping_kept(edges):
+                    self._count_known(call, passes, upstream)
         if origin is not None:
             self._candidate_terms.append(ObjectiveTerm(origin, call.output.detach(), upstream))
+
+    def _count_known(self, call: LossCall, passes: list[ForwardPass], upstream: Tensor) -> None:
+        likelihood, z = call.likelihood, widened(call.output)
+        terms = likelihood.num_terms(z, call.target)
+        weights = likelihood.curvature_weights(z, call.target, upstream)
+        sampling = (self._settings.fisher_type, self._settings.mc_samples)
+        drawn = loss_vectors(likelihood, z, weights, *sampling, self._labels.generator())
+        vectors = (vector.to(call.output.dtype) for vector in drawn)
+        args = (call.output, vectors, passes, terms, self._share(terms))
+        count_would_be(self._candidates, *args)
+
+    def arrive_at_objective(self, objective: Objective, upstream: Tensor) -> None:
+        """Collect moments of what is no known loss; see `LossReceiver`."""
+        self._begin_task()
+        if not (self.collecting and any(p.uses for p in objective.passes)):
+            return
+        with bookkeeping_kept([objective.edge]):
+            found = curvature_of(objective, upstream, self._settings)
+        if found is not None:
+            self._count_found(found, objective.passes)
+
+    def arrive_at_output(
+        self, output: ModelOutput, passes: list[ForwardPass], gradient: Tensor
+    ) -> None:
+        """Collect moments of an objective that was not seen; see `LossReceiver`."""
+        if torch._C._current_graph_task_id() == self._task:
+            return
+        self._begin_task()
+        if self.collecting and any(p.uses for p in passes):
+            self._count_found(unseen_objective(output, gradient), passes)
+
+    def _count_found(self, found: FoundCurvature, passes: list[ForwardPass]) -> None:
+        self._report(found.piece.title, found.description())
+        edges, generator = found.edges, self._labels.generator()
+        self._look_for_other_uses(edges, found.gradients, passes)
+        with bookkeeping_kept(edges):
+            for empirical in (False, True):
+                vectors = found.vectors(empirical, self._settings, generator)
+                where = self._candidate_squares if empirical else self._candidates
+                count_would_be(where, edges, vectors, passes, found.terms)
 
     def _drop_what_was_reset(self) -> None:
         """Forget the statistics of gradients that others than `zero_grad` reset.
 
         `model.zero_grad()`, for instance, after a step that a GradScaler skipped.
         """
-        kept = self._accumulated_in(self._layers) if self._pending or self._objective else set()
+        waiting = self._pending or self._pending_squares or self._objective
+        kept = self._accumulated_in(self._layers) if waiting else set()
         self._pending = {la: m for la, m in self._pending.items() if la in kept}
-        if not self._pending:
+        self._pending_squares = {la: m for la, m in self._pending_squares.items() if la in kept}
+        if not (self._pending or self._pending_squares):
             rewind(self._labels_of_step)
             self._labels_of_step = self._labels.mark()
         self._labels_of_task = self._labels.mark()
         if not kept:
             self._objective, self.reached = [], set()
 
-    def _look_for_other_uses(self, output: Tensor, uses: list[LayerUse]) -> None:
+    def _look_for_other_uses(
+        self, edges: list[GradientEdge], values: Sequence[Tensor], passes: list[ForwardPass]
+    ) -> None:
         """Take note of the layers whose factors would lack uses that no hook saw."""
+        uses = [use for p in passes for use in p.uses]
         params = {
             p: la for la in group_by_layer(uses) for p in (la.weight, la.bias) if p is not None
         }
-        unseen = unseen_parameters([output], uses, params)
-        with bookkeeping_kept(output) if unseen else nullcontext():
-            own = {params[p] for p in unseen if is_undercounted(output, uses, p)}
+        unseen = unseen_parameters(edges, uses, params)
+        with bookkeeping_kept(edges) if unseen else nullcontext():
+            own = {params[p] for p in unseen if is_undercounted(edges, values, uses, p)}
         self._also_used_otherwise |= own
 
     @staticmethod
@@ -207,10 +266,14 @@ class Statistics:
         self.exchange.accumulated(layer.anchor)
         for entry in self._empirical:  # uses of the layer that no gradient reached are left out
             self._fold_empirical(entry, layer)
-        candidate = self._candidates.by_layer.pop(layer, None)
-        if candidate is not None:
-            self._labels_of_task = None
-            self._pending.setdefault(layer, Moments()).add(candidate)
+        for candidates, pending in (
+            (self._candidates, self._pending),
+            (self._candidate_squares, self._pending_squares),
+        ):
+            candidate = candidates.by_layer.pop(layer, None)
+            if candidate is not None:
+                self._labels_of_task = None
+                pending.setdefault(layer, Moments()).add(candidate)
 
     def objective(self) -> list[ObjectiveTerm]:
         """Return the losses whose gradients have been accumulated since the last step."""
@@ -218,18 +281,33 @@ class Statistics:
             return [*self._objective, *self._candidate_terms]
         return list(self._objective)
 
-    def finish(self) -> dict[Layer, Moments]:
+    def finish(self, loss_scale: float) -> dict[Layer, Moments]:
         """Return what was collected since the last step, and forget it.
 
         Where no gradient was accumulated at all, the last backward pass counts: the gradients come
         from `torch.autograd.grad`.
+
+        The empirical Fisher of an objective L = 1/N Σ_n ℓ_n is N Σ_n ∇L_n ∇L_nᵀ, ∇L_n = ∇ℓ_n / N,
+        with N the data of all backward passes since the last step.
+
+        Args:
+            loss_scale: What a `GradScaler` multiplied the objective with.
         """
-        pending = self._pending or self._candidates.by_layer
+        accumulated = bool(self._pending or self._pending_squares)
+        pending, squares = self._pending, self._pending_squares
+        if not accumulated:
+            pending, squares = self._candidates.by_layer, self._candidate_squares.by_layer
+        for layer, moments in squares.items():
+            moments.scale_curvature(moments.terms / loss_scale)
+            known = pending.setdefault(layer, Moments())
+            terms = max(known.terms, moments.terms, key=float)
+            known.add(moments)
+            known.terms = terms
         self.undercounted = self._also_used_otherwise
         pending = {la: m for la, m in pending.items() if la not in self.undercounted}
         if pending:
             self._labels_of_step = None
-        if not self._pending:  # else a task that was not confirmed gives its labels back
+        if not accumulated:  # else a task that was not confirmed gives its labels back
             self._labels_of_task = None
         likelihood = self._settings.likelihood
         if likelihood is not None and likelihood.reduction == "mean":
@@ -237,3 +315,9 @@ class Statistics:
                 moments.scale_curvature(1 / moments.terms)
         self.clear()
         return pending
+
+    def _report(self, title: str, description: str) -> None:
+        """Take note of an objective and its curvature, and log where that is new."""
+        if self.objectives.get(title) != description:
+            self.objectives[title] = description
+            log_objective(title, description)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfacopt.kfac.capture import LayerUse, group_by_layer
 from kfacopt.kfac.layers import Layer
-from kfacopt.optim.watch.probed_tensors import ForwardPass
+from kfacopt.optim.watch.forward_pass import ForwardPass
 
 
 class EmpiricalPass:

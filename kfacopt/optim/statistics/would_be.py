@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from torch import Generator, Tensor
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, loss_vectors
-from kfacopt.likelihoods import widened
-from kfacopt.optim.settings import CurvatureSettings
+from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer
 from kfacopt.optim.statistics.backward_pass import CandidateMoments
-from kfacopt.optim.watch.loss_calls import LossCall
-from kfacopt.optim.watch.probed_tensors import ForwardPass
-from kfacopt.optim.watch.wrappers import bookkeeping_kept
+from kfacopt.optim.watch.forward_pass import ForwardPass
 
 
 def count_would_be(
     candidates: CandidateMoments,
-    call: LossCall,
+    outputs: Tensor | Sequence[GradientEdge],
+    vectors: Iterable[Tensor | Sequence[Tensor | None]],
     passes: Sequence[ForwardPass],
-    upstream: Tensor,
-    settings: CurvatureSettings,
-    generator: Generator,
     terms: Tensor,
-    share: Tensor | float,
+    share: Tensor | float = 1.0,
 ) -> None:
     """Count the gradients of a loss with drawn labels, or of its Hessian's columns.
 
@@ -31,18 +26,13 @@ def count_would_be(
 
     Args:
         candidates: Where they are counted.
-        call: What the loss means.
-        passes: The forward passes that it depends on.
-        upstream: The derivative of the objective by the loss.
-        settings: Which curvature is collected.
-        generator: Draws labels.
+        outputs: z with its graph, or the gradient edges of several tensors z.
+        vectors: v with Σ v vᵀ the curvature at z; see `WouldBePass.run`.
+        passes: The forward passes that the loss depends on.
         terms: The loss's number of terms.
         share: What their G counts.
     """
-    likelihood, z = call.likelihood, widened(call.output)
     uses = [use for p in passes for use in p.uses]
-    weights = likelihood.curvature_weights(z, call.target, upstream)
-    sampling = (settings.fisher_type, settings.mc_samples, generator)
     # A layer's uses in one forward pass count together.
     groups = [own for p in passes for own in group_by_layer(p.uses).values()]
     group_of = {use: number for number, own in enumerate(groups) for use in own}
@@ -61,12 +51,11 @@ def count_would_be(
         if len(arrived[number]) == len(groups[number]):
             count(number)
 
-    backward = WouldBePass(call.output, uses)
-    with bookkeeping_kept(call.output):
-        for vector in loss_vectors(likelihood, z, weights, *sampling):
-            backward.run(vector.to(call.output.dtype), take)
-            for number in list(arrived):  # other uses of these layers were not reached
-                count(number)
+    backward = WouldBePass(outputs, uses)
+    for vector in vectors:
+        backward.run(vector, take)
+        for number in list(arrived):  # other uses of these layers were not reached
+            count(number)
     for p in passes:
         candidates.count_inputs([u for u in p.uses if u in reached])
     for layer in group_by_layer(u for u in uses if u in reached):

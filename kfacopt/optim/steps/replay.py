@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from kfacopt.data import evaluation
-from kfacopt.optim.watch.loss_calls import LOSS_FUNCTIONS, LossCall, recognise_call
+from kfacopt.optim.watch.loss_calls import KNOWN_LOSSES, LossCall, recognise_call
 from kfacopt.optim.watch.recorded_calls import (
     Call,
     ObjectiveTerm,
@@ -70,7 +70,7 @@ class CallRecorder(TorchFunctionMode):
         """Call `func` and keep it if it is a loss."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in LOSS_FUNCTIONS:
+        if func in KNOWN_LOSSES:
             self.calls.append((func, args, kwargs, result))
         return result
 
@@ -150,7 +150,6 @@ def _replayed_term(
 ) -> ReplayedTerm:
     function, args, kwargs, value = losses[term.origin.ordinal or 0]
     call = recognise_call(function, args, kwargs)
-    assert call is not None
     contribution = (value * term.upstream.to(value.dtype)).sum()
     return ReplayedTerm(call, contribution, term.upstream)
 

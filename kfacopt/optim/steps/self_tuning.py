@@ -131,7 +131,7 @@ def objective_of(
         RuntimeError: If there are no losses.
     """
     if not terms:
-        raise RuntimeError(f"KFACOptimizer: {missing_statistics(True, set())}")
+        raise RuntimeError(f"KFACOptimizer: {missing_statistics(True)}")
     again = None
     if closure is not None:
         again = closure_loss(closure, loss, params, terms, over_ranks)

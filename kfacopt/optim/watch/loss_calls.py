@@ -73,7 +73,7 @@ def _bernoulli_call(arguments: dict[str, Any]) -> LossCall:
     return LossCall(checked(likelihood), arguments["input"], arguments["target"])
 
 
-_SIGNATURES: dict[Callable[..., Any], inspect.Signature] = {
+KNOWN_LOSSES: dict[Callable[..., Any], inspect.Signature] = {
     function: inspect.signature(function)
     for function in (F.cross_entropy, F.nll_loss, F.mse_loss, F.binary_cross_entropy_with_logits)
 }
@@ -81,33 +81,21 @@ _SIGNATURES: dict[Callable[..., Any], inspect.Signature] = {
 
 def recognise_call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LossCall | None:
-    """Return what a call of a torch function means as a loss, or `None` if it is not a known one.
+) -> LossCall:
+    """Return what a call of a known loss means.
 
     Args:
-        function: Any function of torch, for instance `torch.nn.functional.cross_entropy`.
+        function: One of `KNOWN_LOSSES`.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
 
     Raises:
         UnsupportedLossError: If the loss is known but an option of it is not supported.
     """
-    signature = _SIGNATURES.get(function)
-    if signature is None:
-        return None
-    bound = signature.bind(*args, **kwargs)
+    bound = KNOWN_LOSSES[function].bind(*args, **kwargs)
     bound.apply_defaults()
     if function is F.mse_loss:
         return _squared_error_call(bound.arguments)
     if function is F.binary_cross_entropy_with_logits:
         return _bernoulli_call(bound.arguments)
     return _categorical_call(function.__name__, bound.arguments)
-
-
-def _is_loss_name(name: str) -> bool:
-    others = {"cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div"}
-    return name in others or (name.endswith("_loss") and not name.startswith("_"))
-
-
-# All of torch's loss functions, known or not.
-LOSS_FUNCTIONS = {getattr(F, name) for name in dir(F) if _is_loss_name(name)}

@@ -11,89 +11,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from kfacopt.kfac.capture import LayerUse
 from kfacopt.likelihoods import UnsupportedLossError
-from kfacopt.optim.watch.compilation import EAGER_SPELL
-from kfacopt.optim.watch.loss_calls import LOSS_FUNCTIONS, LossCall, recognise_call
+from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput, PassObserver
+from kfacopt.optim.watch.loss_calls import KNOWN_LOSSES, recognise_call
 from kfacopt.optim.watch.recorded_calls import Call, LossOrigin, Source, Surroundings
-
-
-class PassObserver(Protocol):
-    """Whoever wants to know about losses."""
-
-    def observe_loss(
-        self,
-        call: LossCall | UnsupportedLossError,
-        loss: Tensor,
-        passes: list[ForwardPass],
-        origin: LossOrigin | None,
-    ) -> None:
-        """Take note of a recognised loss on the outputs of forward passes.
-
-        Args:
-            call: What the loss means.
-            loss: Its value.
-            passes: The forward passes.
-            origin: Where it was computed, if calls are recorded.
-        """
-
-    def observe_unknown_loss(self, name: str, loss: Tensor) -> None:
-        """Take note of a call of a loss function that is not known."""
-
-
-class ForwardPass:
-    """One call of an outermost module: the layers that it used.
-
-    It is referred to by the outputs and the loss's graph alone and goes away with them. Until then,
-    or until it is closed, compiled code runs eagerly.
-
-    Attributes:
-        uses: The uses of layers, in order.
-        consumed: Whether its output became the input of another outermost module.
-        call: The call, recorded for a replay; `None` where nothing is recorded.
-    """
-
-    def __init__(self, observer: PassObserver, call: Call | None = None) -> None:
-        """Start without any use."""
-        # Weak: an output that is kept must not keep a deleted optimizer at work.
-        self._observer = weakref.ref(observer)
-        self.uses: list[LayerUse] = []
-        self.consumed = False
-        self.call = call
-        EAGER_SPELL.begin(self)
-        self._probed: list[weakref.ref[ProbedTensor]] = []
-
-    @property
-    def observer(self) -> PassObserver | None:
-        """Who asked for this pass, or `None` if it is gone."""
-        return self._observer()
-
-    def probe(self, tensor: ProbedTensor) -> None:
-        """Take note of a tensor that tells of losses on this pass."""
-        self._probed.append(weakref.ref(tensor))
-
-    def close(self) -> None:
-        """Let the tensors that told of losses on this pass alone be plain ones again."""
-        EAGER_SPELL.end(self)
-        for ref in self._probed:
-            tensor = ref()
-            if tensor is not None and isinstance(tensor, ProbedTensor):
-                tensor._passes = tuple(p for p in tensor._passes if p is not self)
-                if not tensor._passes:
-                    vars(tensor).pop("_source", None)
-                    del tensor._passes
-                    tensor.__class__ = Tensor  # type: ignore[assignment]
-        self._probed.clear()
 
 
 class ProbedTensor(Tensor):
@@ -122,13 +52,13 @@ class ProbedTensor(Tensor):
         call = None
         if any(p.call is not None for p in passes):
             call = record_call(func, args, kwargs)
-        with _plain(probed, alone=all(issubclass(t, ProbedTensor) for t in types)):
+        alone = all(issubclass(t, ProbedTensor) for t in types)
+        with _plain(probed, alone), _differentiated(func, args, kwargs, probed):
             result = func(*args, **kwargs)
-        if func in LOSS_FUNCTIONS:
+        if func in KNOWN_LOSSES:
             origin = None if call is None else LossOrigin(call)
             with torch._C.DisableTorchFunctionSubclass():
                 _notify(func, unprobe(args), unprobe(kwargs), result, list(passes), origin)
-            return result
         if func in _KEPT_TENSORS or func is Tensor.tolist:
             return result
         return _Prober(passes, call, {id(x) for x in given}).tree(result)
@@ -192,7 +122,7 @@ class LossCallMode(TorchFunctionMode):
         """Call `func` and note it if it is a loss."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in LOSS_FUNCTIONS:
+        if func in KNOWN_LOSSES:
             call = self._passes[-1].call
             origin = None if call is None else LossOrigin(call, self._calls)
             self._calls += 1
@@ -210,19 +140,40 @@ def _notify(
 ) -> None:
     if not (isinstance(loss, Tensor) and loss.requires_grad and torch.is_grad_enabled()):
         return
-    call: LossCall | UnsupportedLossError | None
     try:
         call = recognise_call(func, args, kwargs)
-    except UnsupportedLossError as error:
-        call = error
-    for observer in dict.fromkeys(p.observer for p in passes):
-        if observer is None:
-            continue
-        if call is None:
-            observer.observe_unknown_loss(func.__name__, loss)
-        else:
-            own = [p for p in passes if p.observer is observer]
-            observer.observe_loss(call, loss, own, origin)
+    except UnsupportedLossError:  # then it is like any other function
+        return
+    for observer, own in _by_observer(passes):
+        observer.observe_loss(call, loss, own, origin)
+
+
+def _by_observer(passes: Iterable[ForwardPass]) -> list[tuple[PassObserver, list[ForwardPass]]]:
+    observers = dict.fromkeys(p.observer for p in passes)
+    return [(o, [p for p in passes if p.observer is o]) for o in observers if o is not None]
+
+
+@contextmanager
+def _differentiated(
+    func: Callable[..., Any], args: Any, kwargs: dict[str, Any], probed: Sequence[ProbedTensor]
+) -> Iterator[None]:
+    """Tell observers of what is differentiated while a function runs that does that."""
+    handles: list[Any] = []
+    if func in _DIFFERENTIATIONS:
+        roots = tree_flatten(args[0] if args else list(kwargs.values())[:1])[0]
+        inputs = args[1] if func is torch.autograd.grad and len(args) > 1 else kwargs.get("inputs")
+        for root in probed:
+            if any(root is x for x in roots) and root.grad_fn is not None:
+                for observer, own in _by_observer(vars(root)["_passes"]):
+                    handles += observer.observe_objective(root, own, inputs)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_DIFFERENTIATIONS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 def _passes_of(tree: Any) -> Iterator[ForwardPass]:
@@ -270,7 +221,10 @@ class _Prober:
             known = tensor._passes
         elif type(tensor) is Tensor and tensor.requires_grad:
             if self.given is None or id(tensor) in self.given:
+                behind = tensor
                 tensor = tensor.as_subclass(ProbedTensor)
+                if self.given is None:
+                    self.passes[-1].outputs.append(ModelOutput.of(tensor, behind))
             else:
                 tensor.__class__ = ProbedTensor
         else:
@@ -317,6 +271,7 @@ def carry_probes(before: Any, after: Any) -> Any:
         probed._passes, probed._source = source._passes, source._source
         for forward_pass in probed._passes:
             forward_pass.probe(probed)
+            forward_pass.carry(source, probed)
         return probed
 
     pairs = zip(sources, leaves, strict=True)

@@ -9,17 +9,18 @@ sum divided by the number of tokens.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_flatten
 
 from kfacopt.data import is_evaluating
 from kfacopt.kfac.capture import in_would_be_pass, record_use
 from kfacopt.kfac.layers import Layer
-from kfacopt.likelihoods import Likelihood, UnsupportedLossError
+from kfacopt.likelihoods import Likelihood
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.watch.activation_checkpointing import refuse_reentrant_checkpointing
 from kfacopt.optim.watch.compilation import (
@@ -27,10 +28,11 @@ from kfacopt.optim.watch.compilation import (
     leave_hooks_uncompiled,
     run_uncompiled,
 )
+from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput, node_key
 from kfacopt.optim.watch.hooks import gradient_hooks, module_hooks, remove_hooks
 from kfacopt.optim.watch.loss_calls import LossCall
+from kfacopt.optim.watch.objectives import Objective
 from kfacopt.optim.watch.probed_tensors import (
-    ForwardPass,
     LossCallMode,
     ProbedTensor,
     carry_probes,
@@ -66,6 +68,25 @@ class LossReceiver(Protocol):
             origin: Where it was computed, if calls are recorded.
         """
 
+    def arrive_at_objective(self, objective: Objective, upstream: Tensor) -> None:
+        """Take note that the user's backward pass starts at a scalar, before all else.
+
+        Args:
+            objective: The scalar.
+            upstream: The derivative that the pass starts with.
+        """
+
+    def arrive_at_output(
+        self, output: ModelOutput, passes: list[ForwardPass], gradient: Tensor
+    ) -> None:
+        """Take note that the user's backward pass has arrived at an output.
+
+        Args:
+            output: The output z.
+            passes: The forward passes that it depends on.
+            gradient: ∂L/∂z.
+        """
+
     def accumulate_gradient(self, layer: Layer) -> None:
         """Take note that the gradient of a layer's parameter has been accumulated."""
 
@@ -84,8 +105,6 @@ class Watch:
         uncompiled: The kind of the module that was called with hooks from compiled code, if any.
         forward_seen: Whether a forward pass went through the hooks since the last step.
         used: Whether one of them called a layer.
-        unknown_losses: Loss functions that were called but are not known.
-        unknown_objectives: Those of them that the objective contains.
     """
 
     def __init__(
@@ -99,6 +118,7 @@ class Watch:
         self._settings, self._receiver, self._wrappers = settings, receiver, wrappers
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._mode: LossCallMode | None = None
+        self._foreign_task = -1  # a backward pass that is not by parameters
         leave_hooks_uncompiled(ProbedTensor)
         self._passes: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
         self.uncompiled: type[nn.Module] | None = None
@@ -138,8 +158,6 @@ class Watch:
         Args:
             forward_is_over: Whether no backward pass of an earlier forward pass will come.
         """
-        self.unknown_losses: set[str] = set()
-        self.unknown_objectives: set[str] = set()
         if forward_is_over:
             self.forward_seen = self.used = False
 
@@ -222,26 +240,17 @@ class Watch:
         probed = probe(output, forward_pass, parents)
         if self._settings.likelihood is not None:
             self._watch_output(output, probed, forward_pass, parents)
+            forward_pass.outputs.clear()  # with this hook they would be a cycle
+        else:
+            self._watch_arrivals(forward_pass, parents)
         follow_through_wrapper(carry_probes)
         return probed
 
     # Losses ----------------------------------------------------------------------------------
 
-    def observe_unknown_loss(self, name: str, loss: Tensor) -> None:
-        """Remember a loss function that is not known, and whether the objective contains it."""
-        self.unknown_losses.add(name)
-        watch = weakref.ref(self)
-
-        def on_backward(_: Tensor) -> None:
-            alive = watch()
-            if alive is not None:
-                alive.unknown_objectives.add(name)
-
-        loss.register_hook(on_backward)
-
     def observe_loss(
         self,
-        call: LossCall | UnsupportedLossError,
+        call: LossCall,
         loss: Tensor,
         passes: list[ForwardPass],
         origin: LossOrigin | None,
@@ -249,6 +258,8 @@ class Watch:
         """Tell the receiver when the user's backward pass arrives at a loss."""
         if self._settings.likelihood is not None or is_evaluating():
             return
+        for forward_pass in passes:
+            forward_pass.recognised.add(node_key(loss.grad_fn))
         watch = weakref.ref(self)
 
         def on_backward(upstream: Tensor) -> None:
@@ -257,11 +268,57 @@ class Watch:
                 return
             if origin is None and not any(p.uses for p in passes):
                 return
-            if isinstance(call, UnsupportedLossError):
-                raise call
             alive._receiver.arrive_at_loss(call, passes, upstream.detach(), origin)
 
         loss.register_hook(on_backward)
+
+    def observe_objective(self, root: Tensor, passes: list[ForwardPass], inputs: Any) -> list[Any]:
+        """Tell the receiver when the user's backward pass starts; see `PassObserver`."""
+        if self._settings.likelihood is not None or is_evaluating() or in_would_be_pass():
+            return []
+        foreign = inputs is not None and not self._any_parameter(inputs)
+        objective = Objective(get_gradient_edge(root), passes)
+        watch = weakref.ref(self)
+
+        def on_backward(upstream: Tensor) -> None:
+            alive = watch()
+            if alive is None or in_would_be_pass():
+                return
+            if foreign:
+                alive._foreign_task = torch._C._current_graph_task_id()
+            else:
+                alive._receiver.arrive_at_objective(objective, upstream.detach())
+
+        return [root.register_hook(on_backward)]
+
+    def _any_parameter(self, inputs: Any) -> bool:
+        own = {id(layer.anchor) for layers in self._layers_of.values() for layer in layers}
+        return any(id(x) in own for x in tree_flatten(inputs)[0])
+
+    def _watch_arrivals(self, forward_pass: ForwardPass, parents: list[ForwardPass]) -> None:
+        """Take note of backward passes that arrive at outputs from nowhere that was seen.
+
+        From a function that returns plain tensors, as those of `torch.autograd.Function` do.
+        """
+        watch = weakref.ref(self)
+        passes = [weakref.ref(p) for p in (*parents, forward_pass) if p.observer is self]
+
+        def hook(number: int) -> Callable[[Any], None]:
+            def on_backward(grads: Any) -> None:
+                alive, known = watch(), [p() for p in passes]
+                if alive is None or in_would_be_pass():
+                    return
+                own = [p for p in known if p is not None]
+                if torch._C._current_graph_task_id() != alive._foreign_task and own:
+                    output = own[-1].outputs[number]
+                    gradient = grads[output.edge.output_nr]
+                    if gradient is not None:
+                        alive._receiver.arrive_at_output(output, own, gradient.detach())
+
+            return on_backward
+
+        for number, output in enumerate(forward_pass.outputs):
+            output.edge.node.register_prehook(hook(number))
 
     def _watch_output(
         self, output: Any, probed: Any, forward_pass: ForwardPass, parents: list[ForwardPass]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd.graph import Node
+from torch import nn
+from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,21 +71,21 @@ def follow_through_wrapper(carry: Callable[[Any, Any], Any]) -> None:
 
 
 @contextmanager
-def bookkeeping_kept(output: Tensor) -> Iterator[None]:
-    """Let extra backward passes from a tensor leave DDP wrappers as they are.
+def bookkeeping_kept(edges: Iterable[GradientEdge]) -> Iterator[None]:
+    """Let extra backward passes from edges of a graph leave DDP wrappers as they are.
 
     In the first iteration of `static_graph` the wrapper's node, wherever it stands between the
     tensor and the layers, has all gradients averaged at the end of the backward pass that comes
     first. That must be the user's.
 
     Args:
-        output: Where the passes start.
+        edges: Where the passes start.
     """
     waiting = []
     if dist.is_available() and dist.is_initialized():
         waiting = [
             wrapper
-            for wrapper in _wrappers_in_graph(output)
+            for wrapper in _wrappers_in_graph(edges)
             if wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued
         ]
     for wrapper in waiting:
@@ -97,10 +97,10 @@ def bookkeeping_kept(output: Tensor) -> Iterator[None]:
             wrapper._static_graph_delay_allreduce_enqueued = False
 
 
-def _wrappers_in_graph(output: Tensor) -> set[DistributedDataParallel]:
-    """Return the wrappers that have nodes of their own in a tensor's graph."""
+def _wrappers_in_graph(edges: Iterable[GradientEdge]) -> set[DistributedDataParallel]:
+    """Return the wrappers that have nodes of their own in a graph."""
     found: set[DistributedDataParallel] = set()
-    unseen: list[Node] = [] if output.grad_fn is None else [output.grad_fn]
+    unseen: list[Node] = [edge.node for edge in edges]
     seen = set(unseen)
     while unseen:
         node = unseen.pop()

@@ -1,0 +1,124 @@
+"""Curvature that was found by products with H = ∂²L/∂z²; how it is found is in `structure`.
+
+Each is a likelihood in the sense of what K-FAC asks of one: vectors v with Σ v vᵀ, or E[v vᵀ], the
+positive part H⁺, and products with H⁺. Every factor of the objective is in H itself, so all weights
+are 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from kfacopt.likelihoods.elementwise import Elementwise, drawn
+from kfacopt.likelihoods.interface import Likelihood
+
+
+@dataclass(frozen=True, eq=False)
+class SecondDerivative(Elementwise):
+    """H = diag(h), of any loss that is a sum over entries of z.
+
+    Attributes:
+        values: h `[*z.shape]`; negative entries count as 0.
+    """
+
+    values: Tensor | None = None
+
+    def term_weights(self, output: Tensor, target: Tensor | None) -> Tensor:
+        """Return ones."""
+        return torch.ones_like(output)
+
+    def _second_derivative(self, output: Tensor) -> Tensor:
+        assert self.values is not None
+        return self.values.clamp(min=0)
+
+    def _sample(self, output: Tensor, generator: Generator) -> Tensor:
+        """Draw √h ε, ε ~ N(0, 1): for a mean square the gradient with a drawn label."""
+        return self._second_derivative(output).sqrt() * drawn(torch.randn, output, generator)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows(Likelihood):
+    """What likelihoods on z `[R, C]`, whose rows do not see each other, share."""
+
+    def term_weights(self, output: Tensor, target: Tensor | None) -> Tensor:
+        """Return ones `[R]`."""
+        return output.new_ones(output.shape[0])
+
+    def normalizer(self, output: Tensor, target: Tensor | None) -> Tensor:
+        """Return R."""
+        return output.new_full((), output.shape[0])
+
+    def num_terms(self, output: Tensor, target: Tensor | None) -> Tensor:
+        """Return R."""
+        return output.new_full((), output.shape[0])
+
+    def num_positions(self, output: Tensor) -> int:
+        """Return R."""
+        return output.shape[0]
+
+    def _spread(self, weights: Tensor, output: Tensor) -> Tensor:
+        return weights.unsqueeze(-1)
+
+    def _sample(self, output: Tensor, generator: Generator) -> Tensor:
+        """Draw Σ_c ε_c v_c with random signs ε_c for each row."""
+        total = torch.zeros_like(output)
+        for column in self._root_columns(output):
+            draw = torch.rand(len(output), 1, generator=generator, device=generator.device)
+            total += column * (1 - 2 * (draw < 0.5).to(output))
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class RowHessians(_Rows):
+    """H is made of one block for each row of z.
+
+    Attributes:
+        roots: B `[R, C, K]` with B Bᵀ = H⁺ for each row.
+    """
+
+    roots: Tensor
+
+    def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
+        yield from self.roots.unbind(-1)
+
+    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        inner = torch.einsum("rck,rc->rk", self.roots, vector)
+        return torch.einsum("rck,rk->rc", self.roots, inner)
+
+
+@dataclass(frozen=True, eq=False)
+class KrylovRows(RowHessians):
+    """H is made of one block for each row, too wide to be formed.
+
+    Attributes:
+        roots: B `[R, C, K]` with B Bᵀ = V T⁺ Vᵀ, V a basis of a row's Krylov space of H and T = Vᵀ
+            H V: H⁺ in this space.
+        samples: √H⁺ ε of random signs ε, one for each label that is drawn, `[M, R, C]`.
+    """
+
+    samples: Tensor
+
+    def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
+        """Yield √H⁺ ε / √M: no root of H has few columns."""
+        yield from self.samples / len(self.samples) ** 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class RowGradients(_Rows):
+    """The empirical Fisher: each row's gradient is the only column of its root.
+
+    Attributes:
+        gradients: ∂L/∂z `[R, C]`.
+    """
+
+    gradients: Tensor
+
+    def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
+        yield self.gradients
+
+    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        return self.gradients * (self.gradients * vector).sum(-1, keepdim=True)

@@ -1,0 +1,175 @@
+"""The curvature of any scalar that is differentiated; that of known losses is in `collector`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+from torch.autograd.graph import GradientEdge
+
+from kfacopt.kfac.capture import would_be_pass
+from kfacopt.likelihoods.graph_products import GraphPiece
+from kfacopt.likelihoods.structure import CurvaturePart, find_parts, joint_vectors
+from kfacopt.optim.settings import CurvatureSettings
+from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
+from kfacopt.optim.watch.objectives import Arrival, Objective, Piece
+
+
+@dataclass(frozen=True, eq=False)
+class FoundCurvature:
+    """The curvature of an objective at tensors z, the outputs of models or of layers.
+
+    Attributes:
+        piece: The graph between the objective and z.
+        numbers: Which of the piece's arrivals the tensors z are.
+        gradients: ∂L/∂z.
+        parts: The curvature.
+        note: Why it is not that of a second derivative, if it is not.
+    """
+
+    piece: Piece
+    numbers: Sequence[int]
+    gradients: Sequence[Tensor]
+    parts: Sequence[CurvaturePart]
+    note: str = ""
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where backward passes from z to the layers start."""
+        return [self.piece.arrivals[k].behind for k in self.numbers]
+
+    @property
+    def terms(self) -> Tensor:
+        """The number of data, a scalar."""
+        rows = [g.shape[0] if g.ndim else 1 for g in self.gradients]
+        return torch.full((), float(max(rows)), device=self.gradients[0].device)
+
+    def vectors(
+        self, empirical: bool, settings: CurvatureSettings, generator: Generator
+    ) -> Iterator[list[Tensor | None]]:
+        """Yield v, one for each z, with Σ v vᵀ the curvature, or that on average.
+
+        Args:
+            empirical: Which parts count: those of the empirical Fisher, or the others.
+            settings: Which curvature is collected.
+            generator: Draws labels, or signs.
+        """
+        parts = [part for part in self.parts if part.empirical is empirical]
+        if not parts:
+            return
+        drawn = (len(self.gradients), settings.fisher_type, settings.mc_samples, generator)
+        for vectors in joint_vectors(parts, *drawn):
+            yield [
+                None if v is None else v.to(g.dtype)
+                for v, g in zip(vectors, self.gradients, strict=True)
+            ]
+
+    def description(self) -> str:
+        """Say what was found: the tensors z and the curvature of each part."""
+        found = []
+        for part in self.parts:
+            shapes = [("N", *self.gradients[k].shape[1:]) for k in part.members]
+            z = " and ".join(f"({', '.join(map(str, shape))})" for shape in shapes)
+            found.append(f"{part.kind} at {z}")
+        return ", ".join(dict.fromkeys(found)) + (f" ({self.note})" if self.note else "")
+
+
+def curvature_of(
+    objective: Objective, upstream: Tensor, settings: CurvatureSettings
+) -> FoundCurvature | None:
+    """Find the curvature of an objective, but for the known losses that it contains.
+
+    Args:
+        objective: The scalar, whose graph is alive.
+        upstream: The derivative that the backward pass starts with.
+        settings: Which curvature is collected.
+
+    Returns:
+        `None` if nothing but known losses and parameters themselves lie behind the scalar.
+    """
+    piece = objective.piece()
+    if not piece.arrivals:
+        return None
+    with would_be_pass(), _retained_gradients_kept(objective.passes):
+        found = _curvature_at(piece, upstream, settings)
+        for part in () if found is None else found.parts:
+            if found is None or not part.empirical or settings.fisher_type == "empirical":
+                continue
+            deeper = found.piece.deeper(objective.passes, found.numbers[part.members[0]])
+            inner = None if deeper is None else _curvature_at(deeper, upstream, settings)
+            if inner is not None and not any(p.empirical for p in inner.parts):
+                return inner
+    return found
+
+
+def unseen_objective(output: ModelOutput, gradient: Tensor) -> FoundCurvature:
+    """Return the curvature of an objective of which nothing but a gradient by an output is known.
+
+    Args:
+        output: z.
+        gradient: ∂L/∂z.
+    """
+    arrival = Arrival(output.edge, output.behind, output.value)
+    piece = Piece(output.edge, [arrival], [], "unseen")
+    parts = find_parts([output.value], [gradient], None)
+    return FoundCurvature(piece, [0], [gradient], parts, "between it and z tensors lost their kind")
+
+
+def _curvature_at(
+    piece: Piece, upstream: Tensor, settings: CurvatureSettings
+) -> FoundCurvature | None:
+    edges = [arrival.edge for arrival in piece.arrivals]
+    note, samples = "", settings.mc_samples
+    twice = settings.fisher_type != "empirical"
+    try:
+        graph = GraphPiece(piece.edge, edges, upstream, piece.recognised, twice)
+    except (RuntimeError, NotImplementedError) as error:
+        note = _reason(error)
+        graph = GraphPiece(piece.edge, edges, upstream, piece.recognised, False)
+    numbers = [k for k, g in enumerate(graph.gradients) if g is not None]
+    if not numbers:
+        return None
+    gradients = [g for g in graph.gradients if g is not None]
+    values = [piece.arrivals[k].value for k in numbers]
+
+    def product(vectors: list[Tensor]) -> list[Tensor]:
+        full: list[Tensor | None] = [None] * len(edges)
+        for k, vector in zip(numbers, vectors, strict=True):
+            full[k] = vector
+        products = graph.product(full)
+        return [products[k] for k in numbers]
+
+    if settings.fisher_type == "type-2":
+        samples = 8
+    try:
+        multiply = product if twice and not note else None
+        parts = find_parts(values, gradients, multiply, samples)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        note = _reason(error)
+        parts = find_parts(values, gradients, None)
+    return FoundCurvature(piece, numbers, gradients, parts, note)
+
+
+def _reason(error: Exception) -> str:
+    return f"no second derivative: {str(error).splitlines()[0][:80]}"
+
+
+@contextmanager
+def _retained_gradients_kept(passes: Sequence[ForwardPass]) -> Iterator[None]:
+    """Let `.grad` of tensors on which `retain_grad` was called be what it was."""
+    with torch._C.DisableTorchFunctionSubclass():
+        probed = [t for p in passes for t in p.probed_tensors() if t.retains_grad]
+        kept = [(t, t.grad) for t in probed]
+        for t in probed:
+            t.grad = None
+    try:
+        yield
+    finally:
+        with torch._C.DisableTorchFunctionSubclass():
+            for t, grad in kept:
+                t.grad = grad

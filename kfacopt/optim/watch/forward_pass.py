@@ -1,0 +1,138 @@
+"""One call of an outermost module: what it used and returned; tensors that tell are elsewhere."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kfacopt.kfac.capture import LayerUse
+from kfacopt.optim.watch.compilation import EAGER_SPELL
+from kfacopt.optim.watch.loss_calls import LossCall
+from kfacopt.optim.watch.recorded_calls import Call, LossOrigin
+
+
+def node_key(node: Any) -> tuple[str, int]:
+    """Return what tells a node of autograd's graph from others, without keeping it alive."""
+    return node.name(), node._sequence_nr()
+
+
+class PassObserver(Protocol):
+    """Whoever wants to know about losses."""
+
+    def observe_loss(
+        self,
+        call: LossCall,
+        loss: Tensor,
+        passes: list[ForwardPass],
+        origin: LossOrigin | None,
+    ) -> None:
+        """Take note of a recognised loss on the outputs of forward passes.
+
+        Args:
+            call: What the loss means.
+            loss: Its value.
+            passes: The forward passes.
+            origin: Where it was computed, if calls are recorded.
+        """
+
+    def observe_objective(self, root: Tensor, passes: list[ForwardPass], inputs: Any) -> list[Any]:
+        """Take note of a tensor that the user differentiates, until the handles are removed.
+
+        Args:
+            root: The tensor, plain while it is differentiated.
+            passes: The forward passes that it depends on.
+            inputs: What it is differentiated by; `None` for all parameters.
+        """
+
+
+@dataclass(eq=False)
+class ModelOutput:
+    """A differentiable tensor z that an outermost module returned.
+
+    Attributes:
+        edge: The gradient edge of the probe that the user has: ∂L/∂z of an objective L arrives
+            there, without what goes through other outputs.
+        behind: That of the module's own tensor: a backward pass to the layers starts there.
+        value: z, without a graph.
+        version: Its version counter.
+    """
+
+    edge: GradientEdge
+    behind: GradientEdge
+    value: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, probe: Tensor, tensor: Tensor) -> ModelOutput:
+        """Make the record of a tensor and its probe."""
+        with torch._C.DisableTorchFunctionSubclass():
+            value = tensor.detach()
+            edges = get_gradient_edge(probe), get_gradient_edge(tensor)
+        return cls(*edges, value, value._version)
+
+
+class ForwardPass:
+    """One call of an outermost module: the layers that it used.
+
+    It is referred to by the outputs and the loss's graph alone and goes away with them. Until then,
+    or until it is closed, compiled code runs eagerly.
+
+    Attributes:
+        uses: The uses of layers, in order.
+        consumed: Whether its output became the input of another outermost module.
+        call: The call, recorded for a replay; `None` where nothing is recorded.
+        outputs: What it returned.
+        recognised: The nodes of known losses on it, as `node_key` has them.
+    """
+
+    def __init__(self, observer: PassObserver, call: Call | None = None) -> None:
+        """Start without any use."""
+        # Weak: an output that is kept must not keep a deleted optimizer at work.
+        self._observer = weakref.ref(observer)
+        self.uses: list[LayerUse] = []
+        self.outputs: list[ModelOutput] = []
+        self.recognised: set[tuple[str, int]] = set()
+        self.consumed = False
+        self.call = call
+        EAGER_SPELL.begin(self)
+        self._probed: list[weakref.ref[Tensor]] = []
+
+    @property
+    def observer(self) -> PassObserver | None:
+        """Who asked for this pass, or `None` if it is gone."""
+        return self._observer()
+
+    def probe(self, tensor: Tensor) -> None:
+        """Take note of a tensor that tells of losses on this pass."""
+        self._probed.append(weakref.ref(tensor))
+
+    def probed_tensors(self) -> list[Tensor]:
+        """Return the tensors that tell of losses on this pass, and are alive."""
+        return [tensor for ref in self._probed if (tensor := ref()) is not None]
+
+    def carry(self, before: Tensor, after: Tensor) -> None:
+        """Take note that the user has another tensor in the place of one of the outputs."""
+        with torch._C.DisableTorchFunctionSubclass():
+            old, new = get_gradient_edge(before), get_gradient_edge(after)
+        for output in self.outputs:
+            if output.edge == old:
+                output.edge = new
+
+    def close(self) -> None:
+        """Let the tensors that told of losses on this pass alone be plain ones again."""
+        EAGER_SPELL.end(self)
+        for ref in self._probed:
+            tensor = ref()
+            own = {} if tensor is None else vars(tensor)
+            if "_passes" in own:
+                own["_passes"] = tuple(p for p in own["_passes"] if p is not self)
+                if not own["_passes"]:
+                    own.pop("_source", None)
+                    del own["_passes"]
+                    tensor.__class__ = Tensor
+        self._probed.clear()

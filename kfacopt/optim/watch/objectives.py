@@ -1,0 +1,133 @@
+"""The piece of graph between what a user differentiates and the outputs of models.
+
+It ends at the first of these on each way back: an output of an outermost module, the value of a
+known loss, which counts on its own, or the output of a layer (where a model computes its loss
+itself, or hands out what a hook caught). Nothing here computes a derivative.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from kfacopt.optim.watch.forward_pass import ForwardPass, node_key
+
+# Nodes that are named where an objective is told of.
+_NAMED_NODES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """Where the piece meets a tensor z.
+
+    Attributes:
+        edge: The gradient edge at which ∂L/∂z arrives.
+        behind: Where a backward pass from z to the layers starts.
+        value: z without a graph; `None` for the output of a layer, which is not kept.
+    """
+
+    edge: GradientEdge
+    behind: GradientEdge
+    value: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """A scalar that the user differentiates.
+
+    Attributes:
+        edge: Its gradient edge.
+        passes: The forward passes that it depends on.
+    """
+
+    edge: GradientEdge
+    passes: list[ForwardPass]
+
+    def piece(self, through_outputs: bool = False) -> Piece:
+        """Walk back from the scalar.
+
+        Args:
+            through_outputs: Whether outputs of models do not end the walk.
+        """
+        outputs = {} if through_outputs else self._outputs()
+        uses = {(u.edge.node, u.edge.output_nr): u.edge for p in self.passes for u in p.uses}
+        losses = {key for p in self.passes for key in p.recognised}
+        arrivals: dict[Any, Arrival] = {}
+        recognised: list[Any] = []
+        names: list[str] = []
+        waiting = [(self.edge.node, self.edge.output_nr)]
+        seen = set(waiting)
+        for key in waiting:  # which grows
+            node = key[0]
+            if losses and node_key(node) in losses:
+                recognised.append(node)
+            elif key in outputs:
+                arrivals[key] = outputs[key]
+            elif key in uses:
+                arrivals[key] = Arrival(uses[key], uses[key], None)
+            else:
+                if len(names) < _NAMED_NODES and node.name() not in names:
+                    names.append(node.name())
+                new = [(n, nr) for n, nr in node.next_functions if n is not None]
+                waiting += [entry for entry in dict.fromkeys(new) if entry not in seen]
+                seen.update(new)
+        return Piece(self.edge, list(arrivals.values()), recognised, _title(names))
+
+    def _outputs(self) -> dict[Any, Arrival]:
+        """Return where the walk ends; not at a scalar, which is a loss that the model computed."""
+        return {
+            (o.edge.node, o.edge.output_nr): Arrival(o.edge, o.behind, o.value)
+            for p in self.passes
+            for o in p.outputs
+            if o.value.ndim and o.value._version == o.version
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What was found on the way back from a scalar.
+
+    Attributes:
+        edge: The scalar's gradient edge.
+        arrivals: Where it ends.
+        recognised: The nodes of known losses.
+        title: Its first operations, the last of them first.
+    """
+
+    edge: GradientEdge
+    arrivals: Sequence[Arrival]
+    recognised: Sequence[Any]
+    title: str
+
+    def deeper(self, passes: list[ForwardPass], number: int) -> Piece | None:
+        """Return the piece that ends at the layers behind one of the outputs.
+
+        Args:
+            passes: The forward passes.
+            number: The output.
+
+        Returns:
+            `None` if the output is a layer's own.
+        """
+        arrival = self.arrivals[number]
+        if arrival.value is None:
+            return None
+        inner = Objective(arrival.behind, passes).piece(through_outputs=True)
+        rest = [a for k, a in enumerate(self.arrivals) if k != number]
+        if any(a.edge == b.edge for a in inner.arrivals for b in (arrival, *rest)):
+            return None
+        if any(a.edge == arrival.behind for a in inner.arrivals) or not inner.arrivals:
+            return None
+        return replace(self, arrivals=[*rest, *inner.arrivals])
+
+
+def _title(names: Sequence[str]) -> str:
+    """Return operations as their functions are called: `mean of huber_loss`."""
+    stripped = [re.sub(r"Backward\d*$", "", name.rpartition("::")[2]) for name in names]
+    snake = [re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower() for name in stripped]
+    return " of ".join(snake)
