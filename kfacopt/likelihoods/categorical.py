@@ -151,6 +151,10 @@ class NegativeLogLikelihood(_Categorical):
     describes, diag(p), gives after the log-softmax that made z the Fisher of cross entropy.
     """
 
+    def check_output(self, output: Tensor) -> None:
+        """Raise an `UnsupportedLossError` if z is no tensor of log-probabilities."""
+        self._probabilities(output)
+
     def _probabilities(self, output: Tensor) -> Tensor:
         p = output.exp()
         total = p.sum(self._class_axis(output))

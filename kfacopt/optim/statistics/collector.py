@@ -15,19 +15,24 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfacopt.kfac.capture import LayerUse, group_by_layer, in_would_be_pass, loss_vectors
+from kfacopt.kfac.capture import LayerUse, group_by_layer, in_would_be_pass
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.kfac.unseen_uses import is_undercounted, unseen_parameters
-from kfacopt.likelihoods import UnsupportedLossError, widened
-from kfacopt.optim.messages import log_objective
+from kfacopt.likelihoods import widened
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.statistics.backward_pass import CandidateMoments
 from kfacopt.optim.statistics.empirical import EmpiricalPass
 from kfacopt.optim.statistics.label_draws import LabelDraws, Mark, rewind
 from kfacopt.optim.statistics.moments import Moments
-from kfacopt.optim.statistics.objectives import FoundCurvature, curvature_of, unseen_objective
-from kfacopt.optim.statistics.would_be import count_would_be
+from kfacopt.optim.statistics.objectives import (
+    FoundCurvature,
+    ObjectiveLog,
+    curvature_of,
+    unseen_objective,
+)
+from kfacopt.optim.statistics.waiting import WaitingMoments
+from kfacopt.optim.statistics.would_be import count_would_be, known_vectors
 from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
 from kfacopt.optim.watch.gradient_exchange import ExchangeWatch
 from kfacopt.optim.watch.loss_calls import LossCall
@@ -73,7 +78,7 @@ class Statistics:
         self._labels_of_step: Mark | None = None
         self._labels_of_task: Mark | None = None
         self._confirmed = False
-        self.objectives: dict[str, str] = {}
+        self.objectives = ObjectiveLog()
         self.clear()
 
     def clear(self) -> None:
@@ -81,8 +86,7 @@ class Statistics:
         self._start_task(-1)
         rewind(self._labels_of_step)
         self._labels_of_step = None
-        self._pending: dict[Layer, Moments] = {}
-        self._pending_squares: dict[Layer, Moments] = {}
+        self._pending = WaitingMoments()
         self.reached: set[Layer] = set()
         self._also_used_otherwise: set[Layer] = set()
         self._objective: list[ObjectiveTerm] = []
@@ -119,24 +123,18 @@ class Statistics:
         if self.collecting:
             edges = [get_gradient_edge(call.output)]
             self._look_for_other_uses(edges, [call.output], passes)
-            self._report(type(call.likelihood).__name__, "known")
+            self.objectives.note(type(call.likelihood).__name__, "known")
             if self._settings.fisher_type == "empirical":
                 self._collect_empirical(call, passes, upstream)
             else:
+                vectors, terms = known_vectors(
+                    call, upstream, self._settings, self._labels.generator()
+                )
+                args = (call.output, vectors, passes, terms, self._share(terms))
                 with bookkeeping_kept(edges):
-                    self._count_known(call, passes, upstream)
+                    count_would_be(self._candidates, *args)
         if origin is not None:
             self._candidate_terms.append(ObjectiveTerm(origin, call.output.detach(), upstream))
-
-    def _count_known(self, call: LossCall, passes: list[ForwardPass], upstream: Tensor) -> None:
-        likelihood, z = call.likelihood, widened(call.output)
-        terms = likelihood.num_terms(z, call.target)
-        weights = likelihood.curvature_weights(z, call.target, upstream)
-        sampling = (self._settings.fisher_type, self._settings.mc_samples)
-        drawn = loss_vectors(likelihood, z, weights, *sampling, self._labels.generator())
-        vectors = (vector.to(call.output.dtype) for vector in drawn)
-        args = (call.output, vectors, passes, terms, self._share(terms))
-        count_would_be(self._candidates, *args)
 
     def arrive_at_objective(self, objective: Objective, upstream: Tensor) -> None:
         """Collect moments of what is no known loss; see `LossReceiver`."""
@@ -145,8 +143,16 @@ class Statistics:
             return
         with bookkeeping_kept([objective.edge]):
             found = curvature_of(objective, upstream, self._settings)
-        if found is not None:
+        if found.piece.derived:
+            self.objectives.derived = True
+        # The gradients of known losses in the user's own pass are those of the whole objective.
+        whole = self._settings.fisher_type == "empirical" and found.piece.recognised
+        if found.parts and not whole:
             self._count_found(found, objective.passes)
+        elif found.piece.derived and not found.piece.recognised:
+            # All curvature there is lies behind derivatives: none is counted, not a part.
+            like = [torch.ones_like(upstream)]
+            self._look_for_other_uses([objective.edge], like, objective.passes)
 
     def arrive_at_output(
         self, output: ModelOutput, passes: list[ForwardPass], gradient: Tensor
@@ -159,7 +165,7 @@ class Statistics:
             self._count_found(unseen_objective(output, gradient), passes)
 
     def _count_found(self, found: FoundCurvature, passes: list[ForwardPass]) -> None:
-        self._report(found.piece.title, found.description())
+        self.objectives.note(found.piece.title, found.description())
         edges, generator = found.edges, self._labels.generator()
         self._look_for_other_uses(edges, found.gradients, passes)
         with bookkeeping_kept(edges):
@@ -173,11 +179,9 @@ class Statistics:
 
         `model.zero_grad()`, for instance, after a step that a GradScaler skipped.
         """
-        waiting = self._pending or self._pending_squares or self._objective
-        kept = self._accumulated_in(self._layers) if waiting else set()
-        self._pending = {la: m for la, m in self._pending.items() if la in kept}
-        self._pending_squares = {la: m for la, m in self._pending_squares.items() if la in kept}
-        if not (self._pending or self._pending_squares):
+        kept = _accumulated_in(self._layers) if self._pending or self._objective else set()
+        self._pending.keep(kept)
+        if not self._pending:
             rewind(self._labels_of_step)
             self._labels_of_step = self._labels.mark()
         self._labels_of_task = self._labels.mark()
@@ -197,18 +201,6 @@ class Statistics:
             own = {params[p] for p in unseen if is_undercounted(edges, values, uses, p)}
         self._also_used_otherwise |= own
 
-    @staticmethod
-    def _accumulated_in(layers: Iterable[Layer]) -> set[Layer]:
-        """Return the layers with a gradient to accumulate on; none where all are zero.
-
-        Zeros stem from a reset in place, which leaves no other trace (`grad.data.zero_()`).
-        """
-        grads = {la: la.anchor.grad for la in layers if la.anchor.grad is not None}
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for grad in grads.values():
-            by_device.setdefault(grad.device, []).append(grad.any())
-        return set(grads) if any(bool(torch.stack(x).any()) for x in by_device.values()) else set()
-
     def _share(self, terms: Tensor) -> Tensor | float:
         """Return what a backward pass's G counts in a step of several.
 
@@ -222,11 +214,6 @@ class Statistics:
         self, call: LossCall, passes: list[ForwardPass], upstream: Tensor
     ) -> None:
         likelihood, z = call.likelihood, widened(call.output)
-        if likelihood.reduction == "none":
-            raise UnsupportedLossError(
-                'fisher_type="empirical" needs a loss with reduction "mean" or "sum"; got "none". '
-                'Let the loss reduce, or use fisher_type="mc".'
-            )
         terms = likelihood.num_terms(z, call.target)
         scale = upstream.abs().to(z)
         if likelihood.reduction == "mean":
@@ -266,14 +253,11 @@ class Statistics:
         self.exchange.accumulated(layer.anchor)
         for entry in self._empirical:  # uses of the layer that no gradient reached are left out
             self._fold_empirical(entry, layer)
-        for candidates, pending in (
-            (self._candidates, self._pending),
-            (self._candidate_squares, self._pending_squares),
-        ):
-            candidate = candidates.by_layer.pop(layer, None)
-            if candidate is not None:
-                self._labels_of_task = None
-                pending.setdefault(layer, Moments()).add(candidate)
+        if self._pending.take(layer, self._candidates_by_layer()):
+            self._labels_of_task = None
+
+    def _candidates_by_layer(self) -> WaitingMoments:
+        return WaitingMoments(self._candidates.by_layer, self._candidate_squares.by_layer)
 
     def objective(self) -> list[ObjectiveTerm]:
         """Return the losses whose gradients have been accumulated since the last step."""
@@ -287,22 +271,11 @@ class Statistics:
         Where no gradient was accumulated at all, the last backward pass counts: the gradients come
         from `torch.autograd.grad`.
 
-        The empirical Fisher of an objective L = 1/N Σ_n ℓ_n is N Σ_n ∇L_n ∇L_nᵀ, ∇L_n = ∇ℓ_n / N,
-        with N the data of all backward passes since the last step.
-
         Args:
             loss_scale: What a `GradScaler` multiplied the objective with.
         """
-        accumulated = bool(self._pending or self._pending_squares)
-        pending, squares = self._pending, self._pending_squares
-        if not accumulated:
-            pending, squares = self._candidates.by_layer, self._candidate_squares.by_layer
-        for layer, moments in squares.items():
-            moments.scale_curvature(moments.terms / loss_scale)
-            known = pending.setdefault(layer, Moments())
-            terms = max(known.terms, moments.terms, key=float)
-            known.add(moments)
-            known.terms = terms
+        accumulated = bool(self._pending)
+        pending = (self._pending or self._candidates_by_layer()).summed(loss_scale)
         self.undercounted = self._also_used_otherwise
         pending = {la: m for la, m in pending.items() if la not in self.undercounted}
         if pending:
@@ -316,8 +289,14 @@ class Statistics:
         self.clear()
         return pending
 
-    def _report(self, title: str, description: str) -> None:
-        """Take note of an objective and its curvature, and log where that is new."""
-        if self.objectives.get(title) != description:
-            self.objectives[title] = description
-            log_objective(title, description)
+
+def _accumulated_in(layers: Iterable[Layer]) -> set[Layer]:
+    """Return the layers with a gradient to accumulate on; none where all are zero.
+
+    Zeros stem from a reset in place, which leaves no other trace (`grad.data.zero_()`).
+    """
+    grads = {la: la.anchor.grad for la in layers if la.anchor.grad is not None}
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads.values():
+        by_device.setdefault(grad.device, []).append(grad.any())
+    return set(grads) if any(bool(torch.stack(x).any()) for x in by_device.values()) else set()

@@ -12,7 +12,9 @@ from torch.autograd.graph import GradientEdge
 
 from kfacopt.kfac.capture import would_be_pass
 from kfacopt.likelihoods.graph_products import GraphPiece
-from kfacopt.likelihoods.structure import CurvaturePart, find_parts, joint_vectors
+from kfacopt.likelihoods.parts import CurvaturePart, joint_vectors
+from kfacopt.likelihoods.structure import KRYLOV_SAMPLES, find_parts
+from kfacopt.optim.messages import log_objective
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
 from kfacopt.optim.watch.objectives import Arrival, Objective, Piece
@@ -77,9 +79,29 @@ class FoundCurvature:
         return ", ".join(dict.fromkeys(found)) + (f" ({self.note})" if self.note else "")
 
 
+class ObjectiveLog:
+    """What was differentiated so far, and which curvature was used for it.
+
+    Attributes:
+        curvature: For each objective its curvature, in words.
+        derived: Whether one of them contained derivatives of the model.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.curvature: dict[str, str] = {}
+        self.derived = False
+
+    def note(self, title: str, curvature: str) -> None:
+        """Take note of an objective and its curvature, and log where that is new."""
+        if self.curvature.get(title) != curvature:
+            self.curvature[title] = curvature
+            log_objective(title, curvature)
+
+
 def curvature_of(
     objective: Objective, upstream: Tensor, settings: CurvatureSettings
-) -> FoundCurvature | None:
+) -> FoundCurvature:
     """Find the curvature of an objective, but for the known losses that it contains.
 
     Args:
@@ -88,17 +110,15 @@ def curvature_of(
         settings: Which curvature is collected.
 
     Returns:
-        `None` if nothing but known losses and parameters themselves lie behind the scalar.
+        The curvature; without parts if no output lies behind the scalar, but for known losses.
     """
     piece = objective.piece()
-    if not piece.arrivals:
-        return None
     with would_be_pass(), _retained_gradients_kept(objective.passes):
         found = _curvature_at(piece, upstream, settings)
-        for part in () if found is None else found.parts:
-            if found is None or not part.empirical or settings.fisher_type == "empirical":
+        for part in found.parts:
+            if not part.empirical or settings.fisher_type == "empirical":
                 continue
-            deeper = found.piece.deeper(objective.passes, found.numbers[part.members[0]])
+            deeper = piece.deeper(objective.passes, found.numbers[part.members[0]])
             inner = None if deeper is None else _curvature_at(deeper, upstream, settings)
             if inner is not None and not any(p.empirical for p in inner.parts):
                 return inner
@@ -113,25 +133,26 @@ def unseen_objective(output: ModelOutput, gradient: Tensor) -> FoundCurvature:
         gradient: ∂L/∂z.
     """
     arrival = Arrival(output.edge, output.behind, output.value)
-    piece = Piece(output.edge, [arrival], [], "unseen")
+    piece = Piece(output.edge, [arrival], [], [], "unseen")
     parts = find_parts([output.value], [gradient], None)
     return FoundCurvature(piece, [0], [gradient], parts, "between it and z tensors lost their kind")
 
 
-def _curvature_at(
-    piece: Piece, upstream: Tensor, settings: CurvatureSettings
-) -> FoundCurvature | None:
+def _curvature_at(piece: Piece, upstream: Tensor, settings: CurvatureSettings) -> FoundCurvature:
     edges = [arrival.edge for arrival in piece.arrivals]
+    if not edges:
+        return FoundCurvature(piece, [], [], [])
     note, samples = "", settings.mc_samples
     twice = settings.fisher_type != "empirical"
+    cut = [*piece.recognised, *(edge.node for edge in piece.derived)]
     try:
-        graph = GraphPiece(piece.edge, edges, upstream, piece.recognised, twice)
+        graph = GraphPiece(piece.edge, edges, upstream, cut, twice)
     except (RuntimeError, NotImplementedError) as error:
         note = _reason(error)
-        graph = GraphPiece(piece.edge, edges, upstream, piece.recognised, False)
+        graph = GraphPiece(piece.edge, edges, upstream, cut, False)
     numbers = [k for k, g in enumerate(graph.gradients) if g is not None]
     if not numbers:
-        return None
+        return FoundCurvature(piece, [], [], [])
     gradients = [g for g in graph.gradients if g is not None]
     values = [piece.arrivals[k].value for k in numbers]
 
@@ -143,7 +164,7 @@ def _curvature_at(
         return [products[k] for k in numbers]
 
     if settings.fisher_type == "type-2":
-        samples = 8
+        samples = KRYLOV_SAMPLES
     try:
         multiply = product if twice and not note else None
         parts = find_parts(values, gradients, multiply, samples)

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 
-from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer
+from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, loss_vectors
+from kfacopt.likelihoods import widened
+from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.statistics.backward_pass import CandidateMoments
 from kfacopt.optim.watch.forward_pass import ForwardPass
+from kfacopt.optim.watch.loss_calls import LossCall
+
+
+def known_vectors(
+    call: LossCall, upstream: Tensor, settings: CurvatureSettings, generator: Generator
+) -> tuple[Iterator[Tensor], Tensor]:
+    """Return v `[*z.shape]` with Σ v vᵀ the curvature of a known loss, and its number of terms.
+
+    Args:
+        call: What the loss means.
+        upstream: The derivative of the objective by the loss.
+        settings: Which curvature is collected.
+        generator: Draws labels, or signs.
+    """
+    likelihood, z = call.likelihood, widened(call.output)
+    weights = likelihood.curvature_weights(z, call.target, upstream)
+    sampling = (settings.fisher_type, settings.mc_samples, generator)
+    vectors = loss_vectors(likelihood, z, weights, *sampling)
+    return (v.to(call.output.dtype) for v in vectors), likelihood.num_terms(z, call.target)
 
 
 def count_would_be(

@@ -88,6 +88,7 @@ class ForwardPass:
         call: The call, recorded for a replay; `None` where nothing is recorded.
         outputs: What it returned.
         recognised: The nodes of known losses on it, as `node_key` has them.
+        derivatives: Those of derivatives that `torch.autograd.grad` took of it.
     """
 
     def __init__(self, observer: PassObserver, call: Call | None = None) -> None:
@@ -97,6 +98,7 @@ class ForwardPass:
         self.uses: list[LayerUse] = []
         self.outputs: list[ModelOutput] = []
         self.recognised: set[tuple[str, int]] = set()
+        self.derivatives: set[tuple[str, int]] = set()
         self.consumed = False
         self.call = call
         EAGER_SPELL.begin(self)

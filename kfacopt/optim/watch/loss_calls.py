@@ -18,6 +18,7 @@ from kfacopt.likelihoods import (
     SquaredError,
     UnsupportedLossError,
     checked,
+    widened,
 )
 
 
@@ -50,7 +51,9 @@ def _categorical_call(name: str, arguments: dict[str, Any]) -> LossCall:
         raise UnsupportedLossError(f"{name}: the target requires gradients; detach it.")
     options = (_legacy_reduction(arguments), arguments["weight"], arguments["ignore_index"])
     if name == "nll_loss":
-        return LossCall(checked(NegativeLogLikelihood(*options)), output, target)
+        likelihood = NegativeLogLikelihood(*options)
+        likelihood.check_output(widened(output))
+        return LossCall(checked(likelihood), output, target)
     smoothing = arguments["label_smoothing"]
     return LossCall(checked(CrossEntropy(*options, smoothing)), output, target)
 

@@ -1,8 +1,9 @@
 """The piece of graph between what a user differentiates and the outputs of models.
 
 It ends at the first of these on each way back: an output of an outermost module, the value of a
-known loss, which counts on its own, or the output of a layer (where a model computes its loss
-itself, or hands out what a hook caught). Nothing here computes a derivative.
+known loss, which counts on its own, the output of a layer (where a model computes its loss itself,
+or hands out what a hook caught), or a derivative of the model, behind which are the weights again.
+Nothing here computes a derivative.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ class Objective:
         outputs = {} if through_outputs else self._outputs()
         uses = {(u.edge.node, u.edge.output_nr): u.edge for p in self.passes for u in p.uses}
         losses = {key for p in self.passes for key in p.recognised}
+        derivatives = {key for p in self.passes for key in p.derivatives}
         arrivals: dict[Any, Arrival] = {}
         recognised: list[Any] = []
+        derived: list[GradientEdge] = []
         names: list[str] = []
         waiting = [(self.edge.node, self.edge.output_nr)]
         seen = set(waiting)
@@ -66,6 +69,8 @@ class Objective:
             node = key[0]
             if losses and node_key(node) in losses:
                 recognised.append(node)
+            elif derivatives and node_key(node) in derivatives:
+                derived.append(GradientEdge(*key))
             elif key in outputs:
                 arrivals[key] = outputs[key]
             elif key in uses:
@@ -76,7 +81,7 @@ class Objective:
                 new = [(n, nr) for n, nr in node.next_functions if n is not None]
                 waiting += [entry for entry in dict.fromkeys(new) if entry not in seen]
                 seen.update(new)
-        return Piece(self.edge, list(arrivals.values()), recognised, _title(names))
+        return Piece(self.edge, list(arrivals.values()), recognised, derived, _title(names))
 
     def _outputs(self) -> dict[Any, Arrival]:
         """Return where the walk ends; not at a scalar, which is a loss that the model computed."""
@@ -96,12 +101,14 @@ class Piece:
         edge: The scalar's gradient edge.
         arrivals: Where it ends.
         recognised: The nodes of known losses.
+        derived: Where derivatives that `torch.autograd.grad` took begin.
         title: Its first operations, the last of them first.
     """
 
     edge: GradientEdge
     arrivals: Sequence[Arrival]
     recognised: Sequence[Any]
+    derived: Sequence[GradientEdge]
     title: str
 
     def deeper(self, passes: list[ForwardPass], number: int) -> Piece | None:

@@ -17,11 +17,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from kfacopt.likelihoods import UnsupportedLossError
-from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput, PassObserver
+from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput, PassObserver, node_key
 from kfacopt.optim.watch.loss_calls import KNOWN_LOSSES, recognise_call
 from kfacopt.optim.watch.recorded_calls import Call, LossOrigin, Source, Surroundings
 
@@ -61,7 +62,10 @@ class ProbedTensor(Tensor):
                 _notify(func, unprobe(args), unprobe(kwargs), result, list(passes), origin)
         if func in _KEPT_TENSORS or func is Tensor.tolist:
             return result
-        return _Prober(passes, call, {id(x) for x in given}).tree(result)
+        probed_result = _Prober(passes, call, {id(x) for x in given}).tree(result)
+        if func is torch.autograd.grad:
+            _note_derivatives(probed_result)
+        return probed_result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy as a plain tensor."""
@@ -171,6 +175,16 @@ def _differentiated(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _note_derivatives(results: Any) -> None:
+    """Take note of derivatives that have a graph of their own."""
+    for tensor in tree_flatten(results)[0]:
+        if isinstance(tensor, ProbedTensor):
+            with torch._C.DisableTorchFunctionSubclass():
+                edge = get_gradient_edge(tensor)
+            for forward_pass in tensor._passes:
+                forward_pass.derivatives.add(node_key(edge.node))
 
 
 _DIFFERENTIATIONS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)

@@ -9,7 +9,7 @@ sum divided by the number of tokens.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_flatten
 from kfacopt.data import is_evaluating
 from kfacopt.kfac.capture import in_would_be_pass, record_use
 from kfacopt.kfac.layers import Layer
-from kfacopt.likelihoods import Likelihood
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.watch.activation_checkpointing import refuse_reentrant_checkpointing
+from kfacopt.optim.watch.arrivals import ArrivalWatch
 from kfacopt.optim.watch.compilation import (
     is_called_from_compiled_code,
     leave_hooks_uncompiled,
@@ -36,7 +36,6 @@ from kfacopt.optim.watch.probed_tensors import (
     LossCallMode,
     ProbedTensor,
     carry_probes,
-    differentiable_tensors,
     passes_feeding,
     probe,
     record_call,
@@ -118,7 +117,7 @@ class Watch:
         self._settings, self._receiver, self._wrappers = settings, receiver, wrappers
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._mode: LossCallMode | None = None
-        self._foreign_task = -1  # a backward pass that is not by parameters
+        self._arrivals = ArrivalWatch(receiver)
         leave_hooks_uncompiled(ProbedTensor)
         self._passes: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
         self.uncompiled: type[nn.Module] | None = None
@@ -238,11 +237,11 @@ class Watch:
         if output is None or not (forward_pass.uses or parents or self._settings.recording):
             return None
         probed = probe(output, forward_pass, parents)
+        own = [p for p in (*parents, forward_pass) if p.observer is self]
         if self._settings.likelihood is not None:
-            self._watch_output(output, probed, forward_pass, parents)
-            forward_pass.outputs.clear()  # with this hook they would be a cycle
+            self._arrivals.watch_stated(self._settings.likelihood, output, probed, own)
         else:
-            self._watch_arrivals(forward_pass, parents)
+            self._arrivals.watch_unseen(own)
         follow_through_wrapper(carry_probes)
         return probed
 
@@ -258,6 +257,8 @@ class Watch:
         """Tell the receiver when the user's backward pass arrives at a loss."""
         if self._settings.likelihood is not None or is_evaluating():
             return
+        if self._settings.fisher_type == "empirical" and call.likelihood.reduction == "none":
+            return  # the loss of a datum is whatever the objective makes of it
         for forward_pass in passes:
             forward_pass.recognised.add(node_key(loss.grad_fn))
         watch = weakref.ref(self)
@@ -285,7 +286,7 @@ class Watch:
             if alive is None or in_would_be_pass():
                 return
             if foreign:
-                alive._foreign_task = torch._C._current_graph_task_id()
+                alive._arrivals.foreign_task = torch._C._current_graph_task_id()
             else:
                 alive._receiver.arrive_at_objective(objective, upstream.detach())
 
@@ -294,60 +295,6 @@ class Watch:
     def _any_parameter(self, inputs: Any) -> bool:
         own = {id(layer.anchor) for layers in self._layers_of.values() for layer in layers}
         return any(id(x) in own for x in tree_flatten(inputs)[0])
-
-    def _watch_arrivals(self, forward_pass: ForwardPass, parents: list[ForwardPass]) -> None:
-        """Take note of backward passes that arrive at outputs from nowhere that was seen.
-
-        From a function that returns plain tensors, as those of `torch.autograd.Function` do.
-        """
-        watch = weakref.ref(self)
-        passes = [weakref.ref(p) for p in (*parents, forward_pass) if p.observer is self]
-
-        def hook(number: int) -> Callable[[Any], None]:
-            def on_backward(grads: Any) -> None:
-                alive, known = watch(), [p() for p in passes]
-                if alive is None or in_would_be_pass():
-                    return
-                own = [p for p in known if p is not None]
-                if torch._C._current_graph_task_id() != alive._foreign_task and own:
-                    output = own[-1].outputs[number]
-                    gradient = grads[output.edge.output_nr]
-                    if gradient is not None:
-                        alive._receiver.arrive_at_output(output, own, gradient.detach())
-
-            return on_backward
-
-        for number, output in enumerate(forward_pass.outputs):
-            output.edge.node.register_prehook(hook(number))
-
-    def _watch_output(
-        self, output: Any, probed: Any, forward_pass: ForwardPass, parents: list[ForwardPass]
-    ) -> None:
-        """Take the stated loss at the model's output, when the backward pass arrives there."""
-        call = _stated_call(self._settings.likelihood, output)
-        passes = [p for p in (*parents, forward_pass) if p.observer is self]
-        watch = weakref.ref(self)
-
-        def on_backward(grads: Any) -> None:
-            alive = watch()
-            if alive is not None and not forward_pass.consumed and not in_would_be_pass():
-                alive._receiver.arrive_at_loss(call, passes, torch.ones(()), None)
-
-        # On the probe's own node, behind z: a hook on z's node that refers to z would be a cycle.
-        (probed_output,) = differentiable_tensors(probed)
-        get_gradient_edge(probed_output).node.register_prehook(on_backward)
-
-
-def _stated_call(likelihood: Likelihood | None, output: Any) -> LossCall:
-    """Return what a stated loss means at a model's output."""
-    assert likelihood is not None
-    outputs = differentiable_tensors(unprobe(output))
-    if len(outputs) != 1:
-        raise ValueError(
-            "loss_func: the model must return one differentiable tensor for a stated loss, "
-            f"got {len(outputs)}. Let the loss be recognised, or wrap the model."
-        )
-    return LossCall(likelihood, outputs[0], None)
 
 
 def _refuse_recomputation(layers: Iterable[Layer]) -> None:
