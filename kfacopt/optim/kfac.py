@@ -17,6 +17,7 @@ from kfacopt.kfac.layers import Block, KFACApprox, Layer
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
 from kfacopt.optim.connection import Connection, connect
+from kfacopt.optim.description import Description, describe
 from kfacopt.optim.distributed import Ranks, mean_over_ranks
 from kfacopt.optim.messages import (
     Notices,
@@ -503,6 +504,16 @@ class KFACOptimizer(Optimizer):
         }
         own = (self._curvature, self.param_groups, self._connection.names)
         return counts | self._rule.scalars() | all_block_statistics(*own)
+
+    def describe(self) -> Description:
+        """Return what is done with each objective and each parameter, to be printed or logged.
+
+        Example:
+            print(optimizer.describe())  # after a step
+        """
+        own = (self._parameters(), self._connection.names, self._curvature)
+        seen = self._statistics
+        return describe(*own, seen.objectives.curvature, seen.undercounted)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.
