@@ -32,9 +32,14 @@ def median_at_end(runs: Sequence[RunRecord], column: int = OBJECTIVE) -> float:
 
 
 def seconds_to(runs: Sequence[RunRecord], target: float) -> float:
-    """Return the median over the seeds of the seconds until the objective is the target or less."""
-    times = [next((row[1] for row in r["curve"][1:] if row[2] <= target), math.inf) for r in runs]
-    return statistics.median(times)
+    """Return the median over the seeds of the seconds until the objective is the target or less.
+
+    A run that failed later did not reach it.
+    """
+    rows = [r["curve"][1:] if r["outcome"] == "finished" else [] for r in runs]
+    return statistics.median(
+        next((row[1] for row in own if row[OBJECTIVE] <= target), math.inf) for own in rows
+    )
 
 
 def best_rate(runs: Sequence[RunRecord], schedule: str, key: Callable[[Any], float]) -> float:
@@ -69,7 +74,9 @@ def row(content: dict[str, Any], schedule: str) -> tuple[list[str], int, int]:
     """Return a problem's row, and who is ahead in objective and metric: 1 is K-FAC, −1 AdamW."""
     runs, problem = content["runs"], content["problem"]
     ours = runs_of(runs, "K-FAC", schedule)
-    rates = [best_rate(runs, schedule, lambda r, c=c: median_at_end(r, c)) for c in (2, 3)]
+    rates = [
+        best_rate(runs, schedule, lambda r, c=c: median_at_end(r, c)) for c in (OBJECTIVE, METRIC)
+    ]
     theirs = [runs_of(runs, "AdamW", schedule, lr) for lr in rates]
     target = median_at_end(theirs[0])
     fastest = runs_of(

@@ -1,6 +1,6 @@
 """Train with many losses: `KFACOptimizer` as it comes beside AdamW at the best of its rates.
 
-    python -m benchmarks.losses [--quick] [--problems ...] [--workers N] [--again K-FAC] [--page]
+    python -m benchmarks.losses [--quick] [--problems ...] [--schedules ...] [--workers N] [--page]
 
 Both get the same CPU seconds of one thread (`time.thread_time`; evaluation excluded, the making of
 the optimizer and all extra passes included), at a constant rate and with a cosine over the time.
@@ -232,6 +232,8 @@ def parsed() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--problems", nargs="+", choices=tuple(PROBLEMS), default=list(PROBLEMS))
+    schedules = tuple(SCHEDULES)
+    parser.add_argument("--schedules", nargs="+", choices=schedules, default=list(schedules))
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all budgets")
     parser.add_argument("--workers", type=int, default=2, help="0: in this process")
     parser.add_argument("--output", type=Path, help="folder of the results")
@@ -245,11 +247,11 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     arguments = parsed()
     quick = arguments.quick
-    plan = Plan(arguments.output or RESULTS / ("losses_quick" if quick else "losses"))
-    count = arguments.workers
+    folder = arguments.output or RESULTS / ("losses_quick" if quick else "losses")
+    plan = Plan(folder, schedules=tuple(arguments.schedules), scale=arguments.scale)
     if quick:
-        plan = Plan(plan.folder, 1, ("constant",), (1e-3,), (1e-3,), steps=2)
-        count = 0
+        plan = Plan(folder, 1, ("constant",), (1e-3,), (1e-3,), steps=2)
+    count = 0 if quick else arguments.workers
     if not count:
         torch.set_num_threads(1)
     if not arguments.report_only:

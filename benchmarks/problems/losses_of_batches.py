@@ -118,6 +118,7 @@ def shapes() -> Batch:
 
 def _dice(generator: Generator) -> Training:
     train, test = tuple(t[:600] for t in shapes()), tuple(t[600:] for t in shapes())
+    fixed = tuple(t[:200] for t in train)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         p, t = torch.sigmoid(model(batch[0])), batch[1]
@@ -126,7 +127,7 @@ def _dice(generator: Generator) -> Training:
     def evaluate(model: nn.Module) -> tuple[float, float]:
         found, there = model(test[0]) > 0, test[1] > 0
         overlap = (found & there).sum() / (found | there).sum()
-        return float(loss(model, train)), 1 - float(overlap)
+        return float(loss(model, fixed)), 1 - float(overlap)
 
     convolution = partial(nn.Conv2d, kernel_size=3, padding=1)
     model = nn.Sequential(
@@ -338,9 +339,10 @@ PROBLEMS = (
         "dice",
         "Dice over the batch",
         "ReLU net of 6 convolutions, down and up; a disc beside a square, 600 images; batch 32",
-        "Dice loss",
+        "Dice loss on 200 of them",
         "1 − intersection over union on 200 others",
         _dice,
+        budget=12.0,
     ),
     LossProblem(
         "ctc",
