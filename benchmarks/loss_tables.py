@@ -114,6 +114,25 @@ def problem_table(contents: Sequence[dict[str, Any]]) -> str:
     return markdown(["", "loss", "model and data"], rows)
 
 
+def time_taken(contents: Sequence[dict[str, Any]]) -> str:
+    """Return a sentence on whether the cost of an iteration was what the runs took."""
+    ratios = []
+    for content in contents:
+        mean = {
+            name: [r["thread_seconds"] for r in content["runs"] if r["contestant"] == name]
+            for name in ("AdamW", "K-FAC")
+            if all(r["outcome"] == "finished" for r in content["runs"] if r["contestant"] == name)
+        }
+        if len(mean) == 2:
+            ratios.append(statistics.median(mean["K-FAC"]) / statistics.median(mean["AdamW"]))
+    if not ratios:
+        return ""
+    return (
+        f" K-FAC's runs took {statistics.median(ratios):.2f} times the thread time of AdamW's "
+        f"({min(ratios):.2f}…{max(ratios):.2f}; medians of a problem's runs)."
+    )
+
+
 def tables(contents: Sequence[dict[str, Any]]) -> str:
     """Return a table for each schedule, and what went wrong.
 
@@ -123,11 +142,12 @@ def tables(contents: Sequence[dict[str, Any]]) -> str:
     last = contents[-1]
     every = [r for content in contents for r in content["runs"]]
     commits = ", ".join(sorted({(r["commit"] or "?")[:9] for r in every}))
-    seconds = sorted({content["runs"][0]["seconds"] for content in contents})
+    budgets = sorted({content["budget"] for content in contents})
     parts = [
         f"{last['device']}, {last['threads']} thread, torch {last['torch']}, kfacopt "
         f"{last['version']} at {commits}, {last['date']}; {len({r['seed'] for r in every})} seeds, "
-        f"{'…'.join(f'{s:g}' for s in {seconds[0], seconds[-1]})} CPU seconds a run.",
+        f"{'…'.join(f'{s:g}' for s in dict.fromkeys((budgets[0], budgets[-1])))} CPU seconds a run."
+        f"{time_taken(contents)}",
         problem_table(contents),
     ]
     header = ["", "objective", "AdamW", "its rate", "K-FAC", "s to AdamW's: AdamW", "K-FAC"]

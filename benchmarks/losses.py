@@ -2,8 +2,10 @@
 
     python -m benchmarks.losses [--quick] [--problems ...] [--schedules ...] [--workers N] [--page]
 
-Both get the same CPU seconds of one thread (`time.thread_time`; evaluation excluded, the making of
-the optimizer and all extra passes included), at a constant rate and with a cosine over the time.
+Both get the same CPU seconds of one thread, at a constant rate and with a cosine over the time.
+What an iteration costs each is measured first, in turn and over whole periods of K-FAC's factors
+and inverses, by `time.thread_time`; it gives the number of iterations. Neighbours on the machine
+change what an iteration costs by up to 2, but so both alike, and a run depends on its seed alone.
 AdamW has five learning rates, and further ones as long as the best is at the edge. The best is that
 whose median over the seeds is lowest, on the very seeds that are shown and for each column anew,
 which favours AdamW. An error of a contestant, and NaN, is its result.
@@ -17,6 +19,7 @@ import argparse
 import gc
 import json
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,12 +32,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.calibration import PERIOD
 from benchmarks.compare import workers
 from benchmarks.environment import HERE, RESULTS, commit, environment
 from benchmarks.loss_tables import median_at_end, runs_of, tables
 from benchmarks.problems import losses_of_batches, losses_of_data
 from benchmarks.problems.problem import LossProblem
 from benchmarks.protocol import write_json
+from benchmarks.running import evaluation_steps
 from benchmarks.step_tables import update_page
 from benchmarks.tuning import Schedule
 from kfacopt import KFACOptimizer
@@ -46,8 +51,8 @@ PAGE = HERE.parent / "docs" / "losses.md"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 WIDER = (1e-6, 3e-6, 1e-5, 3e-5, *RATES, 3e-2, 1e-1, 3e-1, 1.0)
 SCHEDULES = {"constant": Schedule(), "cosine": Schedule(cosine=True)}
+CONTESTANTS = ("AdamW", "K-FAC")
 EVALUATIONS = 30
-FINE = 10_000  # parts of the budget in which the schedule sees it
 
 
 @dataclass(frozen=True)
@@ -73,23 +78,53 @@ class Setting:
         return torch.optim.AdamW(model.parameters(), lr=self.lr)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How long to train.
+def _iteration(problem: LossProblem, setting: Setting) -> Iterator[None]:
+    """Do an iteration each time."""
+    training = problem.training(setting.seed)
+    optimizers = [setting.optimizer(model) for model in training.models]
+    while True:
+        yield training.step(optimizers)
 
-    Attributes:
-        seconds: CPU seconds of the thread.
-        steps: Iterations of the loop at most.
+
+def costs(problem: LossProblem, rounds: int = 7) -> dict[str, float]:
+    """Return the CPU seconds of an iteration of each contestant.
+
+    Args:
+        problem: The problem.
+        rounds: How often each is timed, in turn; before, each warms up.
+
+    Returns:
+        AdamW's median, and K-FAC's as the median of ratios in a round times that; without K-FAC's
+        where it fails.
     """
-
-    seconds: float
-    steps: float = math.inf
+    repeats = max(4, PERIOD // problem.steps)
+    iterations = {
+        name: _iteration(problem, Setting(name, 1e-4, "constant", 0)) for name in CONTESTANTS
+    }
+    times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for _ in range(rounds + 1):
+        for name, own in times.items():
+            start = time.thread_time()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    for _ in range(repeats):
+                        next(iterations[name])
+            except Exception:  # `run` will name it; from now on the generator is at its end
+                continue
+            own.append((time.thread_time() - start) / repeats)
+    theirs = times["AdamW"][1:]
+    found = {"AdamW": statistics.median(theirs)}
+    if len(times["K-FAC"]) > rounds:
+        ratios = (k / a for k, a in zip(times["K-FAC"][1:], theirs, strict=True))
+        found["K-FAC"] = found["AdamW"] * statistics.median(ratios)
+    return found
 
 
 def _train(
-    problem: LossProblem, setting: Setting, limits: Limits
+    problem: LossProblem, setting: Setting, iterations: int
 ) -> Iterator[tuple[int, float, float, float]]:
-    """Yield rows of the curve: iteration, seconds, objective, metric; the last is at the end."""
+    """Yield rows of iteration, seconds of this thread, objective and metric."""
     training, schedule = problem.training(setting.seed), SCHEDULES[setting.schedule]
     torch.manual_seed(setting.seed)
     yield 0, 0.0, *training.metrics()
@@ -97,50 +132,51 @@ def _train(
     optimizers = [setting.optimizer(model) for model in training.models]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     base = [group["lr"] for group in groups]
-    elapsed = time.thread_time() - start
-    count, evaluations = 0, 1
-    while elapsed < limits.seconds and count < limits.steps:
-        start = time.thread_time()
-        factor = schedule.factor(int(FINE * elapsed / limits.seconds), FINE)
+    elapsed, when = 0.0, evaluation_steps(iterations, EVALUATIONS)
+    for count in range(1, iterations + 1):
+        factor = schedule.factor(count - 1, iterations)
         for group, lr in zip(groups, base, strict=True):
             group["lr"] = lr * factor
         training.step(optimizers)
-        elapsed += time.thread_time() - start
-        count += 1
-        over = elapsed >= limits.seconds or count >= limits.steps
-        if over or elapsed >= limits.seconds * (evaluations / EVALUATIONS) ** 2:
-            evaluations = 1 + int(EVALUATIONS * math.sqrt(elapsed / limits.seconds))
+        if count in when:
+            elapsed += time.thread_time() - start
             yield count, elapsed, *training.metrics()
+            start = time.thread_time()
 
 
-def run(problem: LossProblem, setting: Setting, limits: Limits) -> dict[str, Any]:
+def run(
+    problem: LossProblem, setting: Setting, iterations: int, cost: float = 1.0
+) -> dict[str, Any]:
     """Train and evaluate.
 
     Args:
         problem: What.
         setting: By whom, and how.
-        limits: How long.
+        iterations: How many of the loop.
+        cost: Seconds of an iteration.
 
     Returns:
-        The setting, seconds, curve, `outcome` (`"finished"`, `"diverged"` or an error), the
-        distinct warnings, and the commit.
+        The setting, iterations, curve (iteration, seconds by the cost, objective, metric), outcome
+        (`"finished"`, `"diverged"` or an error), the distinct warnings, the seconds that the thread
+        took, and the commit.
     """
     gc.collect()
     curve: list[list[float]] = []
-    outcome = "finished"
+    outcome, elapsed = "finished", 0.0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:
-            for count, *values in _train(problem, setting, limits):
-                curve.append([count, *(float(f"{value:.6g}") for value in values)])
-                if not math.isfinite(values[1]):
+            for count, elapsed, *values in _train(problem, setting, iterations):  # noqa: B007
+                row = (count * cost, *values)
+                curve.append([count, *(float(f"{value:.6g}") for value in row)])
+                if not math.isfinite(values[0]):
                     outcome = "diverged"
                     break
         except Exception as error:  # whatever it is, it is what a user would get
             outcome = f"{type(error).__name__}: {str(error)[:300]}"
     said = sorted({str(warning.message)[:300] for warning in caught})
-    found = asdict(setting) | {"seconds": limits.seconds, "outcome": outcome, "curve": curve}
-    return found | {"warnings": said, "commit": commit()}
+    found = asdict(setting) | {"iterations": iterations, "outcome": outcome, "curve": curve}
+    return found | {"warnings": said, "thread_seconds": round(elapsed, 3), "commit": commit()}
 
 
 @dataclass(frozen=True)
@@ -154,7 +190,7 @@ class Plan:
         rates: AdamW's.
         widest: All of AdamW's rates, in order, that are tried where the best is at the edge.
         scale: Factor of the budgets.
-        steps: Iterations of the loop at most.
+        iterations: Of the loop; `None` for as many as the budget has.
     """
 
     folder: Path
@@ -163,7 +199,7 @@ class Plan:
     rates: tuple[float, ...] = RATES
     widest: tuple[float, ...] = WIDER
     scale: float = 1.0
-    steps: float = math.inf
+    iterations: int | None = None
 
 
 class Runs:
@@ -177,24 +213,40 @@ class Runs:
     def __init__(self, plan: Plan, name: str) -> None:
         self.plan, self.problem = plan, PROBLEMS[name]
         self.path = plan.folder / f"{name}.json"
-        self.limits = Limits(plan.scale * self.problem.budget, plan.steps)
-        self.found = json.loads(self.path.read_text())["runs"] if self.path.exists() else []
+        known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.found: list[dict[str, Any]] = known.get("runs", [])
+        self.costs: dict[str, float] = known.get("costs", {})
 
     def write(self) -> None:
         """Write the file."""
         named = {k: v for k, v in asdict(self.problem).items() if k != "make"}
-        content = environment("cpu") | {"problem": named, "runs": self.found}
-        write_json(self.path, content)
+        content = {"problem": named, "budget": self.plan.scale * self.problem.budget}
+        content |= {"costs": self.costs, "runs": self.found}
+        write_json(self.path, environment("cpu") | content)
 
     def forget(self, contestants: Iterable[str]) -> None:
-        """Forget the runs of contestants, to measure a new version of them."""
-        self.found = [r for r in self.found if r["contestant"] not in set(contestants)]
+        """Forget cost and runs of contestants, to measure a new version of them."""
+        gone = set(contestants)
+        self.found = [r for r in self.found if r["contestant"] not in gone]
+        self.costs = {name: cost for name, cost in self.costs.items() if name not in gone}
+
+    def calibrate(self) -> None:
+        """Measure what an iteration costs; AdamW's cost, once known, is the unit of the other."""
+        if self.plan.iterations is None and len(self.costs) < len(CONTESTANTS):
+            new = costs(self.problem)
+            drift = self.costs.get("AdamW", new["AdamW"]) / new["AdamW"]
+            self.costs = {name: drift * cost for name, cost in new.items()}
 
     def run(self, setting: Setting) -> None:
         """Make a run that does not exist in the same length."""
-        wanted = asdict(setting) | {"seconds": self.limits.seconds}
+        cost = self.costs.get(setting.contestant, self.costs.get("AdamW", 1.0))
+        budget = self.plan.scale * self.problem.budget
+        iterations = self.plan.iterations or max(1, round(budget / cost))
+        wanted = asdict(setting) | {"iterations": iterations}
         if not any(all(r[k] == v for k, v in wanted.items()) for r in self.found):
-            self.found.append(run(self.problem, setting, self.limits))
+            own = asdict(setting).items()
+            self.found = [r for r in self.found if any(r[k] != v for k, v in own)]
+            self.found.append(run(self.problem, setting, iterations, cost))
             self.write()
 
     def edges(self, schedule: str, rates: Sequence[float]) -> list[float]:
@@ -205,6 +257,7 @@ class Runs:
 
     def complete(self) -> None:
         """Make all runs, contestants interleaved."""
+        self.calibrate()
         for schedule in self.plan.schedules:
             rates: list[float] = []
             new = list(self.plan.rates)
@@ -222,8 +275,6 @@ def complete(plan: Plan, again: Sequence[str], name: str) -> str:
     """Make the runs of a problem that are missing, and return its name."""
     runs = Runs(plan, name)
     runs.forget(again)
-    for contestant in ("AdamW", "K-FAC"):  # first steps import a part of torch
-        run(runs.problem, Setting(contestant, 1e-3, "constant", 0), Limits(1.0, steps=1))
     runs.complete()
     return name
 
@@ -237,7 +288,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all budgets")
     parser.add_argument("--workers", type=int, default=2, help="0: in this process")
     parser.add_argument("--output", type=Path, help="folder of the results")
-    parser.add_argument("--again", nargs="+", choices=("AdamW", "K-FAC"), default=[])
+    parser.add_argument("--again", nargs="+", choices=CONTESTANTS, default=[])
     parser.add_argument("--report-only", action="store_true", help="make no runs")
     parser.add_argument("--page", action="store_true", help="put the tables into docs/losses.md")
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds: two steps")
@@ -250,7 +301,7 @@ def main() -> None:
     folder = arguments.output or RESULTS / ("losses_quick" if quick else "losses")
     plan = Plan(folder, schedules=tuple(arguments.schedules), scale=arguments.scale)
     if quick:
-        plan = Plan(folder, 1, ("constant",), (1e-3,), (1e-3,), steps=2)
+        plan = Plan(folder, 1, ("constant",), (1e-3,), (1e-3,), iterations=2)
     count = 0 if quick else arguments.workers
     if not count:
         torch.set_num_threads(1)

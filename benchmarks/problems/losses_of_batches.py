@@ -375,5 +375,6 @@ PROBLEMS = (
         f"steps that are missing to {HORIZON}",
         "the same from wider starts",
         _ppo,
+        steps=32,
     ),
 )

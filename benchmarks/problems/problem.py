@@ -132,6 +132,7 @@ class LossProblem:
         make: Makes the training from a generator of batches and noise; torch's global generator,
             seeded before, gives the initialisation.
         budget: Seconds of training on one core.
+        steps: Of an optimizer, in one iteration of the loop.
     """
 
     name: str
@@ -141,6 +142,7 @@ class LossProblem:
     metric: str
     make: Callable[[Generator], Training]
     budget: float = 8.0
+    steps: int = 1
 
     def training(self, seed: int) -> Training:
         """Return the training whose initialisation, batches and noise have a seed."""
