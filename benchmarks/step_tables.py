@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import HERE
@@ -99,17 +100,22 @@ def tables(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def update_readme(section: str, text: str) -> None:
-    """Replace what stands between a section's two marks in README.md.
+def update_page(path: Path, section: str, text: str) -> None:
+    """Replace what stands between a section's two marks in a page.
 
     Args:
+        path: The page.
         section: The name in the marks `<!-- NAME -->` and `<!-- /NAME -->`.
         text: What to put there.
     """
-    path = HERE / "README.md"
     start, end = f"<!-- {section} -->", f"<!-- /{section} -->"
     before, _, rest = path.read_text().partition(start)
     _, found, after = rest.partition(end)
     if not found:
         raise ValueError(f"{path} lacks the marks {start} and {end}.")
     path.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}")
+
+
+def update_readme(section: str, text: str) -> None:
+    """Replace what stands between a section's two marks in README.md."""
+    update_page(HERE / "README.md", section, text)

@@ -1,9 +1,10 @@
-"""What a problem of the comparison is."""
+"""What a problem of the comparisons is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -91,3 +92,84 @@ def repeated(data: Batch) -> Callable[[Generator], Iterator[Batch]]:
             yield data
 
     return batches
+
+
+@dataclass(frozen=True)
+class Training:
+    """Models, and the loop that trains them as a user writes it.
+
+    Attributes:
+        models: Each is given an optimizer of its own.
+        step: One iteration of the loop, with the models' optimizers.
+        evaluate: The objective, and a metric on other data; of both, lower is better.
+    """
+
+    models: Sequence[nn.Module]
+    step: Callable[[Sequence[Any]], None]
+    evaluate: Callable[[], tuple[float, float]]
+
+    @torch.no_grad()
+    def metrics(self) -> tuple[float, float]:
+        """Return objective and metric of the models as they are now."""
+        for model in self.models:
+            model.eval()
+        values = self.evaluate()
+        for model in self.models:
+            model.train()
+        return values
+
+
+@dataclass(frozen=True)
+class LossProblem:
+    """A problem of the comparison of losses: everything but the seed.
+
+    Attributes:
+        name: Its name.
+        loss: The loss, in words.
+        description: Model, data and batch size.
+        objective: What is minimised, as it is evaluated on a fixed set.
+        metric: What is measured on other data.
+        make: Makes the training from a generator of batches and noise; torch's global generator,
+            seeded before, gives the initialisation.
+        budget: Seconds of training on one core.
+        steps: Of an optimizer, in one iteration of the loop.
+    """
+
+    name: str
+    loss: str
+    description: str
+    objective: str
+    metric: str
+    make: Callable[[Generator], Training]
+    budget: float = 8.0
+    steps: int = 1
+
+    def training(self, seed: int) -> Training:
+        """Return the training whose initialisation, batches and noise have a seed."""
+        torch.manual_seed(seed)
+        return self.make(Generator().manual_seed(seed))
+
+
+def plain_loop(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Batch], Tensor],
+    batches: Iterator[Batch],
+    evaluate: Callable[[nn.Module], tuple[float, float]],
+) -> Training:
+    """Return the usual loop of one model.
+
+    Args:
+        model: The model.
+        loss: The loss of the model on a batch.
+        batches: Endless.
+        evaluate: Gives the model's objective and metric.
+    """
+
+    def step(optimizers: Sequence[Any]) -> None:
+        (optimizer,) = optimizers
+        batch = next(batches)
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+
+    return Training((model,), step, lambda: evaluate(model))
