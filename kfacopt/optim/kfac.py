@@ -52,7 +52,7 @@ from kfacopt.optim.steps.self_tuning import Objective, SelfTuning, objective_of,
 from kfacopt.optim.steps.update import are_finite
 from kfacopt.optim.watch.admission import check_iterable, check_parameters
 from kfacopt.optim.watch.modules import find_modules
-from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
+from kfacopt.optim.watch.recorded_calls import Term
 from kfacopt.optim.watch.watch import Watch
 
 
@@ -322,7 +322,7 @@ class KFACOptimizer(Optimizer):
         self,
         gradients: dict[Parameter, Tensor],
         directions: dict[Parameter, Tensor],
-        terms: list[ObjectiveTerm],
+        terms: list[Term],
         closure: Callable[[], Any] | None,
         loss: Any,
     ) -> None:

@@ -37,7 +37,7 @@ from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
 from kfacopt.optim.watch.gradient_exchange import ExchangeWatch
 from kfacopt.optim.watch.loss_calls import LossCall
 from kfacopt.optim.watch.objectives import Objective
-from kfacopt.optim.watch.recorded_calls import LossOrigin, ObjectiveTerm
+from kfacopt.optim.watch.recorded_calls import LossOrigin, ObjectiveTerm, ScalarTerm, Term
 from kfacopt.optim.watch.wrappers import bookkeeping_kept
 
 
@@ -89,7 +89,7 @@ class Statistics:
         self._pending = WaitingMoments()
         self.reached: set[Layer] = set()
         self._also_used_otherwise: set[Layer] = set()
-        self._objective: list[ObjectiveTerm] = []
+        self._objective: list[Term] = []
         self.exchange.forget()
 
     def _start_task(self, task: int) -> None:
@@ -99,7 +99,7 @@ class Statistics:
         if self._confirmed:
             self._objective += self._candidate_terms
         self._task, self._confirmed = task, False
-        self._candidate_terms: list[ObjectiveTerm] = []
+        self._candidate_terms: list[Term] = []
         drawn = (self._settings, self._labels.generator(), self.bases)
         self._candidates = CandidateMoments(*drawn)
         self._candidate_squares = CandidateMoments(*drawn)  # of whole objectives' gradients
@@ -134,7 +134,9 @@ class Statistics:
                 with bookkeeping_kept(edges):
                     count_would_be(self._candidates, *args)
         if origin is not None:
-            self._candidate_terms.append(ObjectiveTerm(origin, call.output.detach(), upstream))
+            counts = not any(isinstance(term, ScalarTerm) for term in self._candidate_terms)
+            term = ObjectiveTerm(origin, call.output.detach(), upstream, counts)
+            self._candidate_terms.append(term)
 
     def arrive_at_objective(self, objective: Objective, upstream: Tensor) -> None:
         """Collect moments of what is no known loss; see `LossReceiver`."""
@@ -149,6 +151,8 @@ class Statistics:
         whole = self._settings.fisher_type == "empirical" and found.piece.recognised
         if found.parts and not whole:
             self._count_found(found, objective.passes)
+            term = found.term(objective, upstream)
+            self._candidate_terms += [] if term is None else [term]
         elif found.piece.derived and not found.piece.recognised:
             # All curvature there is lies behind derivatives: none is counted, not a part.
             like = [torch.ones_like(upstream)]
@@ -259,7 +263,7 @@ class Statistics:
     def _candidates_by_layer(self) -> WaitingMoments:
         return WaitingMoments(self._candidates.by_layer, self._candidate_squares.by_layer)
 
-    def objective(self) -> list[ObjectiveTerm]:
+    def objective(self) -> list[Term]:
         """Return the losses whose gradients have been accumulated since the last step."""
         if self._confirmed or not self._objective:
             return [*self._objective, *self._candidate_terms]

@@ -18,6 +18,7 @@ from kfacopt.optim.messages import log_objective
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
 from kfacopt.optim.watch.objectives import Arrival, Objective, Piece
+from kfacopt.optim.watch.recorded_calls import ScalarTerm
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,35 @@ class FoundCurvature:
                 None if v is None else v.to(g.dtype)
                 for v, g in zip(vectors, self.gradients, strict=True)
             ]
+
+    def product(self, vectors: Sequence[Tensor], loss_scale: float) -> list[Tensor]:
+        """Return H⁺ v, one for each z, of the objective that was not multiplied.
+
+        Args:
+            vectors: v, likewise.
+            loss_scale: What the objective was multiplied with.
+        """
+        products = [torch.zeros_like(v) for v in vectors]
+        for part in self.parts:
+            factor = self.terms / loss_scale**2 if part.empirical else 1 / loss_scale
+            own = part.product([vectors[k] for k in part.members])
+            for k, value in zip(part.members, own, strict=True):
+                products[k] = value * factor
+        return products
+
+    def term(self, objective: Objective, upstream: Tensor) -> ScalarTerm | None:
+        """Return what evaluates the objective again; `None` if not all of it was recorded.
+
+        Args:
+            objective: The objective.
+            upstream: The derivative that the backward pass started with.
+        """
+        arrivals = [self.piece.arrivals[k].source for k in self.numbers]
+        sources = [source for source in arrivals if source is not None]
+        if objective.source is None or objective.value is None or len(sources) < len(arrivals):
+            return None
+        at_z = (sources, self.gradients, self.product)
+        return ScalarTerm(objective.source, objective.value, upstream, *at_z)
 
     def description(self) -> str:
         """Say what was found: the tensors z and the curvature of each part."""

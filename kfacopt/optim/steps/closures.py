@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.optim.steps.replay import undisturbed
-from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
+from kfacopt.optim.watch.recorded_calls import Term
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def closure_loss(
     closure: Callable[[], Any],
     loss: Any,
     params: Sequence[Parameter],
-    terms: Sequence[ObjectiveTerm],
+    terms: Sequence[Term],
     over_ranks: Callable[[Tensor], Tensor],
 ) -> ClosureLoss:
     """Return an objective as a closure evaluates it, which leaves the gradients alone.

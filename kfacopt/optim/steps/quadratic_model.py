@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from kfacopt.likelihoods import widened
-from kfacopt.optim.steps.replay import replay
-from kfacopt.optim.watch.loss_calls import LossCall
-from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
+from kfacopt.optim.steps.replay import ReplayedTerm, replay
+from kfacopt.optim.watch.recorded_calls import ScalarTerm, Term
 
 Direction = Mapping[Parameter, Tensor]
 
@@ -98,7 +97,7 @@ class QuadraticModel:
 
 
 def quadratic_model(
-    terms: Sequence[ObjectiveTerm],
+    terms: Sequence[Term],
     grads: Direction,
     directions: Sequence[Direction],
     damping: Mapping[Parameter, float],
@@ -128,18 +127,23 @@ def quadratic_model(
     replayed = [term for term, _ in evaluations[0]]
     tangents = [[tangent for _, tangent in own] for own in evaluations]
     products = [
-        [_loss_curvature(term, t, loss_scale) for term, t in zip(replayed, own, strict=True)]
+        [
+            product
+            for derived, t in zip(replayed, own, strict=True)
+            for product in derived.term.curvature_product(derived.outputs, t, loss_scale)
+        ]
         for own in tangents
     ]
+    flat = [[tangent for own in by_term for tangent in own] for by_term in tangents]
     pairs = [(j, k) for j in range(len(directions)) for k in range(j + 1)]
-    loss = torch.stack([_scalar(term.contribution) for term in replayed]).sum() / loss_scale
+    loss = _value([(own.contribution, own.term) for own in replayed]) / loss_scale
     rates = [[_scalar(term.rate) for term, _ in own] for own in evaluations]
     numbers = [
         [loss, _mismatch(terms, replayed), _dot(grads, grads)],
         [_dot(grads, direction) for direction in directions],
         [torch.stack(own).sum() / loss_scale for own in rates],
         [_dot(direction, direction) for direction in directions],
-        [_sum_of_products(tangents[j], products[k]) for j, k in pairs],
+        [_sum_of_products(flat[j], products[k]) for j, k in pairs],
         [_dot(directions[j], directions[k], damping) for j, k in pairs],
     ]
     fetched = iter(over_ranks(torch.stack([x for group in numbers for x in group])).tolist())
@@ -153,7 +157,7 @@ def quadratic_model(
 
 
 def evaluate(
-    terms: Sequence[ObjectiveTerm],
+    terms: Sequence[Term],
     values: Sequence[Parameter],
     loss_scale: float,
     over_ranks: Callable[[Tensor], Tensor],
@@ -167,31 +171,35 @@ def evaluate(
         over_ranks: Averages numbers over all processes.
     """
     replayed = replay(terms, {id(p): p.detach() for p in values})
-    total = torch.stack([_scalar(term.contribution) for term in replayed]).sum()
+    total = _value([(term.contribution, term) for term in replayed])
     return float(over_ranks(total)) / loss_scale
+
+
+def _value(contributions: Iterable[tuple[Tensor, ReplayedTerm]]) -> Tensor:
+    return torch.stack([_scalar(x) for x, term in contributions if term.counts]).sum()
 
 
 @dataclass(frozen=True)
 class _DerivedTerm:
-    """A loss of the objective and its derivative along a direction.
+    """A term of the objective and its derivative along a direction.
 
     Attributes:
-        call: What it means, with its input z.
+        term: The term, evaluated again.
+        output: What has to be the same again, without a derivative.
+        outputs: The tensors z, without derivatives.
         contribution: What it adds to the objective.
         rate: The derivative of that.
-        upstream: The derivative of the objective by the loss.
     """
 
-    call: LossCall
+    term: ReplayedTerm
+    output: Tensor
+    outputs: Sequence[Tensor]
     contribution: Tensor
     rate: Tensor
-    upstream: Tensor
 
 
-def _along(
-    terms: Sequence[ObjectiveTerm], direction: Direction
-) -> list[tuple[_DerivedTerm, Tensor]]:
-    """Return the losses, and the derivatives of their inputs z along a direction."""
+def _along(terms: Sequence[Term], direction: Direction) -> list[tuple[_DerivedTerm, list[Tensor]]]:
+    """Return the terms, and the derivatives of their tensors z along a direction."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         # torch's own forward-mode formulas are scripted when they are first needed.
         warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
@@ -201,10 +209,14 @@ def _along(
         }
         result = []
         for term in replay(terms, duals):
-            z, tangent = _unpacked(term.call.output)
-            call = LossCall(term.call.likelihood, z, term.call.target)
-            own = _DerivedTerm(call, *_unpacked(term.contribution), term.upstream)
-            result.append((own, tangent))
+            pairs = [_unpacked(z) for z in term.outputs]
+            outputs, tangents = [z for z, _ in pairs], [tangent for _, tangent in pairs]
+            value, rate = _unpacked(term.contribution)
+            if isinstance(term.recorded, ScalarTerm):  # backward mode knows more operations
+                gradients = term.recorded.gradients
+                rate = _sum_of_products([widened(t) for t in tangents], map(widened, gradients))
+            output = _unpacked(term.output)[0]
+            result.append((_DerivedTerm(term, output, outputs, value, rate), tangents))
         return result
 
 
@@ -213,21 +225,13 @@ def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
     return primal, torch.zeros_like(primal) if tangent is None else tangent
 
 
-def _loss_curvature(term: _DerivedTerm, tangent: Tensor, loss_scale: float) -> Tensor:
-    """Return H ż `[*z.shape]` of a loss, with its factor in the objective."""
-    z, likelihood = widened(term.call.output), term.call.likelihood
-    upstream = term.upstream / loss_scale
-    weights = likelihood.curvature_weights(z, term.call.target, upstream)
-    return likelihood.hessian_product(z, weights, tangent.to(z.dtype))
-
-
-def _mismatch(terms: Sequence[ObjectiveTerm], replayed: Sequence[_DerivedTerm]) -> Tensor:
+def _mismatch(terms: Sequence[Term], replayed: Sequence[_DerivedTerm]) -> Tensor:
     """Return the largest deviation of any z from its record, relative to the largest entry."""
     deviations = []
     for term, again in zip(terms, replayed, strict=True):
-        if term.output.shape != again.call.output.shape:
+        if term.output.shape != again.output.shape:
             return torch.full((), torch.inf, dtype=torch.float64)
-        known, found = widened(term.output), widened(again.call.output)
+        known, found = widened(term.output), widened(again.output)
         if not known.numel():
             deviations.append(torch.zeros((), dtype=torch.float64, device=known.device))
             continue
@@ -251,7 +255,7 @@ def _dot(
     return torch.stack(products).sum()
 
 
-def _sum_of_products(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+def _sum_of_products(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
     products = [_scalar((a.to(b.dtype) * b).sum()) for a, b in zip(ones, others, strict=True)]
     return torch.stack(products).sum()
 

@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,11 +27,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from kfacopt.data import evaluation
+from kfacopt.likelihoods import widened
 from kfacopt.optim.watch.loss_calls import KNOWN_LOSSES, LossCall, recognise_call
 from kfacopt.optim.watch.recorded_calls import (
     Call,
+    LayerSource,
     ObjectiveTerm,
+    ScalarTerm,
     Source,
+    Term,
     device_types,
     in_order,
     tensor_leaves,
@@ -39,17 +44,44 @@ from kfacopt.optim.watch.recorded_calls import (
 
 @dataclass(frozen=True, eq=False)
 class ReplayedTerm:
-    """A loss of the objective, evaluated again.
+    """A term of the objective, evaluated again.
 
     Attributes:
-        call: What it means, with its input z.
+        recorded: The term as it was recorded.
+        output: What has to be the same again: z of a known loss, the value of a scalar.
+        outputs: The tensors z that its curvature is at.
         contribution: What it adds to the objective, a scalar.
-        upstream: The derivative of the objective by the loss.
+        call: What a known loss means.
     """
 
-    call: LossCall
+    recorded: Term
+    output: Tensor
+    outputs: Sequence[Tensor]
     contribution: Tensor
-    upstream: Tensor
+    call: LossCall | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the contribution is not part of another term's."""
+        return isinstance(self.recorded, ScalarTerm) or self.recorded.counts
+
+    def curvature_product(
+        self, outputs: Sequence[Tensor], vectors: Sequence[Tensor], loss_scale: float
+    ) -> list[Tensor]:
+        """Return H v for each z, with the term's factor in the objective.
+
+        Args:
+            outputs: z, without derivatives.
+            vectors: v for each z.
+            loss_scale: What a `GradScaler` multiplied the objective with.
+        """
+        if isinstance(self.recorded, ScalarTerm):
+            return self.recorded.product([widened(v) for v in vectors], loss_scale)
+        assert self.call is not None
+        z, likelihood = widened(outputs[0]), self.call.likelihood
+        upstream = self.recorded.upstream / loss_scale
+        weights = likelihood.curvature_weights(z, self.call.target, upstream)
+        return [likelihood.hessian_product(z, weights, vectors[0].to(z.dtype))]
 
 
 class CallRecorder(TorchFunctionMode):
@@ -75,30 +107,33 @@ class CallRecorder(TorchFunctionMode):
         return result
 
 
-def replay(terms: Sequence[ObjectiveTerm], values: Mapping[int, Tensor]) -> list[ReplayedTerm]:
-    """Evaluate the losses of an objective again.
+def replay(terms: Sequence[Term], values: Mapping[int, Tensor]) -> list[ReplayedTerm]:
+    """Evaluate the terms of an objective again.
 
     Args:
-        terms: The losses as they were recorded.
+        terms: The terms as they were recorded.
         values: For a parameter's `id` the tensor that takes its place; it may be dual.
 
     Returns:
-        The losses, in the order of `terms`.
+        The terms, in the same order.
 
     Raises:
         RuntimeError: If an operation cannot be evaluated again; names it.
     """
     results: dict[Call, list[Tensor]] = {}
-    inside = {term.origin.call for term in terms if term.origin.ordinal is not None}
+    known = [term for term in terms if isinstance(term, ObjectiveTerm)]
+    inside = {term.origin.call for term in known if term.origin.ordinal is not None}
+    within = _layer_sources(terms)
     losses: dict[Call, list[tuple[Any, Any, Any, Any]]] = {}
+    layers: dict[LayerSource, Tensor] = {}
     with _replaying():
-        for call in in_order(term.origin.call for term in terms):
+        for call in in_order(call for term in terms for call in term.calls):
             args, kwargs = (
                 tree_map(lambda x: results[x.call][x.leaf] if isinstance(x, Source) else x, tree)
                 for tree in (call.args, call.kwargs)
             )
             recorder = CallRecorder() if call in inside else nullcontext()
-            with recorder, _named_errors(call):
+            with recorder, _named_errors(call), _outputs_kept(within.get(call, ()), layers):
                 if call.surroundings is None:
                     result = call.function(*args, **kwargs)
                 else:
@@ -106,7 +141,50 @@ def replay(terms: Sequence[ObjectiveTerm], values: Mapping[int, Tensor]) -> list
             own = recorder.calls if isinstance(recorder, CallRecorder) else []
             losses[call] = own or [(call.function, args, kwargs, result)]
             results[call] = list(tensor_leaves(result))
-    return [_replayed_term(term, losses[term.origin.call]) for term in terms]
+
+    def found(source: Source | LayerSource) -> Tensor:
+        if isinstance(source, LayerSource):
+            return layers[source]
+        return results[source.call][source.leaf]
+
+    return [
+        _replayed_loss(term, losses[term.origin.call])
+        if isinstance(term, ObjectiveTerm)
+        else _replayed_scalar(term, found)
+        for term in terms
+    ]
+
+
+def _layer_sources(terms: Iterable[Term]) -> dict[Call, list[LayerSource]]:
+    found: dict[Call, list[LayerSource]] = {}
+    for term in terms:
+        for source in term.arrivals if isinstance(term, ScalarTerm) else ():
+            if isinstance(source, LayerSource):
+                found.setdefault(source.call, []).append(source)
+    return found
+
+
+@contextmanager
+def _outputs_kept(
+    sources: Iterable[LayerSource], outputs: dict[LayerSource, Tensor]
+) -> Iterator[None]:
+    """Keep outputs of layers of the module that is called meanwhile."""
+    calls: Counter[nn.Module] = Counter()
+    wanted = list(sources)
+
+    def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+        for source in wanted:
+            if source.module is module and source.ordinal == calls[module]:
+                outputs[source] = output
+        calls[module] += 1
+
+    modules = dict.fromkeys(source.module for source in wanted)
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -124,11 +202,12 @@ def _named_errors(call: Call) -> Iterator[None]:
         ) from error
 
 
-def coarsest_dtype(terms: Sequence[ObjectiveTerm]) -> torch.dtype:
+def coarsest_dtype(terms: Sequence[Term]) -> torch.dtype:
     """Return the dtype of the least precision in which the losses' inputs were computed."""
-    calls = in_order(term.origin.call for term in terms)
+    calls = in_order(call for term in terms for call in term.calls)
     autocast = [c.surroundings.autocast_dtype for c in calls if c.surroundings is not None]
     dtypes = [*(term.output.dtype for term in terms), *(d for d in autocast if d is not None)]
+    dtypes += [g.dtype for term in terms if isinstance(term, ScalarTerm) for g in term.gradients]
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -145,13 +224,21 @@ def _replay_module(call: Call, args: Any, kwargs: Any, values: Mapping[int, Tens
     return functional_call(module, own, args, kwargs)
 
 
-def _replayed_term(
+def _replayed_loss(
     term: ObjectiveTerm, losses: Sequence[tuple[Any, Any, Any, Any]]
 ) -> ReplayedTerm:
     function, args, kwargs, value = losses[term.origin.ordinal or 0]
     call = recognise_call(function, args, kwargs)
     contribution = (value * term.upstream.to(value.dtype)).sum()
-    return ReplayedTerm(call, contribution, term.upstream)
+    return ReplayedTerm(term, call.output, [call.output], contribution, call)
+
+
+def _replayed_scalar(
+    term: ScalarTerm, found: Callable[[Source | LayerSource], Tensor]
+) -> ReplayedTerm:
+    value = found(term.source)
+    contribution = (value * term.upstream.to(value.dtype)).sum()
+    return ReplayedTerm(term, value, [found(source) for source in term.arrivals], contribution)
 
 
 class _Constants(TorchFunctionMode):
@@ -196,13 +283,13 @@ def _replaying() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(terms: Iterable[ObjectiveTerm]) -> Iterator[None]:
+def undisturbed(terms: Iterable[Term]) -> Iterator[None]:
     """Let a closure be called again without a trace, with the random numbers of the first call.
 
     Args:
         terms: The losses that the first call computed.
     """
-    calls = in_order(term.origin.call for term in terms)
+    calls = in_order(call for term in terms for call in term.calls)
     modules = [call.function for call in calls if isinstance(call.function, nn.Module)]
     with ExitStack() as stack:
         for module in dict.fromkeys(modules):

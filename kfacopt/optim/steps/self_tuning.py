@@ -40,7 +40,7 @@ from kfacopt.optim.steps.closures import ClosureLoss, closure_loss
 from kfacopt.optim.steps.quadratic_model import QuadraticModel, evaluate, quadratic_model
 from kfacopt.optim.steps.replay import coarsest_dtype
 from kfacopt.optim.watch.loss_scale import calling_loss_scale
-from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
+from kfacopt.optim.watch.recorded_calls import Term
 
 DAMPING_INTERVAL = 2
 DAMPING_DECAY = 0.95**5  # ω
@@ -105,14 +105,14 @@ class Objective:
         over_ranks: Averages numbers over all processes.
     """
 
-    terms: Sequence[ObjectiveTerm]
+    terms: Sequence[Term]
     closure: ClosureLoss | None
     loss_scale: float
     over_ranks: Callable[[Tensor], Tensor]
 
 
 def objective_of(
-    terms: Sequence[ObjectiveTerm],
+    terms: Sequence[Term],
     closure: Callable[[], Any] | None,
     loss: Any,
     params: Sequence[Parameter],
@@ -294,7 +294,7 @@ def _put_back(params: Sequence[Parameter], values: Sequence[Tensor]) -> None:
 class _Losses:
     """The losses that were recognised, with what it takes to evaluate them."""
 
-    terms: Sequence[ObjectiveTerm]
+    terms: Sequence[Term]
     params: Sequence[Parameter]
     loss_scale: float
     over_ranks: Callable[[Tensor], Tensor]

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.optim.watch.compilation import EAGER_SPELL
 from kfacopt.optim.watch.loss_calls import LossCall
-from kfacopt.optim.watch.recorded_calls import Call, LossOrigin
+from kfacopt.optim.watch.recorded_calls import Call, LossOrigin, Source
 
 
 def node_key(node: Any) -> tuple[str, int]:
@@ -60,20 +60,22 @@ class ModelOutput:
         behind: That of the module's own tensor: a backward pass to the layers starts there.
         value: z, without a graph.
         version: Its version counter.
+        source: Where it was computed, if calls are recorded.
     """
 
     edge: GradientEdge
     behind: GradientEdge
     value: Tensor
     version: int
+    source: Source | None
 
     @classmethod
-    def of(cls, probe: Tensor, tensor: Tensor) -> ModelOutput:
+    def of(cls, probe: Tensor, tensor: Tensor, source: Source | None) -> ModelOutput:
         """Make the record of a tensor and its probe."""
         with torch._C.DisableTorchFunctionSubclass():
             value = tensor.detach()
             edges = get_gradient_edge(probe), get_gradient_edge(tensor)
-        return cls(*edges, value, value._version)
+        return cls(*edges, value, value._version, source)
 
 
 class ForwardPass:

@@ -9,14 +9,16 @@ Nothing here computes a derivative.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from kfacopt.optim.watch.forward_pass import ForwardPass, node_key
+from kfacopt.optim.watch.recorded_calls import LayerSource, Source
 
 # Nodes that are named where an objective is told of.
 _NAMED_NODES = 4
@@ -30,11 +32,13 @@ class Arrival:
         edge: The gradient edge at which ∂L/∂z arrives.
         behind: Where a backward pass from z to the layers starts.
         value: z without a graph; `None` for the output of a layer, which is not kept.
+        source: Where z was computed, if calls are recorded.
     """
 
     edge: GradientEdge
     behind: GradientEdge
     value: Tensor | None
+    source: Source | LayerSource | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +48,14 @@ class Objective:
     Attributes:
         edge: Its gradient edge.
         passes: The forward passes that it depends on.
+        value: Its value.
+        source: Where it was computed, if calls are recorded.
     """
 
     edge: GradientEdge
     passes: list[ForwardPass]
+    value: Tensor | None = None
+    source: Source | None = None
 
     def piece(self, through_outputs: bool = False) -> Piece:
         """Walk back from the scalar.
@@ -56,7 +64,7 @@ class Objective:
             through_outputs: Whether outputs of models do not end the walk.
         """
         outputs = {} if through_outputs else self._outputs()
-        uses = {(u.edge.node, u.edge.output_nr): u.edge for p in self.passes for u in p.uses}
+        uses = {(a.edge.node, a.edge.output_nr): a for a in self._layer_outputs()}
         losses = {key for p in self.passes for key in p.recognised}
         derivatives = {key for p in self.passes for key in p.derivatives}
         arrivals: dict[Any, Arrival] = {}
@@ -74,7 +82,7 @@ class Objective:
             elif key in outputs:
                 arrivals[key] = outputs[key]
             elif key in uses:
-                arrivals[key] = Arrival(uses[key], uses[key], None)
+                arrivals[key] = uses[key]
             else:
                 if len(names) < _NAMED_NODES and node.name() not in names:
                     names.append(node.name())
@@ -86,11 +94,20 @@ class Objective:
     def _outputs(self) -> dict[Any, Arrival]:
         """Return where the walk ends; not at a scalar, which is a loss that the model computed."""
         return {
-            (o.edge.node, o.edge.output_nr): Arrival(o.edge, o.behind, o.value)
+            (o.edge.node, o.edge.output_nr): Arrival(o.edge, o.behind, o.value, o.source)
             for p in self.passes
             for o in p.outputs
             if o.value.ndim and o.value._version == o.version
         }
+
+    def _layer_outputs(self) -> Iterator[Arrival]:
+        for p in self.passes:
+            calls: Counter[nn.Module] = Counter()
+            for use in p.uses:
+                number = calls[use.module]
+                calls[use.module] += 1
+                source = None if p.call is None else LayerSource(p.call, use.module, number)
+                yield Arrival(use.edge, use.edge, None, source)
 
 
 @dataclass(frozen=True, eq=False)

@@ -238,7 +238,8 @@ class _Prober:
                 behind = tensor
                 tensor = tensor.as_subclass(ProbedTensor)
                 if self.given is None:
-                    self.passes[-1].outputs.append(ModelOutput.of(tensor, behind))
+                    output = ModelOutput.of(tensor, behind, self._source(number))
+                    self.passes[-1].outputs.append(output)
             else:
                 tensor.__class__ = ProbedTensor
         else:
@@ -248,8 +249,11 @@ class _Prober:
         for forward_pass in self.passes:
             if forward_pass not in known:
                 forward_pass.probe(probed)
-        probed._source = None if self.call is None else Source(self.call, number)
+        probed._source = self._source(number)
         return probed
+
+    def _source(self, number: int) -> Source | None:
+        return None if self.call is None else Source(self.call, number)
 
 
 def probe(outputs: Any, forward_pass: ForwardPass, parents: list[ForwardPass]) -> Any:

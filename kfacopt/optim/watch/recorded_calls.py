@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from kfacopt.data import random_devices
@@ -77,6 +77,21 @@ class Source:
 
 
 @dataclass(frozen=True, eq=False)
+class LayerSource:
+    """Where a tensor came from: the output of a layer within a module's recorded call.
+
+    Attributes:
+        call: The call of the module.
+        module: The layer's module.
+        ordinal: Which of its calls within the module's it was.
+    """
+
+    call: Call
+    module: nn.Module
+    ordinal: int
+
+
+@dataclass(frozen=True, eq=False)
 class LossOrigin:
     """Where a loss was computed.
 
@@ -91,17 +106,54 @@ class LossOrigin:
 
 @dataclass(eq=False)
 class ObjectiveTerm:
-    """A loss with its factor in the user's objective.
+    """A known loss with its factor in the user's objective.
 
     Attributes:
         origin: Where it was computed.
         output: The tensor z that it saw, without a graph.
         upstream: The derivative of the objective by the loss.
+        counts: Whether it adds its value to the objective; else that of a `ScalarTerm` has it. Its
+            derivatives count always.
     """
 
     origin: LossOrigin
     output: Tensor
     upstream: Tensor
+    counts: bool = True
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls that it follows from."""
+        return [self.origin.call]
+
+
+@dataclass(eq=False)
+class ScalarTerm:
+    """Any scalar of the user's objective, with the curvature that was found.
+
+    Attributes:
+        source: Where it was computed.
+        output: Its value.
+        upstream: The derivative that the backward pass started with.
+        arrivals: Where the tensors z were computed that the curvature is at.
+        gradients: Its derivatives by z, but for what goes through known losses.
+        product: H⁺ v of tensors v, one for each z, from them and the factor on the objective.
+    """
+
+    source: Source
+    output: Tensor
+    upstream: Tensor
+    arrivals: Sequence[Source | LayerSource]
+    gradients: Sequence[Tensor]
+    product: Callable[[Sequence[Tensor], float], list[Tensor]]
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls that it follows from."""
+        return [self.source.call, *(arrival.call for arrival in self.arrivals)]
+
+
+Term = ObjectiveTerm | ScalarTerm
 
 
 def tensor_leaves(tree: Any) -> Iterator[Tensor]:

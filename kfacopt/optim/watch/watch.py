@@ -278,7 +278,8 @@ class Watch:
         if self._settings.likelihood is not None or is_evaluating() or in_would_be_pass():
             return []
         foreign = inputs is not None and not self._any_parameter(inputs)
-        objective = Objective(get_gradient_edge(root), passes)
+        source = vars(root).get("_source")
+        objective = Objective(get_gradient_edge(root), passes, root.detach(), source)
         watch = weakref.ref(self)
 
         def on_backward(upstream: Tensor) -> None:
