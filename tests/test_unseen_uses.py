@@ -4,6 +4,7 @@ import dense_curvature as dense
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -209,5 +210,6 @@ def test_the_search_tells_compiled_code_by_its_derivatives():
         X, weight = loss_and_data()[1][0][0], net.layer.weight
         with capture(find_layers(net.named_modules(), [weight], True)) as uses:
             z = net(X)
-        assert unseen_parameters([z], uses, [net.head.weight, weight])[-1] is weight
-        assert is_undercounted(z, uses, weight) == undercounted
+        edges = [get_gradient_edge(z)]
+        assert unseen_parameters(edges, uses, [net.head.weight, weight])[-1] is weight
+        assert is_undercounted(edges, [z], uses, weight) == undercounted

@@ -75,6 +75,18 @@ class CandidateMoments:
         """Count the terms of a loss whose gradients reached a layer."""
         self._moments(layer).terms += terms
 
+    def share(self, terms: Tensor) -> Tensor | float:
+        """Return what a backward pass's G counts in a step of several.
+
+        A recognised loss brings its factor in the objective. A stated mean is taken for the mean
+        over all data since the last step, whose sum is divided by the number of terms later.
+
+        Args:
+            terms: The loss's number of terms.
+        """
+        likelihood = self._options.likelihood
+        return terms if likelihood is not None and likelihood.reduction == "mean" else 1.0
+
     def _moments(self, layer: Layer) -> Moments:
         return self.by_layer.setdefault(layer, Moments())
 

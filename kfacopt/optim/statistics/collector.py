@@ -9,20 +9,16 @@ a gradient penalty or an attack) do not count. Hooks, and what calls them, are i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
-from kfacopt.kfac.capture import LayerUse, group_by_layer, in_would_be_pass
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.kfac.unseen_uses import is_undercounted, unseen_parameters
-from kfacopt.likelihoods import widened
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.statistics.backward_pass import CandidateMoments
-from kfacopt.optim.statistics.empirical import EmpiricalPass
+from kfacopt.optim.statistics.empirical import EmpiricalPasses
 from kfacopt.optim.statistics.label_draws import LabelDraws, Mark, rewind
 from kfacopt.optim.statistics.moments import Moments
 from kfacopt.optim.statistics.objectives import (
@@ -31,6 +27,7 @@ from kfacopt.optim.statistics.objectives import (
     curvature_of,
     unseen_objective,
 )
+from kfacopt.optim.statistics.other_uses import layers_used_otherwise
 from kfacopt.optim.statistics.waiting import WaitingMoments
 from kfacopt.optim.statistics.would_be import count_would_be, known_vectors
 from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
@@ -103,7 +100,7 @@ class Statistics:
         drawn = (self._settings, self._labels.generator(), self.bases)
         self._candidates = CandidateMoments(*drawn)
         self._candidate_squares = CandidateMoments(*drawn)  # of whole objectives' gradients
-        self._empirical: list[EmpiricalPass] = []
+        self._empirical = EmpiricalPasses(task, self._candidates)
 
     def _begin_task(self) -> None:
         """Take note of the user's backward pass that runs, where it is a new one."""
@@ -122,15 +119,15 @@ class Statistics:
         self._begin_task()
         if self.collecting:
             edges = [get_gradient_edge(call.output)]
-            self._look_for_other_uses(edges, [call.output], passes)
+            self._also_used_otherwise |= layers_used_otherwise(edges, [call.output], passes)
             self.objectives.note(type(call.likelihood).__name__, "known")
             if self._settings.fisher_type == "empirical":
-                self._collect_empirical(call, passes, upstream)
+                self._empirical.add_loss(call, passes, upstream)
             else:
                 vectors, terms = known_vectors(
                     call, upstream, self._settings, self._labels.generator()
                 )
-                args = (call.output, vectors, passes, terms, self._share(terms))
+                args = (call.output, vectors, passes, terms, self._candidates.share(terms))
                 with bookkeeping_kept(edges):
                     count_would_be(self._candidates, *args)
         if origin is not None:
@@ -156,7 +153,9 @@ class Statistics:
         elif found.piece.derived and not found.piece.recognised:
             # All curvature there is lies behind derivatives: none is counted, not a part.
             like = [torch.ones_like(upstream)]
-            self._look_for_other_uses([objective.edge], like, objective.passes)
+            self._also_used_otherwise |= layers_used_otherwise(
+                [objective.edge], like, objective.passes
+            )
 
     def arrive_at_output(
         self, output: ModelOutput, passes: list[ForwardPass], gradient: Tensor
@@ -171,7 +170,7 @@ class Statistics:
     def _count_found(self, found: FoundCurvature, passes: list[ForwardPass]) -> None:
         self.objectives.note(found.piece.title, found.description())
         edges, generator = found.edges, self._labels.generator()
-        self._look_for_other_uses(edges, found.gradients, passes)
+        self._also_used_otherwise |= layers_used_otherwise(edges, found.gradients, passes)
         with bookkeeping_kept(edges):
             for empirical in (False, True):
                 vectors = found.vectors(empirical, self._settings, generator)
@@ -192,62 +191,6 @@ class Statistics:
         if not kept:
             self._objective, self.reached = [], set()
 
-    def _look_for_other_uses(
-        self, edges: list[GradientEdge], values: Sequence[Tensor], passes: list[ForwardPass]
-    ) -> None:
-        """Take note of the layers whose factors would lack uses that no hook saw."""
-        uses = [use for p in passes for use in p.uses]
-        params = {
-            p: la for la in group_by_layer(uses) for p in (la.weight, la.bias) if p is not None
-        }
-        unseen = unseen_parameters(edges, uses, params)
-        with bookkeeping_kept(edges) if unseen else nullcontext():
-            own = {params[p] for p in unseen if is_undercounted(edges, values, uses, p)}
-        self._also_used_otherwise |= own
-
-    def _share(self, terms: Tensor) -> Tensor | float:
-        """Return what a backward pass's G counts in a step of several.
-
-        A recognised loss brings its factor in the objective. A stated mean is taken for the mean
-        over all data since the last step; `finish` divides by the number of terms.
-        """
-        likelihood = self._settings.likelihood
-        return terms if likelihood is not None and likelihood.reduction == "mean" else 1.0
-
-    def _collect_empirical(
-        self, call: LossCall, passes: list[ForwardPass], upstream: Tensor
-    ) -> None:
-        likelihood, z = call.likelihood, widened(call.output)
-        terms = likelihood.num_terms(z, call.target)
-        scale = upstream.abs().to(z)
-        if likelihood.reduction == "mean":
-            scale = scale / terms
-        for p in passes:
-            entry = next((e for e in self._empirical if e.forward_pass is p), None)
-            if entry is None:
-                entry = EmpiricalPass(p, self._empirical_gradient)
-                self._empirical.append(entry)
-            entry.add_loss(call.output, scale, terms)
-
-    def _empirical_gradient(self, entry: EmpiricalPass, use: LayerUse, grad: Tensor) -> None:
-        """Take a gradient by a layer's output; fold it when the layer's other uses have come."""
-        if in_would_be_pass() or torch._C._current_graph_task_id() != self._task:
-            return
-        if entry.add_gradient(use, grad):
-            self._fold_empirical(entry, use.layer)
-
-    def _fold_empirical(self, entry: EmpiricalPass, layer: Layer) -> None:
-        """Turn a layer's gradients in the user's own backward pass into moments."""
-        grads = entry.take_gradients(layer)
-        if not grads:
-            return
-        scale, terms = entry.scale_and_terms()
-        own = list(grads)
-        share = self._share(terms) / scale
-        self._candidates.count_gradients(layer, own, list(grads.values()), share)
-        self._candidates.count_terms(layer, terms)
-        self._candidates.count_inputs(own)
-
     def accumulate_gradient(self, layer: Layer) -> None:
         """Let a layer's candidates count; see `LossReceiver`."""
         self.reached.add(layer)
@@ -255,8 +198,7 @@ class Statistics:
             return
         self._confirmed = True
         self.exchange.accumulated(layer.anchor)
-        for entry in self._empirical:  # uses of the layer that no gradient reached are left out
-            self._fold_empirical(entry, layer)
+        self._empirical.fold(layer)
         if self._pending.take(layer, self._candidates_by_layer()):
             self._labels_of_task = None
 

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfacopt.kfac.capture import LayerUse, group_by_layer
+from kfacopt.kfac.capture import LayerUse, group_by_layer, in_would_be_pass
 from kfacopt.kfac.layers import Layer
+from kfacopt.likelihoods import widened
+from kfacopt.optim.statistics.backward_pass import CandidateMoments
 from kfacopt.optim.watch.forward_pass import ForwardPass
+from kfacopt.optim.watch.loss_calls import LossCall
 
 
 class EmpiricalPass:
@@ -79,3 +82,60 @@ class EmpiricalPass:
                 method(entry, entry.forward_pass.uses[index], grads[output_nr].detach())
 
         return record
+
+
+class EmpiricalPasses:
+    """The records of one backward pass of the user's.
+
+    Args:
+        task: The number of that pass.
+        candidates: Counts the gradients.
+    """
+
+    def __init__(self, task: int, candidates: CandidateMoments) -> None:
+        self._task, self._candidates = task, candidates
+        self._entries: list[EmpiricalPass] = []
+
+    def add_loss(self, call: LossCall, passes: list[ForwardPass], upstream: Tensor) -> None:
+        """Take note of a loss, at which the backward pass has arrived.
+
+        Args:
+            call: What the loss means.
+            passes: The forward passes that it depends on.
+            upstream: The derivative of the objective by the loss.
+        """
+        likelihood, z = call.likelihood, widened(call.output)
+        terms = likelihood.num_terms(z, call.target)
+        scale = upstream.abs().to(z)
+        if likelihood.reduction == "mean":
+            scale = scale / terms
+        for p in passes:
+            entry = next((e for e in self._entries if e.forward_pass is p), None)
+            if entry is None:
+                entry = EmpiricalPass(p, self._take_gradient)
+                self._entries.append(entry)
+            entry.add_loss(call.output, scale, terms)
+
+    def fold(self, layer: Layer) -> None:
+        """Count a layer's gradients; uses that none has reached are left out."""
+        for entry in self._entries:
+            self._fold(entry, layer)
+
+    def _take_gradient(self, entry: EmpiricalPass, use: LayerUse, grad: Tensor) -> None:
+        """Take a gradient by a layer's output; fold it when the layer's other uses have come."""
+        if in_would_be_pass() or torch._C._current_graph_task_id() != self._task:
+            return
+        if entry.add_gradient(use, grad):
+            self._fold(entry, use.layer)
+
+    def _fold(self, entry: EmpiricalPass, layer: Layer) -> None:
+        """Turn a layer's gradients in the user's own backward pass into moments."""
+        grads = entry.take_gradients(layer)
+        if not grads:
+            return
+        scale, terms = entry.scale_and_terms()
+        own = list(grads)
+        share = self._candidates.share(terms) / scale
+        self._candidates.count_gradients(layer, own, list(grads.values()), share)
+        self._candidates.count_terms(layer, terms)
+        self._candidates.count_inputs(own)
