@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfacopt.argument_checks import check_evaluation, check_loss
+from kfacopt.argument_checks import check_choice, check_evaluation, check_loss
 from kfacopt.curvature.batched_autograd import batched_grad
 from kfacopt.curvature.confirmation import check_gradient, check_has_graph
 from kfacopt.curvature.model import ParametrizedModel
@@ -206,10 +206,7 @@ def _checked_activation(model: nn.Module, activation: tuple[str, str, int]) -> t
     names = [n for n, _ in model.named_modules()]
     if name not in names:
         raise ValueError(f"activation: no layer {name!r} in model_func, which has {names}.")
-    if io_type not in IO_TYPES:
-        raise ValueError(
-            f"activation: its second entry must be one of {IO_TYPES}, got {io_type!r}."
-        )
+    check_choice("activation: its second entry", io_type, IO_TYPES)
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise ValueError(f"activation: its third entry must be an index from 0, got {index!r}.")
     return name, io_type, index

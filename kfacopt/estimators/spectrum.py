@@ -17,8 +17,8 @@ from kfacopt.estimators.lanczos import (
     smallest_magnitude,
     spectral_ends,
 )
-from kfacopt.estimators.random_vectors import square_operator
 from kfacopt.linalg.precision import round_off
+from kfacopt.linalg.structured import square_operator
 
 Boundaries = tuple[float, float] | tuple[float, None] | tuple[None, float] | None
 Density = tuple[np.ndarray, np.ndarray]

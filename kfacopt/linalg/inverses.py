@@ -15,7 +15,7 @@ from kfacopt.argument_checks import as_integer, as_real, check_flag
 from kfacopt.linalg.conjugate_gradients import CGReport, conjugate_gradients
 from kfacopt.linalg.neumann_series import neumann_series
 from kfacopt.linalg.operator import LinearOperator
-from kfacopt.linalg.structured import check_square, operator_from
+from kfacopt.linalg.structured import operator_from, square_operator
 from kfacopt.linalg.tensor_lists import is_tensor_list, stack_rows
 
 
@@ -56,8 +56,7 @@ class CGInverseLinearOperator(LinearOperator):
     self_adjoint = True
 
     def __init__(self, A: Any) -> None:
-        self._A = operator_from(A)
-        check_square(self._A)
+        self._A = square_operator(A)
         # Conjugate gradients in half precision would be noise; products with A stay in A's dtype.
         dtype = torch.promote_types(self._A.torch_dtype, torch.float32)
         shapes = (self._A.out_shapes, self._A.in_shapes)
@@ -265,8 +264,7 @@ class NeumannInverseLinearOperator(LinearOperator):
     def __init__(
         self, A: Any, num_terms: int = 100, scale: float = 1.0, check_nan: bool = True
     ) -> None:
-        self._A = operator_from(A)
-        check_square(self._A)
+        self._A = square_operator(A)
         shapes = (self._A.out_shapes, self._A.in_shapes)
         super().__init__(self._A.shape, self._A.torch_dtype, self._A.device, *shapes)
         self._derive_from(self._A)

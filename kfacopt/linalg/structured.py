@@ -73,7 +73,7 @@ class IdentityLinearOperator(LinearOperator):
     self_adjoint = True
 
     def __init__(self, like: LinearOperator) -> None:
-        check_square(like, "like")
+        square_operator(like, "like")
         super().__init__(like.shape, like.torch_dtype, like.device, like.in_shapes, like.out_shapes)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
@@ -213,7 +213,9 @@ def operator_from(
     )
 
 
-def check_square(A: LinearOperator, name: str = "A") -> None:
-    """Raise a `ValueError` if an operator is not square."""
-    if A.shape[0] != A.shape[1]:
-        raise ValueError(f"{name} must be square, got the shape {tuple(A.shape)}.")
+def square_operator(A: Any, name: str = "A") -> LinearOperator:
+    """Return what `operator_from` does; raise a `ValueError` if it is not square."""
+    operator = operator_from(A)
+    if operator.shape[0] != operator.shape[1]:
+        raise ValueError(f"{name} must be square, got the shape {tuple(operator.shape)}.")
+    return operator

@@ -169,14 +169,11 @@ def _number(*bounds: float, **options: Any) -> Check:
     return lambda name, value: check_range(name, as_number(value), *bounds, **options)
 
 
-def _choice(choices: tuple[str, ...]) -> Check:
+def _choice(choices: tuple[Any, ...]) -> Check:
     return lambda name, value: check_choice(name, value, choices)
 
 
-def _check_kept_dtype(name: str, dtype: Any) -> None:
-    allowed = (None, torch.bfloat16, torch.float32, torch.float64)
-    if dtype not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {dtype!r}.")
+_kept_dtype = _choice((None, torch.bfloat16, torch.float32, torch.float64))
 
 
 def _check_model(name: str, model: Any) -> None:
@@ -205,8 +202,8 @@ GROUP_SETTINGS: dict[str, Check] = {
 WHOLE_SETTINGS: dict[str, Check] = {
     "preconditioner": _choice(PRECONDITIONERS),
     "damping_method": _choice(DAMPING_METHODS),
-    "factor_dtype": _check_kept_dtype,
-    "inverse_dtype": _check_kept_dtype,
+    "factor_dtype": _kept_dtype,
+    "inverse_dtype": _kept_dtype,
     "fisher_type": _choice(FISHER_TYPES),
     "kfac_approx": _choice(KFAC_APPROXES),
     "mc_samples": check_count,
