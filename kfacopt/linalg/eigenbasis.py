@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.kronecker import DecompositionError, eigendecomposition, is_diagonal
+from kfacopt.linalg.kronecker import (
+    DecompositionError,
+    diagonal_of,
+    eigendecomposition,
+    is_diagonal,
+)
 
 # Orthogonal iterations of one refresh at the most.
 MAX_ITERATIONS = 2
@@ -17,7 +22,7 @@ def off_diagonal_share(matrix: Tensor) -> Tensor:
     scaled = matrix / torch.where(largest > 0, largest, 1.0)  # squares under- or overflow
     # The difference of two sums of squares would be off by √eps.
     rest = scaled - torch.diag_embed(scaled.diagonal(dim1=-2, dim2=-1))
-    norm, total = (torch.linalg.matrix_norm(x) for x in (rest, scaled))
+    norm, total = map(torch.linalg.matrix_norm, (rest, scaled))
     share: Tensor = norm / torch.where(total > 0, total, 1.0)
     return share
 
@@ -30,8 +35,7 @@ def rayleigh_quotients(factor: Tensor, basis: Tensor | None) -> Tensor:
         basis: Q, `[B, d, d]`.
     """
     if basis is None:
-        diagonal = factor if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
-        return diagonal.clamp(min=0)
+        return diagonal_of(factor).clamp(min=0)
     wide = basis.to(factor.dtype)
     return ((factor @ wide) * wide).sum(-2).clamp(min=0)
 

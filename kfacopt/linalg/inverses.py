@@ -60,8 +60,7 @@ class CGInverseLinearOperator(LinearOperator):
         # Conjugate gradients in half precision would be noise; products with A stay in A's dtype.
         dtype = torch.promote_types(self._A.torch_dtype, torch.float32)
         shapes = (self._A.out_shapes, self._A.in_shapes)
-        super().__init__(self._A.shape, dtype, self._A.device, *shapes)
-        self._derive_from(self._A)
+        super().__init__(self._A.shape, dtype, self._A.device, *shapes, (self._A,))
         self.last_solve: CGReport | None = None
         self.set_cg_hyperparameters()
 
@@ -135,14 +134,12 @@ class CGInverseLinearOperator(LinearOperator):
         return guess.to(self.device, self.torch_dtype, copy=True).reshape(self.shape[0], -1)
 
     def _matmat(self, X: np.ndarray) -> np.ndarray:
-        if self._callback is None:
-            return super()._matmat(X)
         callback = self._callback
-
-        def call_with_array(iterate: Tensor) -> None:
-            callback(iterate.cpu().numpy())
-
-        return self._multiply_array(lambda T: self._solve(T, call_with_array), X)
+        if callback is None:
+            return super()._matmat(X)
+        return self._multiply_array(
+            lambda B: self._solve(B, lambda x: callback(x.cpu().numpy())), X
+        )
 
     _rmatmat = _matmat
 
@@ -178,11 +175,8 @@ class CGInverseLinearOperator(LinearOperator):
             None if self._M is None else _kernel(self._M),
             None if callback is None else in_vectors,
         )
-        self.last_solve = replace(
-            report,
-            residual_norms=report.residual_norms * units,
-            tolerances=report.tolerances * units,
-        )
+        norms, tolerances = report.residual_norms * units, report.tolerances * units
+        self.last_solve = replace(report, residual_norms=norms, tolerances=tolerances)
         self._warn_unless_converged(self.last_solve)
         return X * units
 
@@ -266,8 +260,7 @@ class NeumannInverseLinearOperator(LinearOperator):
     ) -> None:
         self._A = square_operator(A)
         shapes = (self._A.out_shapes, self._A.in_shapes)
-        super().__init__(self._A.shape, self._A.torch_dtype, self._A.device, *shapes)
-        self._derive_from(self._A)
+        super().__init__(self._A.shape, self._A.torch_dtype, self._A.device, *shapes, (self._A,))
         self.set_neumann_hyperparameters(num_terms, scale, check_nan)
 
     def set_neumann_hyperparameters(

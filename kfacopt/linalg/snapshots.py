@@ -118,6 +118,10 @@ class Observation:
         )
 
 
+def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.layout, tensor.device, tensor.dtype
+
+
 class Snapshot:
     """What is reached from some objects, as it is at one moment.
 
@@ -147,17 +151,9 @@ class Snapshot:
         if not present.has_settings_of(self._observation):
             return False
         tensors = present.tensors
-        if len(tensors) != len(self._values):
+        if list(map(_kind_of, tensors)) != list(map(_kind_of, self._values)):
             return False
-        pairs = list(zip(tensors, self._values, strict=True))
-        if any(
-            t.shape != value.shape
-            or t.layout != value.layout
-            or t.device != value.device
-            or t.dtype != value.dtype
-            for t, value in pairs
-        ):
-            return False
+        pairs = zip(tensors, self._values, strict=True)
         if all(t.device.type == "cpu" or t.layout != torch.strided for t in tensors):
             return all(same_entries(t, value) for t, value in pairs)
         # one synchronisation with the device in place of one for each tensor

@@ -104,8 +104,7 @@ class SubmatrixLinearOperator(LinearOperator):
 
     def __init__(self, A: Any, row_idxs: Sequence[int], col_idxs: Sequence[int]) -> None:
         self._A = operator_from(A)
-        super().__init__(self._A.shape, self._A.torch_dtype, self._A.device)
-        self._derive_from(self._A)
+        super().__init__(self._A.shape, self._A.torch_dtype, self._A.device, operands=(self._A,))
         self._is_fixed = False
         self.set_submatrix(row_idxs, col_idxs)
 

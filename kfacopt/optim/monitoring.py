@@ -11,7 +11,7 @@ from torch import Tensor
 from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kronecker import (
     KroneckerEigendecomposition,
-    KroneckerProduct,
+    KroneckerMatrix,
     eigendecomposition,
 )
 from kfacopt.optim.settings import as_number
@@ -72,7 +72,7 @@ def block_statistics(
     }
 
 
-def condition(inverse: KroneckerProduct | KroneckerEigendecomposition) -> float:
+def condition(inverse: KroneckerMatrix) -> float:
     """Return the largest over the smallest eigenvalue of a block's damped curvature.
 
     Args:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
 from kfacopt.optim.settings import check_group
 from kfacopt.optim.state.conversions import was_not_saved
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
@@ -238,12 +239,10 @@ def _check_saved_count(where: str, value: Any, least: int, scalar: bool) -> None
 
 def _check_positive(where: str, value: Tensor) -> None:
     """Raise unless `[B, d, d]` is symmetric with a diagonal, or `[B, d]` is one, of at least 0."""
-    diagonal = value
-    if value.ndim == 3:
-        diagonal = value.diagonal(dim1=-2, dim2=-1)
+    if not is_diagonal(value):
         asymmetry = (value - value.mT).abs().amax() / value.abs().amax().clamp(min=1e-30)
         if float(asymmetry) > _ASYMMETRY:
             raise ValueError(f"{where} must be symmetric.")
-    if bool((diagonal < 0).any()):
-        least = float(diagonal.min())
+    least = float(diagonal_of(value).min())
+    if least < 0:
         raise ValueError(f"{where} must have no negative entry on its diagonal, got {least:.3g}.")

@@ -16,11 +16,7 @@ from torch.nn import Parameter
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.factors import Factors
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.linalg.kronecker import (
-    DecompositionError,
-    KroneckerEigendecomposition,
-    KroneckerProduct,
-)
+from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
 from kfacopt.optim.settings import Settings
 from kfacopt.optim.state.conversions import follow_parameters
 from kfacopt.optim.state.initial import complete_state, state_shapes
@@ -93,9 +89,7 @@ class CurvatureState:
         known = [layer.name for layer in self.layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 
-    def inverse(
-        self, block: Block, damping: float
-    ) -> KroneckerProduct | KroneckerEigendecomposition | None:
+    def inverse(self, block: Block, damping: float) -> KroneckerMatrix | None:
         """Return a block's damped inverse, or `None` if there is none yet."""
         return inverse_of(self.entries[block.anchor], damping)
 

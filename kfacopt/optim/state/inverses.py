@@ -16,9 +16,10 @@ from kfacopt.linalg.eigenbasis import rayleigh_quotients, refreshed_basis, rotat
 from kfacopt.linalg.kronecker import (
     DecompositionError,
     KroneckerEigendecomposition,
+    KroneckerMatrix,
     KroneckerProduct,
-    damped_inverses,
     factored_damping,
+    inverses_by_size,
     is_diagonal,
     trace,
 )
@@ -112,7 +113,7 @@ def inverses_at_once(
             owners.append((block, weight))
     if not owners:
         return {}
-    inverses = damped_inverses([side for pair in sides for side in pair], dampings)
+    inverses = inverses_by_size([side for pair in sides for side in pair], dampings)
     found = [KroneckerProduct(*pair) for pair in zip(inverses[::2], inverses[1::2], strict=True)]
     # The entries of an inverse are at most as large as those of its diagonal.
     flags = [
@@ -172,9 +173,7 @@ def refresh_inverse(
     return True
 
 
-def _store_inverse(
-    state: State, inverse: KroneckerProduct | KroneckerEigendecomposition, form: InverseForm
-) -> None:
+def _store_inverse(state: State, inverse: KroneckerMatrix, form: InverseForm) -> None:
     _forget(state, INVERSE_KEYS)
     for key, value in zip(_INVERSES[type(inverse)], vars(inverse).values(), strict=True):
         if value is not None:
@@ -215,9 +214,7 @@ def has_inverse(state: State) -> bool:
     return any(key in state for key in ("input_inverse", "inverse_eigenvalues", "second_moments"))
 
 
-def inverse_of(
-    state: State, damping: float
-) -> KroneckerProduct | KroneckerEigendecomposition | None:
+def inverse_of(state: State, damping: float) -> KroneckerMatrix | None:
     """Return a block's damped inverse from its state, or `None` if there is none yet.
 
     Args:

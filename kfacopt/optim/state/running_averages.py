@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfacopt.kfac.factors import FactorForm, factor_dtype, fold
 from kfacopt.kfac.layers import Layer
-from kfacopt.linalg.kronecker import is_diagonal
+from kfacopt.linalg.kronecker import diagonal_of
 from kfacopt.optim.statistics.moments import Moments
 
 State = dict[str, Any]
@@ -104,7 +104,7 @@ def fold_factors(
     A, G = moments.take_factors()
     values = {"input_factor": A, "grad_output_factor": G}
     # Sums of squares: |Σ x_i x_j|² ≤ Σ x_i² Σ x_j², so that the diagonals tell.
-    checked = [x if is_diagonal(x) else x.diagonal(dim1=-2, dim2=-1) for x in values.values()]
+    checked = [diagonal_of(x) for x in values.values()]
     folded = _fold_finite(state, "factor_weight", values, checked, moments.terms, ema_decay)
     state["factor_updates"] += 1
     state["skipped_updates"] += ~folded

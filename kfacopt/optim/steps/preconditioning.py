@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.kfac.layers import Block
-from kfacopt.linalg.kronecker import KroneckerEigendecomposition, KroneckerProduct
+from kfacopt.linalg.kronecker import KroneckerMatrix, KroneckerProduct
 from kfacopt.optim.state.curvature_state import CurvatureState
 
 
@@ -62,9 +62,7 @@ def preconditioned(
 
 
 def precondition(
-    inverse: KroneckerProduct | KroneckerEigendecomposition,
-    block: Block,
-    grads: Sequence[Tensor | None],
+    inverse: KroneckerMatrix, block: Block, grads: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """Return the damped inverse times the gradients of a block's parameters.
 
