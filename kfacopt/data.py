@@ -195,9 +195,12 @@ def batch_size(
     )
 
 
-def check_batches(count: int) -> None:
-    """Raise if a pass over the data gave no batch."""
-    if not count:
+def some(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches; raise if there are none."""
+    batch = None
+    for batch in batches:
+        yield batch
+    if batch is None:
         raise ValueError(
             "data: there are no batches. A generator can be read once only; give a list or a "
             "DataLoader."
@@ -355,7 +358,8 @@ def run_determinism_check(
             seen = _fingerprint(X), _fingerprint(y)
             # With a graph, for models that differentiate by their input.
             prediction = evaluate(X)
-            records.append(_Record(*seen, _fingerprint(prediction), _dtype_of(prediction)))
+            dtype = prediction.dtype if isinstance(prediction, Tensor) else None
+            records.append(_Record(*seen, _fingerprint(prediction), dtype))
             shapes.append(tuple(prediction.shape) if isinstance(prediction, Tensor) else ())
         passes.append(records)
     first, second = passes
@@ -370,19 +374,14 @@ def run_determinism_check(
     return shapes
 
 
-def _dtype_of(x: Any) -> torch.dtype | None:
-    return x.dtype if isinstance(x, Tensor) else None
-
-
 def _same_data(a: _Record, b: _Record) -> bool:
     # Exactly: nothing is computed with data, and small entries may stand beside large ones.
     return not _differ(a.X, b.X, 0.0) and not _differ(a.y, b.y, 0.0)
 
 
 def _compare_passes(first: list[_Record], second: list[_Record]) -> None:
-    changed = [
-        i for i, (a, b) in enumerate(zip(first, second, strict=True)) if not _same_data(a, b)
-    ]
+    pairs = list(zip(first, second, strict=True))
+    changed = [i for i, (a, b) in enumerate(pairs) if not _same_data(a, b)]
     if changed:
         matched = all(any(_same_data(a, b) for b in second) for a in first)
         what = "order of the batches changed" if matched else "batches themselves changed"
@@ -390,7 +389,7 @@ def _compare_passes(first: list[_Record], second: list[_Record]) -> None:
             f"data: not deterministic, the {what} between two passes (first at batch "
             f"{changed[0]}). Switch off shuffling, drop_last and augmentation. {_WAY_OUT}"
         )
-    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+    for i, (a, b) in enumerate(pairs):
         tolerance = _RELATIVE_TOLERANCE.get(a.dtype, _DEFAULT_TOLERANCE)
         if a.dtype != b.dtype or _differ(a.prediction, b.prediction, tolerance):
             raise RuntimeError(

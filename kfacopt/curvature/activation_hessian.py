@@ -21,8 +21,8 @@ from kfacopt.curvature.network import (
     NetworkLinearOperator,
     leading_columns,
 )
+from kfacopt.curvature.risk import scalar_loss
 from kfacopt.data import Batch, evaluation, random_state, same_random_numbers, show_progress
-from kfacopt.likelihoods import has_likelihood, likelihood_of
 
 IO_TYPES = ("input", "output")
 
@@ -154,26 +154,17 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
                 f"activation: Z had the shape {self.in_shapes} and {self.torch_dtype} when the "
                 f"operator was made, it has {kind} now; make a new operator."
             )
-        assert self._loss_func is not None
-        if has_likelihood(self._loss_func):
-            likelihood_of(self._loss_func).check_target(output, y)
-        loss = self._loss_func(output, y)
-        if loss.numel() != 1:
-            raise ValueError(
-                f"loss_func must return a scalar, got the shape {tuple(loss.shape)}; set its "
-                'reduction to "mean" or "sum".'
-            )
+        loss = scalar_loss(self._loss_func, output, y)
         check_has_graph(loss)
 
         def gradient_at(shift: Tensor) -> Tensor:
-            assert self._loss_func is not None
             with same_random_numbers(states):
                 moved_output, moved = self._evaluate(X, shift)
-                moved_loss = self._loss_func(moved_output, y).sum()
+                moved_loss = scalar_loss(self._loss_func, moved_output, y)
             return torch.autograd.grad(moved_loss, [moved.edge], materialize_grads=True)[0]
 
-        check_gradient("model_func or loss_func", loss.sum(), value, [edge], gradient_at)
-        (gradient,) = torch.autograd.grad(loss.sum(), [edge], create_graph=True, allow_unused=True)
+        check_gradient("model_func or loss_func", loss, value, [edge], gradient_at)
+        (gradient,) = torch.autograd.grad(loss, [edge], create_graph=True, allow_unused=True)
 
         def product(V: Tensor) -> Tensor:
             if gradient is None or not gradient.requires_grad:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from kfacopt.curvature.adjoint import random_like, wide
+from kfacopt.curvature.batched_autograd import if_possible
 from kfacopt.curvature.verdicts import Functions
 
 # Central differences are as good as their rounding and their third derivatives allow; below
@@ -246,14 +247,11 @@ def _compare_gradient(
     v = v * (root_mean_square(x) / root_mean_square(v[v != 0]))
     product = torch.zeros_like(x)
     if gradient.requires_grad:
-        try:
-            (product,) = torch.autograd.grad(
-                [gradient], by, [v], retain_graph=True, materialize_grads=True
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # what once_differentiable leaves behind
+        options = {"retain_graph": True, "materialize_grads": True}
+        found = if_possible(lambda: torch.autograd.grad([gradient], by, [v], **options))
+        if found is None:  # what once_differentiable leaves behind
             return Comparison(right=False, wrong=True, unclear=False)
+        (product,) = found
     rows = (len(x), -1) if x.ndim else (1, 1)
     return compare_with_differences(
         lambda step: [gradient_at(step * v).reshape(rows)], [product.reshape(rows)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vjp, vmap
 
-from kfacopt.curvature.batched_autograd import batched_grad, quiet_vmap
+from kfacopt.curvature.batched_autograd import batched_grad, if_possible, quiet_vmap
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.data import tensors_put_back
 
@@ -254,12 +254,9 @@ class GradientPlan:
 
         # Tensors that are assigned inside a transformation cannot be used outside of it.
         with torch.no_grad(), quiet_vmap(), tensors_put_back(*model.modules()):
-            try:
-                pieces = vmap(of_datum)(self._X, u.movedim(1, 0))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # whatever a model raises that is given a single datum
-                return None  # batch norm, `squeeze` of the axis of data, what is not vectorised, …
+            pieces = if_possible(lambda: vmap(of_datum)(self._X, u.movedim(1, 0)), Exception)
+        if pieces is None:  # whatever a model raises that is given a single datum
+            return None  # batch norm, `squeeze` of the axis of data, what is not vectorised, …
         shapes = [primals[i].shape for i in self._rest]
         if any(p.shape != (N, R, *shape) for p, shape in zip(pieces, shapes, strict=True)):
             return None  # torch's rule for nn.PReLU does not sum over what the weight is shared by

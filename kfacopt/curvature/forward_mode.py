@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from kfacopt.curvature.batched_autograd import quiet_vmap
+from kfacopt.curvature.batched_autograd import if_possible, quiet_vmap
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.data import random_devices, same_random_numbers, tensors_put_back
 
@@ -41,14 +41,9 @@ class ForwardMode:
         if self.can_substitute and self._complete is None:
             values = [p.detach() for p in self._model.leaves]
             with torch.enable_grad(), torch.random.fork_rng(random_devices()):
-                try:
-                    self._complete = not self._model.reached_by(
-                        self._model.at(values, self._inputs)
-                    )
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError:  # parts in TorchScript take no other tensors
-                    self._complete = False
+                model = self._model
+                reached = if_possible(lambda: model.reached_by(model.at(values, self._inputs)))
+            self._complete = reached is False  # `None`: parts in TorchScript take no other tensors
         return self.can_substitute and bool(self._complete)
 
     def derivatives(
@@ -62,15 +57,13 @@ class ForwardMode:
             return derivatives
 
         with torch.no_grad(), quiet_vmap(), self.once_more():
-            try:
-                if V[0].shape[0] == 1:
-                    return [x.unsqueeze(0) for x in along(*(v[0] for v in V))]
-                return list(vmap(along, randomness="same")(*V))
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError):
-                self.can_substitute = False
-                return None
+            if V[0].shape[0] == 1:
+                found = if_possible(lambda: [x.unsqueeze(0) for x in along(*(v[0] for v in V))])
+            else:
+                found = if_possible(lambda: list(vmap(along, randomness="same")(*V)))
+        if found is None:
+            self.can_substitute = False
+        return found
 
     @contextmanager
     def once_more(self) -> Iterator[None]:

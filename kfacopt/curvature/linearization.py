@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kfacopt.argument_checks import checked_output
 from kfacopt.curvature.adjoint import AdjointTest, pull_back, random_like
-from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.batched_autograd import GradientGraph, if_possible
 from kfacopt.curvature.data_gradients import (
     DataGradients,
     GradientPlan,
@@ -82,7 +82,7 @@ class Linearization:
             self._switched = model.switches != before
         if not self.output.requires_grad and self.output.numel():
             _say_that_it_is_constant(model)
-        self._pullback: tuple[Tensor, list[int], list[Tensor]] | None = None
+        self._pullback: tuple[Tensor, GradientGraph] | None = None  # u, and Jᵀ u
         self.forward_mode = ForwardMode(model, X, state)
         self._functions: Functions | None = None
         self._verdicts: GraphVerdicts | None = None
@@ -176,17 +176,17 @@ class Linearization:
 
     def _by_double_backward(self, V: Sequence[Tensor]) -> Tensor | None:
         """Return J v, or `None` where it cannot be computed in this way."""
-        try:
+        if not self.output.requires_grad:
+            return self.output.new_zeros(V[0].shape[0], *self.output.shape)
+
+        def derivative() -> Tensor:
             if self._pullback is None:
-                self._pullback = _open_pull_back(self.output, self.model.leaves)
-            u, reached, grads = self._pullback
-            if not reached:
-                return self.output.new_zeros(V[0].shape[0], *self.output.shape)
-            return batched_grad(grads, [u], [V[i] for i in reached])[0]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation has no double derivative
-            return None
+                u = torch.zeros_like(self.output, requires_grad=True)
+                self._pullback = u, GradientGraph(self.output, self.model.leaves, u)
+            u, gradient = self._pullback
+            return gradient.multiply(V, by=[u])[0]
+
+        return if_possible(derivative)  # an operation may have no double derivative
 
     def _by_rows(self, V: Sequence[Tensor]) -> Tensor:
         """Return J v, by a backward pass for each row of J."""
@@ -232,12 +232,10 @@ def in_float64(linearization: Linearization) -> Linearization:
     model, X = linearization.model, linearization.inputs
     if model.module is None or not isinstance(X, Tensor) or X.dtype == torch.float64:
         return linearization
-    try:
-        with linearization.forward_mode.once_more():
-            twin = Linearization(model.in_float64(), X.double() if X.is_floating_point() else X)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model raises that is copied, or given float64
+    wide = X.double() if X.is_floating_point() else X
+    with linearization.forward_mode.once_more():
+        twin = if_possible(lambda: Linearization(model.in_float64(), wide), Exception)
+    if twin is None:  # whatever a model raises that is copied, or given float64
         return linearization
     same = twin.functions.custom == linearization.functions.custom
     return twin if same and twin.output.dtype == torch.float64 else linearization
@@ -265,18 +263,6 @@ def _judge(linearization: Linearization, way: str) -> bool | None:
         verdict, careful = test.agrees(getattr(twin, way)), False
     test = AdjointTest(linearization.output, linearization.model.leaves, careful)
     return verdict and test.agrees(getattr(linearization, way))
-
-
-def _open_pull_back(
-    output: Tensor, leaves: Sequence[Tensor]
-) -> tuple[Tensor, list[int], list[Tensor]]:
-    """Return u, and Jᵀ u as a function of u for the parameters that z depends on."""
-    u = torch.zeros_like(output, requires_grad=True)
-    if not output.requires_grad:
-        return u, [], []
-    pulled = torch.autograd.grad(output, leaves, u, create_graph=True, allow_unused=True)
-    reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-    return u, reached, [g for g in pulled if g is not None and g.requires_grad]
 
 
 def _say_that_it_is_constant(model: ParametrizedModel) -> None:

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.argument_checks import check_params
+from kfacopt.curvature.batched_autograd import if_possible
 from kfacopt.curvature.differentiable_functions import DifferentiableFunctions
 from kfacopt.curvature.verdicts import Verdicts
 from kfacopt.data import evaluation
@@ -103,17 +104,14 @@ class ParametrizedModel:
                     f"{shape}, {dtype}, {device}" for shape, dtype, device in (kind, _kind_of(p))
                 )
                 raise ValueError(
-                    f"{self._label(i)} was ({before}) when the operator was made and is ({now}) "
-                    "now; make a new operator."
+                    f"{_label(i, self.names)} was ({before}) when the operator was made and is "
+                    f"({now}) now; make a new operator."
                 )
             if not p.requires_grad:
                 raise ValueError(
-                    f"{self._label(i)} does not require gradients any more; call "
+                    f"{_label(i, self.names)} does not require gradients any more; call "
                     "requires_grad_(), or make a new operator without it."
                 )
-
-    def _label(self, index: int) -> str:
-        return _label(index, self.names)
 
     def __call__(self, X: Any) -> Any:
         """Return f(X; θ), with a graph that reaches θ."""
@@ -172,11 +170,8 @@ class ParametrizedModel:
     def predict(self, X: Any) -> Any:
         """Return f(X; θ) without a graph, as far as f does without."""
         with torch.no_grad():
-            try:
-                return self(X)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # it differentiates by its inputs
+            output = if_possible(lambda: self(X))
+            if output is None:  # it differentiates by its inputs
                 with torch.enable_grad():
                     output = self(X)
         return output.detach() if isinstance(output, Tensor) else output

@@ -54,15 +54,12 @@ class OuterProductLinearOperator(EmpiricalRiskLinearOperator):
             return self._empty_term(), 0
         linearization = Linearization(self._model, X, watch=True)
         u = self._output_vectors(linearization.output.detach(), X, y)
-        plan, gradients = linearization.plan(), None
+        plan, product = linearization.plan(), _through_outputs(linearization, u)
         if plan is not None and len(X) == u.shape[1]:
             needed = plan.num_bytes(len(u))
             if needed <= largest_rows(size, room):
                 size, gradients = needed, plan.gradients(u, self._chunk_size)
-        if gradients is None:
-            product = _through_outputs(linearization, u)
-        else:
-            product = _through_gradients(gradients)
+                product = product if gradients is None else _through_gradients(gradients)
         return self._weigh(product, linearization.output, X, y), size
 
 

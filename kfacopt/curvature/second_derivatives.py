@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from kfacopt.curvature.adjoint import CONFIRMATION_DIGITS, random_like
-from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.adjoint import CONFIRMATION_DIGITS, Columns, random_like
+from kfacopt.curvature.batched_autograd import GradientGraph, if_possible
 from kfacopt.curvature.confirmation import (
     ENOUGH_ROWS,
     TRIES,
@@ -25,8 +25,6 @@ from kfacopt.curvature.confirmation import (
 )
 from kfacopt.curvature.linearization import Linearization, has_no_silent_part, in_float64
 from kfacopt.curvature.verdicts import Functions, GraphVerdicts
-
-Columns = list[Tensor]
 
 # Of the largest part, what small parts may differ by: the round-off of sums that cancel.
 _ROUND_OFFS = 16
@@ -58,7 +56,7 @@ class SecondDerivative:
         careful = linearization.verdicts.careful or bool(functions.custom)
         self._signature = functions.signature
         self._verdicts = GraphVerdicts(linearization.model.confirmed, careful, None)
-        self._gradient: list[tuple[int, Tensor]] | None = None
+        self._gradient: GradientGraph | None = None
         _check_model(linearization)
         check_twice_differentiable("loss_func", self._value, scalar, z)
 
@@ -74,17 +72,8 @@ class SecondDerivative:
 
     def _double_backward(self, V: Columns) -> Columns:
         if self._gradient is None:
-            grads = torch.autograd.grad(
-                self._value, self._leaves, create_graph=True, allow_unused=True
-            )
-            # the others are zero, or do not depend on the parameters
-            self._gradient = [
-                (i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad
-            ]
-        if not self._gradient:  # s is linear in the parameters
-            return [torch.zeros_like(v) for v in V]
-        gradient = [g for _, g in self._gradient]
-        return batched_grad(gradient, self._leaves, [V[i] for i, _ in self._gradient])
+            self._gradient = GradientGraph(self._value, self._leaves)
+        return self._gradient.multiply(V, by=self._leaves)
 
     def _forward_mode(self, V: Columns) -> Columns | None:
         """Return H v, or `None` where forward mode is not at hand or wrong."""
@@ -108,11 +97,8 @@ class SecondDerivative:
         found = derivatives(v)
         if found is None:
             return False
-        try:
-            expected = self._double_backward(v)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation has no double derivative
+        expected = if_possible(lambda: self._double_backward(v))
+        if expected is None:  # an operation has no double derivative
             return False
         pairs = [(x, b) for x, b in zip(found, expected, strict=True) if b.numel()]
         error = torch.stack([(a - b).abs().max() for a, b in pairs])
@@ -168,36 +154,17 @@ def _compare(linearization: Linearization, u: Tensor, v: Columns) -> Comparison:
     """Compare derivatives of ⟨u, z⟩ along v: by double backward, and by differences."""
     leaves = linearization.model.leaves
     v = [x * (root_mean_square(p) / root_mean_square(x)) for x, p in zip(v, leaves, strict=True)]
-    pulled = torch.autograd.grad(
-        linearization.output, leaves, u, create_graph=True, retain_graph=True, allow_unused=True
-    )
-    gradient = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-    product = [torch.zeros_like(x) for x in v]
-    if gradient:
-        try:
-            product = batched_grad([g for _, g in gradient], leaves, [v[i] for i, _ in gradient])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # what once_differentiable leaves behind
-            return Comparison(right=False, wrong=True, unclear=False)
-    return _compare_with_moved(linearization, lambda z: (z * u).sum(), v, product)
-
-
-def _compare_with_moved(
-    linearization: Linearization, scalar: Callable[[Tensor], Tensor], v: Columns, Hv: Columns
-) -> Comparison:
-    """Compare H v, of s(z) by θ, with differences of gradients, each parameter's part by itself."""
-    model = linearization.model
-    leaves, direction = model.leaves, [x[0] for x in v]
+    graph = GradientGraph(linearization.output, leaves, u)
+    product = if_possible(lambda: graph.multiply(v, by=leaves))
+    if product is None:  # what once_differentiable leaves behind
+        return Comparison(right=False, wrong=True, unclear=False)
+    direction, once_more = [x[0] for x in v], linearization.forward_mode.once_more
 
     def gradient(step: float) -> list[Tensor]:
-        with (
-            linearization.forward_mode.once_more(),
-            moved(leaves, direction, step),
-            torch.enable_grad(),
-        ):
-            value = scalar(model(linearization.inputs))
+        with once_more(), moved(leaves, direction, step), torch.enable_grad():
+            value = (linearization.model(linearization.inputs) * u).sum()
             grads = torch.autograd.grad(value, leaves, materialize_grads=True)
         return [g.reshape(1, -1) for g in grads]
 
-    return compare_with_differences(gradient, [x.reshape(1, -1) for x in Hv])
+    # each parameter's part by itself
+    return compare_with_differences(gradient, [x.reshape(1, -1) for x in product])

@@ -20,14 +20,7 @@ from kfacopt.argument_checks import (
     check_shape,
     checked_output,
 )
-from kfacopt.data import (
-    Batch,
-    check_batches,
-    evaluation,
-    iterate,
-    run_determinism_check,
-    sum_gradients,
-)
+from kfacopt.data import Batch, evaluation, iterate, run_determinism_check, some, sum_gradients
 from kfacopt.kfac.block_diagonal import KFACInverseLinearOperator, KroneckerBlockLinearOperator
 from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
 from kfacopt.kfac.factors import FactorForm, Factors, factor_dtype, grad_output_moment, input_moment
@@ -211,11 +204,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         """
 
         def terms() -> Iterator[tuple[Tensor, Tensor | float]]:
-            count = 0
-            for X, y in iterate(self._data, self.device, self._progressbar, "gradient and loss"):
-                count += 1
+            for X, y in self._batches("gradient and loss"):
                 yield self._fisher.summed_loss(checked_output(self._model_func(X)), y)
-            check_batches(count)
 
         with evaluation(self._model_func):
             mean = self._fisher.likelihood.reduction == "mean"
@@ -268,13 +258,13 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         Every call draws the same labels.
         """
         generator = Generator(self.device).manual_seed(self._seed)
-        count = 0
-        for X, y in iterate(self._data, self.device, self._progressbar, description):
-            count += 1
+        for X, y in self._batches(description):
             with capture(self._layers) as uses:
                 output = checked_output(self._model_func(X))
             yield X, y, output, uses, self._gradients(output, y, uses, generator)
-        check_batches(count)
+
+    def _batches(self, description: str) -> Iterator[Batch]:
+        return some(iterate(self._data, self.device, self._progressbar, description))
 
     def _gradients(
         self, output: Tensor, y: Tensor, uses: Sequence[LayerUse], generator: Generator
