@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.kfac.layers import Block
-from kfacopt.linalg.kronecker import (
-    KroneckerEigendecomposition,
-    KroneckerMatrix,
-    eigendecomposition,
-)
+from kfacopt.linalg.kronecker import KroneckerMatrix, KroneckerProduct, eigendecomposition
 from kfacopt.optim.settings import as_number
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.state.inverses import inverse_of
@@ -80,10 +76,10 @@ def condition(inverse: KroneckerMatrix) -> float:
             (groups of a convolution) the worst counts.
     """
     inverse = inverse.widened()
-    if isinstance(inverse, KroneckerEigendecomposition):
-        values = inverse.eigenvalues.flatten(1)
-        return float((values.amax(1) / values.amin(1)).max())
-    sides = (inverse.grad_output_factor, inverse.input_factor)
-    spectra = [eigendecomposition(side)[0] for side in sides]
+    if isinstance(inverse, KroneckerProduct):
+        sides = (inverse.grad_output_factor, inverse.input_factor)
+        spectra = [eigendecomposition(side)[0] for side in sides]
+    else:
+        spectra = [inverse.eigenvalues.flatten(1)]
     ratios = [values.amax(1) / values.amin(1) for values in spectra]
     return float(torch.stack(ratios).prod(0).max())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,41 +14,25 @@ from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
 from kfacopt.optim.settings import check_group
 from kfacopt.optim.state.conversions import was_not_saved
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
-from kfacopt.optim.state.inverses import NO_INVERSE
-from kfacopt.optim.state.running_averages import RECORDS
+from kfacopt.optim.state.inverses import BASES, CORRECTION, INVERSES, NO_INVERSE
+from kfacopt.optim.state.running_averages import FACTORS, RECORDS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Beyond round-off of a matrix product, or of bfloat16, in units of the largest entry.
 _ASYMMETRY = 0.02
 
-_FACTORS = ("input_factor", "grad_output_factor")
-_INVERSES = ("input_inverse", "grad_output_inverse")
-_BASES = ("input_basis", "grad_output_basis")
-_NOT_NEGATIVE = (
-    "inverse_eigenvalues",
-    "second_moments",
-    "exp_avg_sq",
-    "factor_weight",
-    "second_moment_weight",
-    "step",
-)
-_FLOATING = (*_FACTORS, *_INVERSES, *_BASES, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
-_COUNTS = {
-    "factor_updates": 0,
-    "inverse_failures": 0,
-    "inverse_step": NO_INVERSE,
-    "skipped_updates": 0,
-    "factor_step": 0,
-    HAS_PREVIOUS: 0,
-}
+_NOT_NEGATIVE = ("inverse_eigenvalues", *CORRECTION, "exp_avg_sq", "factor_weight", "step")
+_FLOATING = (*FACTORS, *INVERSES, *BASES, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
 _SCALARS = ("step", "skipped_updates", "factor_step")
+_COUNTS = ("factor_updates", "skipped_updates", "factor_step", "inverse_failures", HAS_PREVIOUS)
+_LEAST = dict.fromkeys(_COUNTS, 0) | {"inverse_step": NO_INVERSE}
 
 # Entries that are there together or not at all.
 _TOGETHER = (
-    (*_FACTORS, *RECORDS),
-    _INVERSES,
-    ("second_moments", "second_moment_weight"),
+    (*FACTORS, *RECORDS),
+    INVERSES,
+    CORRECTION,
     ("exp_avg", "exp_avg_sq", "step"),
     (PREVIOUS, HAS_PREVIOUS),
 )
@@ -181,10 +165,10 @@ def _inverse_entries(there: Mapping[str, Any], shapes: Shapes) -> Iterable[tuple
     """Yield what must be there beside an inverse, or eigenvalues with full sides."""
     for name in ("inverse_eigenvalues", "second_moments"):
         if name in there and name in shapes:
-            full = [basis for basis in _BASES if len(shapes[basis]) == 3]
+            full = [basis for basis in BASES if len(shapes[basis]) == 3]
             yield (name, "inverse_step", *full)
-    if _INVERSES[0] in there:
-        yield (_INVERSES[0], "inverse_step")
+    if INVERSES[0] in there:
+        yield (INVERSES[0], "inverse_step")
 
 
 def _check_entry(
@@ -192,8 +176,8 @@ def _check_entry(
 ) -> None:
     if name == "generator_state":
         _check_bytes(where, value)
-    if name in _COUNTS:
-        _check_saved_count(where, value, _COUNTS[name], name in _SCALARS)
+    if name in _LEAST:
+        _check_saved_count(where, value, _LEAST[name], name in _SCALARS)
         return
     if name in _SCALARS:
         shape = ()
@@ -211,7 +195,7 @@ def _check_entry(
         raise ValueError(f"{where} must be a tensor of floating numbers, got {value.dtype}.")
     if not bool(value.isfinite().all()):
         raise ValueError(f"{where} has NaN or infinite entries.")
-    if name in (*_FACTORS, *_INVERSES):
+    if name in (*FACTORS, *INVERSES):
         _check_positive(where, value)
     if name in _NOT_NEGATIVE and bool((value < 0).any()):
         raise ValueError(f"{where} must not be negative, got {float(value.min()):.3g}.")
@@ -224,12 +208,11 @@ def _check_bytes(where: str, value: Any) -> None:
 
 
 def _check_saved_count(where: str, value: Any, least: int, scalar: bool) -> None:
-    is_count: Callable[[Any], bool] = (
-        (lambda v: isinstance(v, Tensor) and v.ndim == 0 and v.dtype == torch.int64)
-        if scalar
-        else (lambda v: isinstance(v, int) and not isinstance(v, bool))
-    )
-    if not is_count(value) or value < least:
+    if scalar:
+        is_count = isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.int64
+    else:
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+    if not is_count or value < least:
         kind = "a tensor of one torch.int64" if scalar else "an integer"
         got = repr(value) if isinstance(value, int | float) else _described(value)
         if isinstance(value, Tensor) and value.numel() == 1:

@@ -10,36 +10,18 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from kfacopt.kfac.factors import FactorForm, factor_dtype
+from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Layer
-from kfacopt.optim.settings import InverseForm
+from kfacopt.optim.settings import Settings
+from kfacopt.optim.state.inverses import INVERSE_KEYS, INVERSE_SIDES
+from kfacopt.optim.state.running_averages import FACTORS, RECORDS
 
 logger = logging.getLogger("kfacopt")
 
 _GENERATOR = "generator_state"
 
-_INVERSE_SIDES = frozenset(
-    {
-        "grad_output_inverse",
-        "input_inverse",
-        "grad_output_basis",
-        "input_basis",
-        "inverse_eigenvalues",
-    }
-)
-
 # Kept in a dtype of their own, whatever that of the parameter.
-_OWN_DTYPE = _INVERSE_SIDES | frozenset(
-    {
-        "input_factor",
-        "grad_output_factor",
-        "factor_weight",
-        "skipped_updates",
-        "factor_step",
-        "second_moments",
-        "second_moment_weight",
-    }
-)
+_OWN_DTYPE = frozenset((*FACTORS, *RECORDS, *INVERSE_KEYS))
 
 
 def was_not_saved(value: Any) -> bool:
@@ -105,26 +87,24 @@ def restore_generator(states: MutableMapping[Tensor, Any], generator: Generator)
                 )
 
 
-def follow_parameters(
-    states: MutableMapping[Tensor, Any], form: FactorForm, inverse_form: InverseForm
-) -> None:
+def follow_parameters(states: MutableMapping[Tensor, Any], settings: Settings) -> None:
     """Move the state to where its parameters are, after `model.to(...)`.
 
     Args:
         states: The optimizer's state.
-        form: How factors are formed.
-        inverse_form: How damped inverses are formed.
+        settings: Those of the whole optimizer, which have the dtypes.
     """
+    stored = settings.curvature.form.stored_dtype
     for p, state in states.items():
         own, device = factor_dtype(p.dtype), p.device
         for name, value in state.items():
             if name in (_GENERATOR, "step") or not isinstance(value, Tensor):
                 continue
             dtype = value.dtype
-            if name in ("input_factor", "grad_output_factor", "second_moments"):
-                dtype = form.stored_dtype or own
-            elif name in _INVERSE_SIDES:
-                dtype = inverse_form.stored_dtype or form.stored_dtype or own
+            if name in (*FACTORS, "second_moments"):
+                dtype = stored or own
+            elif name in INVERSE_SIDES:
+                dtype = settings.inverse.stored_dtype or stored or own
             elif value.is_floating_point():
                 dtype = own if name in _OWN_DTYPE else p.dtype
             state[name] = value.to(device, dtype)

@@ -7,6 +7,7 @@ It lies in the optimizer's own `state`, by parameter; how an entry is computed i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -47,8 +48,8 @@ class CurvatureState:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self._settings, self._schedule = settings, settings.schedule
         self._form, self._inverse = settings.curvature.form, settings.inverse
-        self._schedule, self._tuned = settings.schedule, settings.steps.tuned
         self.entries: MutableMapping[Tensor, Any] = {}
         self.layers: list[Layer] = []
         self.blocks: list[Block] = []
@@ -175,10 +176,7 @@ class CurvatureState:
             DecompositionError: If a layer's factors cannot be inverted (repeatedly).
         """
         damping = {id(p): group["damping"] for group in groups for p in group["params"]}
-
-        def compute(own: list[Block]) -> dict[Block, DecompositionError]:
-            return self._compute_inverses(own, damping, step)
-
+        compute = partial(self._compute_inverses, damping=damping, step=step)
         if ranks is None or dist.get_world_size(ranks) == 1:
             errors = compute(blocks)
         else:
@@ -206,8 +204,7 @@ class CurvatureState:
 
     def complete(self, groups: Sequence[dict[str, Any]]) -> None:
         """Give every trained parameter the entries that it lacks; they change no later step."""
-        forms = self._form, self._inverse
-        complete_state(self.entries, self.layers, groups, *forms, self._tuned)
+        complete_state(self.entries, self.layers, groups, self._settings)
 
     def shapes(self, params: Sequence[Parameter]) -> dict[Parameter, dict[str, tuple[int, ...]]]:
         """Return, for each parameter, the shapes that entries have where they exist."""
@@ -215,4 +212,4 @@ class CurvatureState:
 
     def follow_parameters(self) -> None:
         """Move the entries to where their parameters are, after `model.to(...)`."""
-        follow_parameters(self.entries, self._form, self._inverse)
+        follow_parameters(self.entries, self._settings)

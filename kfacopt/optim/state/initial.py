@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.optim.settings import InverseForm
+from kfacopt.optim.settings import InverseForm, Settings
 from kfacopt.optim.state.inverses import NO_INVERSE, refresh_inverse
 from kfacopt.optim.state.running_averages import factor_shapes, initialise_factors
 
@@ -27,6 +27,14 @@ def initialise_previous(state: dict[str, Any], p: Parameter) -> None:
     """Give a parameter's state the entries that the last step leaves in it, as before any step."""
     if HAS_PREVIOUS not in state:
         state |= {PREVIOUS: p.detach().clone(), HAS_PREVIOUS: 0}
+
+
+def momentum_buffer(state: dict[str, Any], p: Parameter) -> Tensor:
+    """Return a parameter's momentum; give it one of zeros if it has none."""
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    buffer: Tensor = state["momentum_buffer"]
+    return buffer
 
 
 def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
@@ -53,9 +61,7 @@ def complete_state(
     states: MutableMapping[Tensor, Any],
     layers: Sequence[Layer],
     groups: Sequence[dict[str, Any]],
-    form: FactorForm,
-    inverse_form: InverseForm,
-    tuned: bool,
+    settings: Settings,
 ) -> None:
     """Give every trained parameter the entries that it lacks; they change no later step.
 
@@ -63,22 +69,18 @@ def complete_state(
         states: The optimizer's state.
         layers: Its layers.
         groups: Its parameter groups.
-        form: How factors are formed.
-        inverse_form: How damped inverses are formed.
-        tuned: Whether steps tune themselves.
+        settings: Those of the whole optimizer.
     """
     group_of = {p: group for group in groups for p in group["params"]}
     for layer in layers:
-        initialise_factors(states[layer.anchor], layer, form)
+        initialise_factors(states[layer.anchor], layer, settings.curvature.form)
         for block in layer.blocks:
-            _complete_inverse(states, block, inverse_form)
+            _complete_inverse(states, block, settings.inverse)
             for p in block.parameters:
-                if tuned:
+                if settings.steps.tuned:
                     initialise_previous(states[p], p)
-                if group_of[p]["momentum"] and "momentum_buffer" not in states[p]:
-                    states[p]["momentum_buffer"] = torch.zeros_like(
-                        p, memory_format=torch.preserve_format
-                    )
+                elif group_of[p]["momentum"]:
+                    momentum_buffer(states[p], p)
     covered = {p for layer in layers for block in layer.blocks for p in block.parameters}
     for p in group_of:
         if p.requires_grad and p not in covered:

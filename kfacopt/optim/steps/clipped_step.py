@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from kfacopt.optim.state.initial import momentum_buffer
 from kfacopt.optim.steps.kl_clip import kl_clip_scale
 from kfacopt.optim.steps.update import apply_step
 
@@ -64,7 +65,7 @@ class ClippedStep:
                 apply_step(
                     own,
                     [directions[p] for p in own],
-                    [_momentum_buffer(states[p], p) for p in own] if momentum else [],
+                    [momentum_buffer(states[p], p) for p in own] if momentum else [],
                     momentum=momentum,
                     nesterov=group["nesterov"],
                     decay=group["lr"] * group["weight_decay"],
@@ -75,10 +76,3 @@ class ClippedStep:
     def scalars(self) -> dict[str, float]:
         """Return what is to be logged of the last step."""
         return {"kl_clip_scale": 1.0 if self.scale is None else float(self.scale)}
-
-
-def _momentum_buffer(state: dict[str, Any], p: Parameter) -> Tensor:
-    if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    buffer: Tensor = state["momentum_buffer"]
-    return buffer

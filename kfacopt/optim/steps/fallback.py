@@ -62,13 +62,10 @@ def adamw_step(
     averages, squares = [[states[p][key] for p in own] for key in ("exp_avg", "exp_avg_sq")]
     fused = group["foreach"] is None and can_be_fused(own, grads, averages, squares)
     ratio = group["lr"] / group["base_lr"] if group["base_lr"] else float(group["lr"] > 0)
+    steps: list[Tensor] = [states[p]["step"] for p in own]
+    tensors = (own, grads, averages, squares, list[Tensor](), steps)
     adamw(
-        own,
-        grads,
-        averages,
-        squares,
-        [],
-        [states[p]["step"] for p in own],
+        *tensors,
         amsgrad=False,
         beta1=BETAS[0],
         beta2=BETAS[1],
