@@ -52,17 +52,20 @@ class LayerCall(NamedTuple):
 
 
 @contextmanager
-def watch_linear_layers(model: ParametrizedModel) -> Iterator[list[LayerCall]]:
+def watch_linear_layers(
+    module: nn.Module | None, leaves: Sequence[Tensor]
+) -> Iterator[list[LayerCall]]:
     """Record the calls of linear layers whose weight or bias is in θ.
 
     Args:
-        model: f and θ.
+        module: f; nothing is recorded of `None`.
+        leaves: θ.
 
     Yields:
         The calls within the context.
     """
     calls: list[LayerCall] = []
-    index = {id(p): i for i, p in enumerate(model.leaves)}
+    index = {id(p): i for i, p in enumerate(leaves)}
 
     def record(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
         # Inside of `functional_call` the tensors that stand in for them.
@@ -74,9 +77,9 @@ def watch_linear_layers(model: ParametrizedModel) -> Iterator[list[LayerCall]]:
         calls.append(LayerCall(weight, bias, inputs, output.detach(), get_gradient_edge(output)))
 
     with ExitStack() as stack:
-        for module in model.module.modules() if model.module is not None else ():
-            if type(module) is nn.Linear:
-                stack.callback(module.register_forward_hook(record).remove)
+        for part in () if module is None else module.modules():
+            if type(part) is nn.Linear:
+                stack.callback(part.register_forward_hook(record).remove)
         yield calls
 
 

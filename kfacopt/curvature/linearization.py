@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -15,12 +14,7 @@ from torch import Tensor, nn
 from kfacopt.argument_checks import checked_output
 from kfacopt.curvature.adjoint import AdjointTest, pull_back, random_like
 from kfacopt.curvature.batched_autograd import GradientGraph, if_possible
-from kfacopt.curvature.data_gradients import (
-    DataGradients,
-    GradientPlan,
-    LayerCall,
-    watch_linear_layers,
-)
+from kfacopt.curvature.data_gradients import DataGradients, GradientPlan, watch_linear_layers
 from kfacopt.curvature.forward_mode import ForwardMode
 from kfacopt.curvature.jacobian_rows import JacobianRows
 from kfacopt.curvature.model import ParametrizedModel
@@ -75,8 +69,7 @@ class Linearization:
         self.model, self.inputs = model, X
         # A dropout that is active must drop what it dropped in the forward pass.
         state = random_state()
-        watching: AbstractContextManager[list[LayerCall]] = nullcontext([])
-        with watch_linear_layers(model) if watch else watching as calls:
+        with watch_linear_layers(model.module if watch else None, model.leaves) as calls:
             before = model.switches
             self.output = checked_output(model(X))
             self._switched = model.switches != before

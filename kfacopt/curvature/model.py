@@ -15,7 +15,7 @@ from torch.backends import mha
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfacopt.argument_checks import check_params
+from kfacopt.argument_checks import check_distinct, check_params
 from kfacopt.curvature.batched_autograd import if_possible
 from kfacopt.curvature.differentiable_functions import DifferentiableFunctions
 from kfacopt.curvature.verdicts import Verdicts
@@ -256,10 +256,7 @@ def _label(index: int, names: Sequence[str] | None) -> str:
 
 
 def _check_leaves(leaves: Sequence[Tensor], names: Sequence[str] | None) -> None:
-    if not leaves:
-        raise ValueError("params: at least one parameter is needed.")
-    if len({id(p) for p in leaves}) != len(leaves):
-        raise ValueError("params: a parameter stands there twice.")
+    check_distinct(leaves)
     first = leaves[0]
     for i, p in enumerate(leaves):
         label = _label(i, names)

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
-from kfacopt.argument_checks import check_batch_size_fn, check_evaluation, check_loss, check_shape
+from kfacopt.argument_checks import check_evaluation, check_loss, check_shape
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import (
@@ -135,8 +135,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         cache_bytes: int = CACHE_BYTES,
         batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
-        check_evaluation(data, progressbar, check_deterministic)
-        check_batch_size_fn(batch_size_fn)
+        check_evaluation(data, progressbar, check_deterministic, batch_size_fn)
         self._batch_size_fn = batch_size_fn
         model = ParametrizedModel(model_func, params)
         super().__init__(model, loss_func, data, progressbar, chunk_size, cache_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,19 +11,11 @@ from torch.func import grad
 from kfacopt.curvature.adjoint import CONFIRMATION_DIGITS, Columns, random_like
 from kfacopt.curvature.batched_autograd import GradientGraph, if_possible
 from kfacopt.curvature.confirmation import (
-    ENOUGH_ROWS,
-    TRIES,
-    Comparison,
     check_has_graph,
+    check_model_twice_differentiable,
     check_twice_differentiable,
-    compare_with_differences,
-    moved,
-    refusal,
-    root_mean_square,
-    single_rows,
-    verdict_of,
 )
-from kfacopt.curvature.linearization import Linearization, has_no_silent_part, in_float64
+from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.verdicts import Functions, GraphVerdicts
 
 # Of the largest part, what small parts may differ by: the round-off of sums that cancel.
@@ -57,7 +49,7 @@ class SecondDerivative:
         self._signature = functions.signature
         self._verdicts = GraphVerdicts(linearization.model.confirmed, careful, None)
         self._gradient: GradientGraph | None = None
-        _check_model(linearization)
+        check_model_twice_differentiable(linearization)
         check_twice_differentiable("loss_func", self._value, scalar, z)
 
     def __call__(self, V: Columns) -> Columns:
@@ -109,62 +101,3 @@ class SecondDerivative:
         # each by its own size: one that is small hides behind no other
         bound = eps**CONFIRMATION_DIGITS * scale + _ROUND_OFFS * eps * scale.max()
         return bool((error <= bound).all())
-
-
-def _check_model(linearization: Linearization) -> None:
-    """Raise if second derivatives through custom functions of the model are wrong.
-
-    Those of functions of torch are taken to be right.
-    """
-    functions = linearization.functions
-    if not functions.custom:
-        return
-    key = "second derivatives of model_func", functions.signature
-
-    def judge() -> bool | None:
-        return verdict_of(*_comparisons(in_float64(linearization)))
-
-    if linearization.verdicts.ask(key, judge, lambda: has_no_silent_part(linearization)) is False:
-        raise refusal("model_func", functions)
-
-
-def _comparisons(linearization: Linearization) -> tuple[Iterator[Comparison], int]:
-    """Return comparisons of H v, and how many have to agree.
-
-    In float64, differences are sharp enough for all data at once; a kink is met seldom.
-    """
-    z, leaves = linearization.output.detach(), linearization.model.leaves
-
-    def all_data() -> Iterator[Comparison]:
-        for seed in range(TRIES):
-            u = random_like([z], seed=1 + seed)[0][0]
-            yield (comparison := _compare(linearization, u, random_like(leaves, seed)))
-            if not comparison.tells:
-                return
-        yield from single()
-
-    def single() -> Iterator[Comparison]:
-        for u in single_rows(z):
-            yield _compare(linearization, u, random_like(leaves))
-
-    return (all_data(), 1) if z.dtype == torch.float64 else (single(), ENOUGH_ROWS)
-
-
-def _compare(linearization: Linearization, u: Tensor, v: Columns) -> Comparison:
-    """Compare derivatives of ⟨u, z⟩ along v: by double backward, and by differences."""
-    leaves = linearization.model.leaves
-    v = [x * (root_mean_square(p) / root_mean_square(x)) for x, p in zip(v, leaves, strict=True)]
-    graph = GradientGraph(linearization.output, leaves, u)
-    product = if_possible(lambda: graph.multiply(v, by=leaves))
-    if product is None:  # what once_differentiable leaves behind
-        return Comparison(right=False, wrong=True, unclear=False)
-    direction, once_more = [x[0] for x in v], linearization.forward_mode.once_more
-
-    def gradient(step: float) -> list[Tensor]:
-        with once_more(), moved(leaves, direction, step), torch.enable_grad():
-            value = (linearization.model(linearization.inputs) * u).sum()
-            grads = torch.autograd.grad(value, leaves, materialize_grads=True)
-        return [g.reshape(1, -1) for g in grads]
-
-    # each parameter's part by itself
-    return compare_with_differences(gradient, [x.reshape(1, -1) for x in product])

@@ -29,13 +29,8 @@ _COUNTS = ("factor_updates", "skipped_updates", "factor_step", "inverse_failures
 _LEAST = dict.fromkeys(_COUNTS, 0) | {"inverse_step": NO_INVERSE}
 
 # Entries that are there together or not at all.
-_TOGETHER = (
-    (*FACTORS, *RECORDS),
-    INVERSES,
-    CORRECTION,
-    ("exp_avg", "exp_avg_sq", "step"),
-    (PREVIOUS, HAS_PREVIOUS),
-)
+_ADAMW = ("exp_avg", "exp_avg_sq", "step")
+_TOGETHER = ((*FACTORS, *RECORDS), INVERSES, CORRECTION, _ADAMW, (PREVIOUS, HAS_PREVIOUS))
 
 
 def check_state_dict(
@@ -58,12 +53,9 @@ def check_state_dict(
         ValueError: If it is not a KFACOptimizer's, or an entry is missing, or has a type, shape or
             value that no entry of its kind has.
     """
-    fits = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
-    if (
-        not fits
-        or not isinstance(state_dict["state"], Mapping)
-        or not isinstance(state_dict["param_groups"], list | tuple)
-    ):
+    kinds = (("state", Mapping), ("param_groups", list | tuple))
+    fits = isinstance(state_dict, Mapping)
+    if not fits or not all(isinstance(state_dict.get(key), kind) for key, kind in kinds):
         raise ValueError(
             "state_dict must be what KFACOptimizer.state_dict() returned, a dict with the keys "
             f"'state' (a dict) and 'param_groups' (a list), got {_described(state_dict)}."

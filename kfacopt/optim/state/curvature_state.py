@@ -19,16 +19,9 @@ from kfacopt.kfac.factors import Factors
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
 from kfacopt.optim.settings import Settings
+from kfacopt.optim.state import inverses
 from kfacopt.optim.state.conversions import follow_parameters
 from kfacopt.optim.state.initial import complete_state, state_shapes
-from kfacopt.optim.state.inverses import (
-    bases_of,
-    discard_unfitting,
-    has_inverse,
-    inverse_of,
-    inverses_at_once,
-    refresh_inverse,
-)
 from kfacopt.optim.state.inverses_over_ranks import update_shared
 from kfacopt.optim.state.running_averages import fold_factors, fold_second_moments
 from kfacopt.optim.statistics.averaging import average_second_moments
@@ -59,7 +52,7 @@ class CurvatureState:
         self.layers = list(layers)
         self.blocks = [block for layer in self.layers for block in layer.blocks]
         for layer in self.layers:
-            discard_unfitting(self.entries, layer, self._form)
+            inverses.discard_unfitting(self.entries, layer, self._form)
 
     def has_statistics(self, layer: Layer) -> bool:
         """Tell whether a layer has had an update of its factors."""
@@ -92,11 +85,13 @@ class CurvatureState:
 
     def inverse(self, block: Block, damping: float) -> KroneckerMatrix | None:
         """Return a block's damped inverse, or `None` if there is none yet."""
-        return inverse_of(self.entries[block.anchor], damping)
+        return inverses.inverse_of(self.entries[block.anchor], damping)
 
     def bases(self) -> dict[Block, Bases]:
         """Return the eigenbases of the blocks whose second moments are kept."""
-        found = {block: bases_of(self.entries.get(block.anchor, {})) for block in self.blocks}
+        found = {
+            block: inverses.bases_of(self.entries.get(block.anchor, {})) for block in self.blocks
+        }
         return {block: known for block, known in found.items() if known is not None}
 
     def fold(
@@ -129,9 +124,11 @@ class CurvatureState:
 
     def fold_late(self, late: Mapping[Layer, Moments], group: dist.ProcessGroup | None) -> None:
         """Fold the second moments of layers whose bases were not known when they were collected."""
-        blocks = [b for la in late for b in la.blocks if has_inverse(self.entries[b.anchor])]
+        blocks = [
+            b for la in late for b in la.blocks if inverses.has_inverse(self.entries[b.anchor])
+        ]
         for layer, moments in late.items():
-            own = {b: bases_of(self.entries[b.anchor]) for b in blocks if b.layer is layer}
+            own = {b: inverses.bases_of(self.entries[b.anchor]) for b in blocks if b.layer is layer}
             moments.project({b: known for b, known in own.items() if known is not None})
         self._fold_second_moments(late, blocks, group)
 
@@ -154,7 +151,7 @@ class CurvatureState:
         """Return the blocks to invert in a step: all where it is time, else those without one."""
         if self._schedule.inverses_due(step):
             return self.blocks
-        fresh = [b for b in self.blocks if not has_inverse(self.entries[b.anchor])]
+        fresh = [b for b in self.blocks if not inverses.has_inverse(self.entries[b.anchor])]
         return [block for block in fresh if self.has_statistics(block.layer)]
 
     def invert(
@@ -191,12 +188,12 @@ class CurvatureState:
         """Compute the inverses of blocks; return the errors of those that cannot do without."""
         form = self._inverse
         entries = [(self.entries[b.layer.anchor], b, damping[id(b.anchor)]) for b in blocks]
-        known = inverses_at_once(entries, form)
+        known = inverses.inverses_at_once(entries, form)
         errors: dict[Block, DecompositionError] = {}
         for layer_state, block, delta in entries:
             state, inverse = self.entries[block.anchor], known.pop(block, None)
             try:
-                if refresh_inverse(state, layer_state, block, delta, form, inverse):
+                if inverses.refresh_inverse(state, layer_state, block, delta, form, inverse):
                     state["inverse_step"] = step
             except DecompositionError as error:
                 errors[block] = error
