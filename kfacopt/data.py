@@ -36,9 +36,6 @@ def evaluation(*functions: Callable[..., Any]) -> Iterator[None]:
     Optimizers take no statistics from them. A module's buffers (the running statistics of batch
     norm), tensors among its attributes (what a layer remembers of its last call), and torch's
     global generators, of which dropout and a `DataLoader` draw, are put back afterwards.
-
-    Args:
-        functions: What is evaluated; the tensors of those that are modules are put back.
     """
     token = _evaluating.set(True)
     try:
@@ -102,11 +99,7 @@ def random_state() -> list[Tensor]:
 
 @contextmanager
 def same_random_numbers(states: list[Tensor]) -> Iterator[None]:
-    """Draw again what was drawn from these states of the global generators on.
-
-    Args:
-        states: From `random_state`.
-    """
+    """Draw again what was drawn from these states of the global generators on."""
     with torch.random.fork_rng(random_devices()):
         torch.set_rng_state(states[0])
         for state, device in zip(states[1:], random_devices(), strict=True):
@@ -250,13 +243,7 @@ def sum_gradients(
 
 
 def show_progress(data: Iterable[Batch], progressbar: bool, description: str) -> Iterator[Batch]:
-    """Yield the batches as they are, with a progress bar if asked for.
-
-    Args:
-        data: The batches `(X, y)`.
-        progressbar: Whether to show a bar.
-        description: What the bar says.
-    """
+    """Yield the batches as they are, with a progress bar if asked for."""
     for batch in tqdm(data, desc=description, disable=not progressbar):
         # Neither a tensor, whose rows would be taken for X and y, nor one batch for a data set.
         if not isinstance(batch, tuple | list) or len(batch) != 2:
@@ -271,14 +258,7 @@ def show_progress(data: Iterable[Batch], progressbar: bool, description: str) ->
 def iterate(
     data: Iterable[Batch], device: torch.device, progressbar: bool, description: str
 ) -> Iterator[Batch]:
-    """Yield the batches `(X, y)` on a device, with a progress bar if asked for.
-
-    Args:
-        data: The batches.
-        device: Where tensors are moved.
-        progressbar: Whether to show a bar.
-        description: What the bar says.
-    """
+    """Yield the batches `(X, y)` on a device, with a progress bar if asked for."""
     for X, y in show_progress(data, progressbar, description):
         yield to_device(X, device), to_device(y, device)
 
@@ -335,11 +315,6 @@ def run_determinism_check(
 
     The cost is two forward passes over the data: less than any product. Each pass keeps a few
     numbers for each batch.
-
-    Args:
-        data: The batches.
-        device: Where tensors are moved.
-        evaluate: Maps inputs to predictions.
 
     Returns:
         The shapes of the predictions, for each batch.

@@ -207,13 +207,7 @@ def _checked_activation(model: nn.Module, activation: tuple[str, str, int]) -> t
 def _watch(
     model: nn.Module, activation: tuple[str, str, int], shift: Tensor | None
 ) -> Iterator[list[Feature]]:
-    """Record a layer's input or output, for each of its calls within the context.
-
-    Args:
-        model: The network.
-        activation: Which.
-        shift: What is added to it, if anything.
-    """
+    """Record a layer's input or output, moved by `shift`, for each of its calls in the context."""
     name, io_type, index = activation
     seen: list[Feature] = []
 

@@ -243,12 +243,7 @@ def has_no_silent_part(linearization: Linearization) -> bool:
 
 
 def _judge(linearization: Linearization, way: str) -> bool | None:
-    """Tell whether J v is right; `None` if nothing tells it.
-
-    Args:
-        linearization: z and its graph.
-        way: The name of the method that computes it.
-    """
+    """Tell whether J v, by a method of this name, is right; `None` if nothing tells it."""
     careful = linearization.verdicts.careful
     verdict: bool | None = True
     if careful and (twin := in_float64(linearization)) is not linearization:

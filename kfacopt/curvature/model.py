@@ -141,12 +141,7 @@ class ParametrizedModel:
         return list(found.values())
 
     def at(self, values: Sequence[Tensor], X: Any) -> Any:
-        """Return f(X; values). Only for modules that own θ.
-
-        Args:
-            values: A tensor for each of θ.
-            X: The inputs.
-        """
+        """Return f(X; values). Only for modules that own θ."""
         assert self.module is not None
         assert self.names is not None
         return functional_call(self.module, dict(zip(self.names, values, strict=True)), (X,))

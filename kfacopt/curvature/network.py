@@ -163,12 +163,7 @@ def leading_columns(X: Tensor, shapes: Shapes) -> list[Tensor]:
 
 
 def largest_rows(graph: int, room: int) -> int:
-    """Return how many bytes gradients of single data may take in the place of a graph.
-
-    Args:
-        graph: How many bytes the graph saves.
-        room: How many may still be kept.
-    """
+    """Return how many bytes gradients of single data may take in the place of a graph's bytes."""
     return min(_MAX_ROWS_PER_GRAPH * graph, room)
 
 

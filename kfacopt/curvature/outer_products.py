@@ -17,15 +17,7 @@ from kfacopt.data import is_empty
 
 
 def multiply_outer_products(u: Tensor, T: Tensor) -> Tensor:
-    """Multiply Σ_m u_mn u_mnᵀ onto tangents, for every n.
-
-    Args:
-        u: Vectors, `[M, N, C]`.
-        T: Tangents, `[K, N, C]`.
-
-    Returns:
-        The products, `[K, N, C]`.
-    """
+    """Multiply Σ_m u_mn u_mnᵀ, of u `[M, N, C]`, onto tangents `[K, N, C]`, for every n."""
     coefficients = torch.einsum("mnc,knc->kmn", u, T)
     return torch.einsum("kmn,mnc->knc", coefficients, u)
 

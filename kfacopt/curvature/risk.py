@@ -209,13 +209,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
     def _batch_product(
         self, linearization: Linearization, X: Any, y: Any
     ) -> Callable[[Columns], Columns]:
-        """Return the product with the matrix of one batch's summed loss.
-
-        Args:
-            linearization: The predictions and their derivative.
-            X: The inputs.
-            y: The targets.
-        """
+        """Return the product with the matrix of one batch's summed loss."""
 
     def _make_term(self, X: Any, y: Any) -> RiskTerm:
         if is_empty(X):

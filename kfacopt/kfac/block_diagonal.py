@@ -72,7 +72,6 @@ class KFACInverseLinearOperator(KroneckerBlockLinearOperator):
     def __init__(
         self, params: Sequence[Parameter], blocks: list[tuple[Block, KroneckerMatrix]]
     ) -> None:
-        """Store the inverted blocks."""
         super().__init__(params)
         self._blocks = blocks
 

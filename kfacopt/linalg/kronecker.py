@@ -274,11 +274,7 @@ class KroneckerProduct:
         return multiply_right(multiply_left(self.grad_output_factor, X), self.input_factor)
 
     def apply_columns(self, columns: Sequence[Tensor]) -> list[Tensor]:
-        """Return G X A in the columns `[..., B, d_out, width]` that X is given in, as [W | b] is.
-
-        Args:
-            columns: The parts of X.
-        """
+        """Return G X A in the columns `[..., B, d_out, width]` that X is given in, as [W | b]."""
         left = _multiplied_left(self.grad_output_factor, columns)
         A, widths = self.input_factor, [x.shape[-1] for x in columns]
         rows = left.split(widths, dim=-1) if is_diagonal(A) else [left] * len(widths)

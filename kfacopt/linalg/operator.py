@@ -225,12 +225,7 @@ def _is_torch(x: Any) -> bool:
 
 
 def as_operator(A: SciPyLinearOperator, like: LinearOperator) -> LinearOperator:
-    """Return `A` itself if it is ours, else a wrapper that brings it to `like`'s dtype and device.
-
-    Args:
-        A: A SciPy linear operator.
-        like: The operator that `A` is to be combined with.
-    """
+    """Return `A` itself if it is ours, else a wrapper with the dtype and device of `like`."""
     if isinstance(A, LinearOperator):
         return A
     return ForeignLinearOperator(A, like.torch_dtype, like.device)
@@ -240,7 +235,6 @@ class ForeignLinearOperator(LinearOperator):
     """A SciPy operator among ours: its products with tensors make a round trip through NumPy."""
 
     def __init__(self, A: SciPyLinearOperator, dtype: torch.dtype, device: torch.device) -> None:
-        """Wrap `A`; products are converted to `dtype` and `device`."""
         if A.dtype is not None and np.dtype(A.dtype).kind == "c":
             raise ValueError("A: complex operators cannot be combined with real ones here.")
         super().__init__(A.shape, dtype, device)
@@ -263,7 +257,6 @@ class AdjointLinearOperator(LinearOperator):
     _keeps_symmetry = True
 
     def __init__(self, A: LinearOperator) -> None:
-        """Represent the transpose of `A`."""
         rows, columns = A.shape
         super().__init__((columns, rows), A.torch_dtype, A.device, A.out_shapes, A.in_shapes, (A,))
         self._A = A
@@ -286,7 +279,6 @@ class ScaledLinearOperator(LinearOperator):
     _keeps_symmetry = True
 
     def __init__(self, A: LinearOperator, alpha: Any) -> None:
-        """Represent `alpha * A`."""
         if isinstance(alpha, complex | np.complexfloating):
             raise ValueError(f"alpha: operators are scaled by real numbers, got {alpha}.")
         super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes, (A,))
@@ -311,7 +303,6 @@ class SumLinearOperator(LinearOperator):
     _keeps_symmetry = True
 
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
-        """Represent `A + B`."""
         if A.shape != B.shape:
             raise ValueError(f"cannot add operators of shapes {A.shape} and {B.shape}.")
         in_shapes = A.in_shapes if A.in_shapes is not None else B.in_shapes
@@ -335,7 +326,6 @@ class ProductLinearOperator(LinearOperator):
     """A B."""
 
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
-        """Represent the matrix product `A @ B`."""
         if A.shape[1] != B.shape[0]:
             raise ValueError(f"cannot multiply operators of shapes {A.shape} and {B.shape}.")
         in_shapes, out_shapes = B.in_shapes, A.out_shapes
@@ -362,7 +352,6 @@ class PowerLinearOperator(LinearOperator):
     _keeps_symmetry = True
 
     def __init__(self, A: LinearOperator, exponent: int) -> None:
-        """Represent `A` multiplied `exponent` times."""
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"only square operators have powers, got the shape {A.shape}.")
         if not isinstance(exponent, int | np.integer) or exponent < 0:

@@ -128,9 +128,6 @@ class Snapshot:
     Versions of tensors do not tell their values: a write through `.data` leaves them as they were.
     What nobody can see from the objects themselves is not compared: attributes of classes, and
     what functions close over or read from their module.
-
-    Args:
-        roots: Tensors, modules, or any other objects; see `Observation`.
     """
 
     def __init__(self, roots: Sequence[Any]) -> None:

@@ -70,14 +70,7 @@ class Connection:
     def watch_step(
         self, step: int, active: bool, settings: Settings, state: CurvatureState
     ) -> None:
-        """Put hooks on the modules or take them off, and tell the statistics of the bases.
-
-        Args:
-            step: The number of the step that comes.
-            active: Whether statistics are due in it.
-            settings: Those of the whole optimizer.
-            state: Has the layers and their bases.
-        """
+        """Put hooks on the modules or take them off, and tell the statistics of the bases."""
         active = active and bool(state.layers)
         if active and settings.inverse.corrected:
             # Where the next step changes the bases, its second moments wait for the new ones.

@@ -25,7 +25,6 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        """Start without a wrapper."""
         self.wrappers = WrapperWatch()
 
     def group(self, params: Sequence[Parameter]) -> dist.ProcessGroup | None:
@@ -37,12 +36,6 @@ class Ranks:
         self, params: Sequence[Parameter], layers: Iterable[Layer], settings: Settings, step: int
     ) -> None:
         """Raise on all ranks if their optimizers are not the same, before they exchange more.
-
-        Args:
-            params: The parameters.
-            layers: Their layers.
-            settings: Those of the whole optimizer.
-            step: How many steps this rank's optimizer has made.
 
         Raises:
             RuntimeError: If a rank differs in what decides what it sends.
@@ -119,12 +112,7 @@ def group_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
 
 
 def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Return the mean of numbers over all ranks; the numbers themselves without a group.
-
-    Args:
-        values: Numbers, the same kind on every rank.
-        group: The process group.
-    """
+    """Return the mean of numbers over all ranks; the numbers themselves without a group."""
     if group is None:
         return values
     total = values.clone()

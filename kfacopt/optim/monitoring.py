@@ -20,13 +20,7 @@ Scalars = dict[str, float]
 def all_block_statistics(
     curvature: CurvatureState, groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]
 ) -> Scalars:
-    """Return the statistics of all blocks, by the layer's name, or the parameter's.
-
-    Args:
-        curvature: Has the blocks.
-        groups: The parameter groups.
-        names: The parameters' names by their `id`.
-    """
+    """Return the statistics of all blocks, by the layer's name, or the parameter's."""
     damping = {p: as_number(group["damping"]) for group in groups for p in group["params"]}
     result: Scalars = {}
     for block in curvature.blocks:
@@ -41,12 +35,6 @@ def block_statistics(
     states: Mapping[Tensor, Any], block: Block, damping: float, num_steps: int
 ) -> Scalars:
     """Return what is known of a block's factors and inverse.
-
-    Args:
-        states: The optimizer's state.
-        block: The block.
-        damping: δ.
-        num_steps: The number of steps so far.
 
     Returns:
         `damping`, `factor_age` and `inverse_age` (steps since they were computed, 0 for the last

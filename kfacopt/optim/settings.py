@@ -317,11 +317,7 @@ def as_number(value: Any) -> Any:
 
 @contextmanager
 def numbers_alone(groups: Iterable[dict[str, Any]]) -> Iterator[None]:
-    """Let settings be plain numbers for a while, also those that are tensors.
-
-    Args:
-        groups: The parameter groups.
-    """
+    """Let settings be plain numbers for a while, also those that are tensors."""
     replaced = []
     for group in groups:
         for name in _NUMBERS:

@@ -87,10 +87,6 @@ def _check_kind_of_steps(states: Mapping[Any, Mapping[str, Any]], tuned: bool) -
     """Raise for a state of steps with a fixed lr where steps tune themselves, or the reverse.
 
     A state without layers cannot tell, and passes.
-
-    Args:
-        states: The state that is to be loaded, by parameter, once it has been checked otherwise.
-        tuned: Whether the optimizer that loads it has lr="auto".
     """
     there = [_present(entries) for entries in states.values()]
     saved_tuned = any(HAS_PREVIOUS in entries for entries in there)

@@ -34,13 +34,7 @@ def restore_dtypes(
     param_groups: Sequence[dict[str, Any]],
     state_dict: dict[str, Any],
 ) -> None:
-    """Undo the cast of floating state to the parameter's dtype in `Optimizer.load_state_dict`.
-
-    Args:
-        states: The optimizer's state after loading.
-        param_groups: The optimizer's groups.
-        state_dict: What was loaded.
-    """
+    """Undo the cast of floating state to the parameter's dtype in `Optimizer.load_state_dict`."""
     saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
     params = chain.from_iterable(g["params"] for g in param_groups)
     for key, p in zip(saved, params, strict=True):
@@ -56,13 +50,7 @@ def restore_dtypes(
 def store_generator(
     states: MutableMapping[Tensor, Any], layers: Sequence[Layer], generator: Generator
 ) -> None:
-    """Put a generator's state into that of the first layer: no other place is carried everywhere.
-
-    Args:
-        states: The optimizer's state.
-        layers: Its layers.
-        generator: The generator of labels.
-    """
+    """Put a generator's state into the first layer's: no other place is carried everywhere."""
     for state in states.values():
         state.pop(_GENERATOR, None)
     if layers:
@@ -70,12 +58,7 @@ def store_generator(
 
 
 def restore_generator(states: MutableMapping[Tensor, Any], generator: Generator) -> None:
-    """Set a generator to what `store_generator` put into the state, if it is there.
-
-    Args:
-        states: The optimizer's state.
-        generator: The generator of labels.
-    """
+    """Set a generator to what `store_generator` put into the state, if it is there."""
     for state in states.values():
         if _GENERATOR in state:
             try:
@@ -88,12 +71,7 @@ def restore_generator(states: MutableMapping[Tensor, Any], generator: Generator)
 
 
 def follow_parameters(states: MutableMapping[Tensor, Any], settings: Settings) -> None:
-    """Move the state to where its parameters are, after `model.to(...)`.
-
-    Args:
-        states: The optimizer's state.
-        settings: Those of the whole optimizer, which have the dtypes.
-    """
+    """Move the state to where its parameters are, after `model.to(...)`."""
     stored = settings.curvature.form.stored_dtype
     for p, state in states.items():
         own, device = factor_dtype(p.dtype), p.device

@@ -65,10 +65,6 @@ class CurvatureState:
     def named_factors(self, key: str | Parameter, names: Mapping[int, str]) -> Factors:
         """Return a layer's running factors.
 
-        Args:
-            key: The layer's name, a parameter's name, or a parameter.
-            names: The parameters' names by their `id`.
-
         Raises:
             KeyError: If there is no such layer, or no statistics of it yet.
         """
@@ -161,13 +157,7 @@ class CurvatureState:
         step: int,
         ranks: dist.ProcessGroup | None,
     ) -> None:
-        """Renew the damped inverses of blocks from their layers' factors.
-
-        Args:
-            blocks: The blocks.
-            groups: The parameter groups, which have the damping.
-            step: The number of the step.
-            ranks: The ranks that share the work.
+        """Renew the damped inverses of blocks from their layers' factors; ranks share the work.
 
         Raises:
             DecompositionError: If a layer's factors cannot be inverted (repeatedly).

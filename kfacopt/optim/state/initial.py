@@ -46,11 +46,7 @@ def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
 
 
 def is_initialisation(groups: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether a first step only makes the state: learning rates and gradients are all 0.
-
-    Args:
-        groups: The parameter groups.
-    """
+    """Tell whether a first step only makes the state: learning rates and gradients are all 0."""
     if any(group["lr"] != 0 for group in groups):
         return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
@@ -63,14 +59,7 @@ def complete_state(
     groups: Sequence[dict[str, Any]],
     settings: Settings,
 ) -> None:
-    """Give every trained parameter the entries that it lacks; they change no later step.
-
-    Args:
-        states: The optimizer's state.
-        layers: Its layers.
-        groups: Its parameter groups.
-        settings: Those of the whole optimizer.
-    """
+    """Give every trained parameter the entries that it lacks; they change no later step."""
     group_of = {p: group for group in groups for p in group["params"]}
     for layer in layers:
         initialise_factors(states[layer.anchor], layer, settings.curvature.form)
@@ -104,13 +93,7 @@ def _complete_inverse(states: MutableMapping[Tensor, Any], block: Block, form: I
 def state_shapes(
     params: Sequence[Parameter], layers: Sequence[Layer], form: FactorForm
 ) -> dict[Parameter, dict[str, tuple[int, ...]]]:
-    """Return, for each parameter, the shapes that entries of its state have where they exist.
-
-    Args:
-        params: All parameters.
-        layers: The layers.
-        form: How factors are formed.
-    """
+    """Return, for each parameter, the shapes that entries of its state have where they exist."""
     own = ("momentum_buffer", "exp_avg", "exp_avg_sq", PREVIOUS)
     shapes: dict[Parameter, dict[str, tuple[int, ...]]] = {
         p: dict.fromkeys(own, tuple(p.shape)) for p in params

@@ -45,13 +45,7 @@ INVERSE_KEYS = (*INVERSE_SIDES, *CORRECTION)
 
 
 def discard_unfitting(states: MutableMapping[Tensor, Any], layer: Layer, form: FactorForm) -> None:
-    """Forget a layer's factors and inverses if a parameter was frozen or added since.
-
-    Args:
-        states: The optimizer's state.
-        layer: The layer as it is now.
-        form: How factors are formed.
-    """
+    """Forget a layer's factors and inverses if a parameter was frozen or added since."""
     state = states.get(layer.anchor, {})
     shapes = factor_shapes(layer, form)
     if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):

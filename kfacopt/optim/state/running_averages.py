@@ -34,11 +34,6 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
     """Give a layer's state empty running factors if it has none.
 
     Their shapes follow from the parameters, as `torch.distributed.checkpoint` needs it.
-
-    Args:
-        state: The optimizer's state of the layer's anchor parameter.
-        layer: The layer.
-        form: How factors are formed.
     """
     if "factor_weight" in state:
         return

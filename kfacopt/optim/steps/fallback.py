@@ -47,14 +47,7 @@ def adamw_step(
     group: dict[str, Any],
     lr: float,
 ) -> None:
-    """Update parameters by torch's AdamW, with a rate that is scaled as the group's `lr` was.
-
-    Args:
-        params: Parameters with gradients.
-        states: The optimizer's state.
-        group: Their parameter group.
-        lr: AdamW's learning rate before schedules.
-    """
+    """Update parameters by torch's AdamW, with a rate that is scaled as the group's `lr` was."""
     own: list[Tensor] = list(params)
     for p in params:
         initialise_moments(states[p], p)
@@ -86,13 +79,6 @@ def fallback_step(
     vector_lr: float,
 ) -> int:
     """Update all parameters with a gradient that have no direction.
-
-    Args:
-        states: The optimizer's state.
-        groups: The parameter groups.
-        covered: The parameters that have one.
-        embedded: The `id`s of embeddings.
-        vector_lr: The rate of vectors and embeddings.
 
     Returns:
         How many parameters that were.

@@ -15,11 +15,7 @@ from kfacopt.optim.state.curvature_state import CurvatureState
 
 
 def gradients_of(groups: Sequence[Mapping[str, Any]]) -> dict[Parameter, Tensor]:
-    """Return what to descend along: the gradients, with their sign changed to maximise.
-
-    Args:
-        groups: The parameter groups.
-    """
+    """Return what to descend along: the gradients, with their sign changed to maximise."""
     return {
         p: -p.grad if group["maximize"] else p.grad
         for group in groups

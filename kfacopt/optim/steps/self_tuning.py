@@ -178,13 +178,6 @@ def objective_of(
 ) -> Objective:
     """Return the objective of a step.
 
-    Args:
-        terms: Its losses that were recognised.
-        closure: What `step` was given.
-        loss: What the closure returned.
-        params: The optimizer's parameters.
-        over_ranks: Averages numbers over all processes.
-
     Raises:
         RuntimeError: If there are no losses.
     """
@@ -203,7 +196,6 @@ class SelfTuning:
     """
 
     def __init__(self) -> None:
-        """Start without a step."""
         self.statistics = TuningStatistics()
 
     def step(

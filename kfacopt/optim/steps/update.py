@@ -11,11 +11,7 @@ from torch.optim.sgd import sgd
 
 
 def are_finite(grads: Sequence[Tensor]) -> bool:
-    """Tell whether gradients are finite; their device is asked once where they are.
-
-    Args:
-        grads: The gradients, of any shapes, dtypes and devices.
-    """
+    """Tell whether gradients are finite; their device is asked once where they are."""
     if not grads:
         return True
     sums = [g.sum() for g in grads]
