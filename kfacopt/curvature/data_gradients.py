@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vjp, vmap
 
+from kfacopt.curvature.adjoint import Columns
 from kfacopt.curvature.batched_autograd import batched_grad, if_possible, quiet_vmap
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.data import tensors_put_back
-
-Columns = list[Tensor]
 
 # Gradients by single data against those by the batch, in units of round-off relative to the largest
 # entry and to √(N R), as it adds up: up to 2.2 are measured. What fails goes through the network.

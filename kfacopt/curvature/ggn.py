@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from kfacopt.curvature.batched_autograd import batched_grad
 from kfacopt.curvature.confirmation import check_has_graph, check_twice_differentiable
 from kfacopt.curvature.linearization import Linearization
-from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator
+from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, Product
 
 
 class GGNLinearOperator(EmpiricalRiskLinearOperator):
@@ -56,9 +55,7 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
                 "Return logits from model_func and use nn.CrossEntropyLoss."
             )
 
-    def _batch_product(
-        self, linearization: Linearization, X: Any, y: Any
-    ) -> Callable[[Columns], Columns]:
+    def _batch_product(self, linearization: Linearization, X: Any, y: Any) -> Product:
         z = linearization.output.detach().requires_grad_()
         summed = self._summed_loss(X, y)
         loss = summed(z)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from kfacopt.curvature.linearization import Linearization
-from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator
+from kfacopt.curvature.risk import EmpiricalRiskLinearOperator, Product
 from kfacopt.curvature.second_derivatives import SecondDerivative
 
 
@@ -46,7 +45,5 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
     def _linearize_to_keep(self, X: Any, size: int, room: int) -> tuple[Linearization, int]:
         return Linearization(self._model, X, graph_bytes=size), size
 
-    def _batch_product(
-        self, linearization: Linearization, X: Any, y: Any
-    ) -> Callable[[Columns], Columns]:
+    def _batch_product(self, linearization: Linearization, X: Any, y: Any) -> Product:
         return SecondDerivative(linearization, self._summed_loss(X, y))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -77,8 +78,6 @@ class Linearization:
             _say_that_it_is_constant(model)
         self._pullback: tuple[Tensor, GradientGraph] | None = None  # u, and Jᵀ u
         self.forward_mode = ForwardMode(model, X, state)
-        self._functions: Functions | None = None
-        self._verdicts: GraphVerdicts | None = None
         self._single_rows = JacobianRows(self.output, model.leaves)
         self._calls = calls
         self._rows: DataGradients | None = None
@@ -190,21 +189,17 @@ class Linearization:
         key = way, self.functions.signature
         return self.verdicts.ask(key, lambda: _judge(self, way), lambda: has_no_silent_part(self))
 
-    @property
+    @cached_property
     def verdicts(self) -> GraphVerdicts:
         """What is known about derivatives of this graph."""
-        if self._verdicts is None:
-            careful = self._switched or bool(self.functions.custom)
-            roots = self.model.roots() if careful else None
-            self._verdicts = GraphVerdicts(self.model.confirmed, careful, roots)
-        return self._verdicts
+        careful = self._switched or bool(self.functions.custom)
+        roots = self.model.roots() if careful else None
+        return GraphVerdicts(self.model.confirmed, careful, roots)
 
-    @property
+    @cached_property
     def functions(self) -> Functions:
         """The functions that make z out of θ."""
-        if self._functions is None:
-            self._functions = Functions(self.output)
-        return self._functions
+        return Functions(self.output)
 
     def vjp(self, U: Tensor) -> list[Tensor]:
         """Return Jᵀ u, one `[K, *p.shape]` for each parameter, for `U` `[K, *z.shape]`."""

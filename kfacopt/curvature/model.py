@@ -47,19 +47,13 @@ class ParametrizedModel:
         if not callable(model_func):
             raise ValueError(f"model_func must be a module or a function, got {model_func!r}.")
         params = check_params(params)
-        self.function = model_func
-        self.is_functional = isinstance(params, Mapping)
-        self.leaves: list[Tensor] = []
-        self.names: list[str] | None = None
-        self._sources: list[Tensor] = []
         if isinstance(params, Mapping):
-            self.names = list(params)
-            self._sources = list(params.values())
-            self.leaves = [_leaf_of(t) for t in self._sources]
             _check_names(model_func, params)
+            self._hold(model_func, [_leaf_of(t) for t in params.values()], list(params))
+            self._sources = list(params.values())
         else:
-            self.leaves = list(params)
-            self.names = _names_in(model_func, self.leaves)
+            self._hold(model_func, list(params), _names_in(model_func, params))
+        self.is_functional = isinstance(params, Mapping)
         _check_leaves(self.leaves, self.names)
         if self.names is None and isinstance(model_func, nn.Module):
             raise ValueError(
@@ -68,24 +62,26 @@ class ParametrizedModel:
                 "as model_func that closes over the tensors."
             )
         # Modules that own θ and are not found through the function are looked for once.
-        self._owners: list[nn.Module] = []
         known = {id(p) for m in modules_of(model_func) for p in m.parameters()}
         if unknown := [p for p in self.leaves if id(p) not in known and not self.is_functional]:
             self._owners = owners_of(unknown, living_modules())
         self.device = self.leaves[0].device
-        self._kinds = [_kind_of(p) for p in self.leaves]
-        self.confirmed = Verdicts()
-        self._functions = DifferentiableFunctions()
+
+    def _hold(
+        self, function: Callable[[Any], Any], leaves: list[Tensor], names: list[str] | None
+    ) -> None:
+        self.function, self.leaves, self.names = function, leaves, names
+        self._kinds = [_kind_of(p) for p in leaves]
+        self._sources, self._owners = list[Tensor](), list[nn.Module]()
+        self.confirmed, self._functions = Verdicts(), DifferentiableFunctions()
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ParametrizedModel:
         """Return a module as a function of its inputs alone."""
         model = cls.__new__(cls)
-        model.function, model.is_functional, model.leaves, model.names = module, False, [], []
-        model._sources, model._kinds, model._owners = [], [], []
-        model.confirmed, model._functions = Verdicts(), DifferentiableFunctions()
-        first = next(chain(module.parameters(), module.buffers()), torch.empty(0))
-        model.device = first.device
+        model._hold(module, [], [])
+        model.is_functional = False
+        model.device = next(chain(module.parameters(), module.buffers()), torch.empty(0)).device
         return model
 
     def refresh(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from kfacopt.curvature.data_gradients import DataGradients
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.network import largest_rows
-from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, RiskTerm
+from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, Product, RiskTerm
 from kfacopt.data import is_empty
 
 
@@ -35,9 +34,7 @@ class OuterProductLinearOperator(EmpiricalRiskLinearOperator):
     def _output_vectors(self, output: Tensor, X: Any, y: Any) -> Tensor:
         """Return u `[M, N, C]`, where N C is the number of entries of z, in its order."""
 
-    def _batch_product(
-        self, linearization: Linearization, X: Any, y: Any
-    ) -> Callable[[Columns], Columns]:
+    def _batch_product(self, linearization: Linearization, X: Any, y: Any) -> Product:
         u = self._output_vectors(linearization.output.detach(), X, y)
         return _through_outputs(linearization, u)
 
@@ -55,7 +52,7 @@ class OuterProductLinearOperator(EmpiricalRiskLinearOperator):
         return self._weigh(product, linearization.output, X, y), size
 
 
-def _through_outputs(linearization: Linearization, u: Tensor) -> Callable[[Columns], Columns]:
+def _through_outputs(linearization: Linearization, u: Tensor) -> Product:
     def product(V: Columns) -> Columns:
         tangents = linearization.jvp(V)
         products = multiply_outer_products(u, tangents.reshape(-1, *u.shape[1:]))
@@ -64,7 +61,7 @@ def _through_outputs(linearization: Linearization, u: Tensor) -> Callable[[Colum
     return product
 
 
-def _through_gradients(gradients: DataGradients) -> Callable[[Columns], Columns]:
+def _through_gradients(gradients: DataGradients) -> Product:
     def product(V: Columns) -> Columns:
         return gradients.combine(gradients.project(V), [v[0] for v in V])
 

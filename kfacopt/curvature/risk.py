@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 
 from kfacopt.argument_checks import check_evaluation, check_loss, check_shape
+from kfacopt.curvature.adjoint import Columns
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import (
@@ -25,7 +26,7 @@ from kfacopt.curvature.network import (
 from kfacopt.data import Batch, batch_size, check_terms, is_empty, sum_gradients
 from kfacopt.likelihoods import has_likelihood, likelihood_of, with_sum
 
-Columns = list[Tensor]
+Product = Callable[[Columns], Columns]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class RiskTerm:
         random_state: The generator's state after the term was made, if there is a generator.
     """
 
-    product: Callable[[Columns], Columns]
+    product: Product
     normalizer: Tensor | float
     num_data: Tensor | float
     random_state: Tensor | None
@@ -206,9 +207,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         return 1.0 / normalizer if self._reduction == "mean" else 1.0
 
     @abstractmethod
-    def _batch_product(
-        self, linearization: Linearization, X: Any, y: Any
-    ) -> Callable[[Columns], Columns]:
+    def _batch_product(self, linearization: Linearization, X: Any, y: Any) -> Product:
         """Return the product with the matrix of one batch's summed loss."""
 
     def _make_term(self, X: Any, y: Any) -> RiskTerm:
@@ -233,9 +232,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         state = None if self._generator is None else self._generator.get_state()
         return RiskTerm(product, 0.0, 0.0, state)
 
-    def _weigh(
-        self, product: Callable[[Columns], Columns], output: Tensor, X: Any, y: Any
-    ) -> RiskTerm:
+    def _weigh(self, product: Product, output: Tensor, X: Any, y: Any) -> RiskTerm:
         state = None if self._generator is None else self._generator.get_state()
         weights = self._normalizer(output, X, y), self._num_data(output.detach(), X, y)
         return RiskTerm(product, *weights, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,7 +49,6 @@ class SecondDerivative:
         careful = linearization.verdicts.careful or bool(functions.custom)
         self._signature = functions.signature
         self._verdicts = GraphVerdicts(linearization.model.confirmed, careful, None)
-        self._gradient: GradientGraph | None = None
         check_model_twice_differentiable(linearization)
         check_twice_differentiable("loss_func", self._value, scalar, z)
 
@@ -62,9 +62,11 @@ class SecondDerivative:
                 return result
         return self._double_backward(V)
 
+    @cached_property
+    def _gradient(self) -> GradientGraph:
+        return GradientGraph(self._value, self._leaves)
+
     def _double_backward(self, V: Columns) -> Columns:
-        if self._gradient is None:
-            self._gradient = GradientGraph(self._value, self._leaves)
         return self._gradient.multiply(V, by=self._leaves)
 
     def _forward_mode(self, V: Columns) -> Columns | None:

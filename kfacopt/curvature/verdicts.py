@@ -141,10 +141,7 @@ class GraphVerdicts:
         self._here: dict[Key, bool] = {}
 
     def ask(
-        self,
-        key: Key,
-        judge: Callable[[], bool | None],
-        counts: Callable[[], bool] = lambda: False,
+        self, key: Key, judge: Callable[[], bool | None], counts: Callable[[], bool] = lambda: False
     ) -> bool | None:
         """Return whether a derivative is right; what says nothing is asked again.
 

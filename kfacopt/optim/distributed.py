@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.optim.settings import Settings
+from kfacopt.optim.state.running_averages import States
 from kfacopt.optim.watch.wrappers import WrapperWatch
 
 
@@ -66,9 +66,7 @@ class Ranks:
                 "together."
             )
 
-    def align(
-        self, states: MutableMapping[Tensor, Any], params: Sequence[Parameter], own: list[Block]
-    ) -> None:
+    def align(self, states: States, params: Sequence[Parameter], own: list[Block]) -> None:
         """Give every rank the first one's parameters and momentum, which differ by round-off.
 
         Products with an inverse are rounded in other ways by other numbers of threads; over

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kronecker import KroneckerMatrix, KroneckerProduct, eigendecomposition
-from kfacopt.optim.settings import as_number
+from kfacopt.optim.settings import Groups, as_number
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.state.inverses import inverse_of
 
@@ -18,7 +18,7 @@ Scalars = dict[str, float]
 
 
 def all_block_statistics(
-    curvature: CurvatureState, groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]
+    curvature: CurvatureState, groups: Groups, names: Mapping[int, str]
 ) -> Scalars:
     """Return the statistics of all blocks, by the layer's name, or the parameter's."""
     damping = {p: as_number(group["damping"]) for group in groups for p in group["params"]}

@@ -6,7 +6,7 @@ signature stand there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ PreconditionerKind = Literal["kfac", "ekfac"]
 PRECONDITIONERS: tuple[PreconditionerKind, ...] = ("kfac", "ekfac")
 
 Check = Callable[[str, Any], None]
+Groups = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)

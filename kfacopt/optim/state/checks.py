@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
-from kfacopt.optim.settings import check_group
+from kfacopt.optim.settings import Groups, check_group
 from kfacopt.optim.state.conversions import was_not_saved
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
 from kfacopt.optim.state.inverses import BASES, CORRECTION, INVERSES, NO_INVERSE
@@ -35,7 +35,7 @@ _TOGETHER = ((*FACTORS, *RECORDS), INVERSES, CORRECTION, _ADAMW, (PREVIOUS, HAS_
 
 def check_state_dict(
     state_dict: Any,
-    groups: Sequence[Mapping[str, Any]],
+    groups: Groups,
     named_params: Sequence[tuple[str, Parameter]],
     shapes: Mapping[Parameter, Shapes],
     tuned: bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Generator, Tensor
 
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Layer
-from kfacopt.optim.settings import Settings
+from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state.inverses import INVERSE_KEYS, INVERSE_SIDES
-from kfacopt.optim.state.running_averages import FACTORS, RECORDS
+from kfacopt.optim.state.running_averages import FACTORS, RECORDS, States
 
 logger = logging.getLogger("kfacopt")
 
@@ -29,11 +29,7 @@ def was_not_saved(value: Any) -> bool:
     return isinstance(value, dict) and not value
 
 
-def restore_dtypes(
-    states: MutableMapping[Tensor, Any],
-    param_groups: Sequence[dict[str, Any]],
-    state_dict: dict[str, Any],
-) -> None:
+def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, Any]) -> None:
     """Undo the cast of floating state to the parameter's dtype in `Optimizer.load_state_dict`."""
     saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
     params = chain.from_iterable(g["params"] for g in param_groups)
@@ -47,9 +43,7 @@ def restore_dtypes(
                 states[p][name] = value.detach().to("cpu", copy=True)
 
 
-def store_generator(
-    states: MutableMapping[Tensor, Any], layers: Sequence[Layer], generator: Generator
-) -> None:
+def store_generator(states: States, layers: Sequence[Layer], generator: Generator) -> None:
     """Put a generator's state into the first layer's: no other place is carried everywhere."""
     for state in states.values():
         state.pop(_GENERATOR, None)
@@ -57,7 +51,7 @@ def store_generator(
         states[layers[0].anchor][_GENERATOR] = generator.get_state().clone()
 
 
-def restore_generator(states: MutableMapping[Tensor, Any], generator: Generator) -> None:
+def restore_generator(states: States, generator: Generator) -> None:
     """Set a generator to what `store_generator` put into the state, if it is there."""
     for state in states.values():
         if _GENERATOR in state:
@@ -70,7 +64,7 @@ def restore_generator(states: MutableMapping[Tensor, Any], generator: Generator)
                 )
 
 
-def follow_parameters(states: MutableMapping[Tensor, Any], settings: Settings) -> None:
+def follow_parameters(states: States, settings: Settings) -> None:
     """Move the state to where its parameters are, after `model.to(...)`."""
     stored = settings.curvature.form.stored_dtype
     for p, state in states.items():

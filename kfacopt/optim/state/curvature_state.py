@@ -6,11 +6,9 @@ It lies in the optimizer's own `state`, by parameter; how an entry is computed i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
-from torch import Tensor
 from torch import distributed as dist
 from torch.nn import Parameter
 
@@ -18,12 +16,12 @@ from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.factors import Factors
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
-from kfacopt.optim.settings import Settings
+from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state import inverses
 from kfacopt.optim.state.conversions import follow_parameters
 from kfacopt.optim.state.initial import complete_state, state_shapes
 from kfacopt.optim.state.inverses_over_ranks import update_shared
-from kfacopt.optim.state.running_averages import fold_factors, fold_second_moments
+from kfacopt.optim.state.running_averages import States, fold_factors, fold_second_moments
 from kfacopt.optim.statistics.averaging import average_second_moments
 from kfacopt.optim.statistics.moments import Moments
 
@@ -43,7 +41,7 @@ class CurvatureState:
     def __init__(self, settings: Settings) -> None:
         self._settings, self._schedule = settings, settings.schedule
         self._form, self._inverse = settings.curvature.form, settings.inverse
-        self.entries: MutableMapping[Tensor, Any] = {}
+        self.entries: States = {}
         self.layers: list[Layer] = []
         self.blocks: list[Block] = []
 
@@ -151,11 +149,7 @@ class CurvatureState:
         return [block for block in fresh if self.has_statistics(block.layer)]
 
     def invert(
-        self,
-        blocks: list[Block],
-        groups: Sequence[Mapping[str, Any]],
-        step: int,
-        ranks: dist.ProcessGroup | None,
+        self, blocks: list[Block], groups: Groups, step: int, ranks: dist.ProcessGroup | None
     ) -> None:
         """Renew the damped inverses of blocks from their layers' factors; ranks share the work.
 
@@ -189,7 +183,7 @@ class CurvatureState:
                 errors[block] = error
         return errors
 
-    def complete(self, groups: Sequence[dict[str, Any]]) -> None:
+    def complete(self, groups: Groups) -> None:
         """Give every trained parameter the entries that it lacks; they change no later step."""
         complete_state(self.entries, self.layers, groups, self._settings)
 

@@ -6,7 +6,7 @@ shapes and dtypes that follow from the parameters; numbers tell that it holds no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.optim.settings import InverseForm, Settings
+from kfacopt.optim.settings import Groups, InverseForm, Settings
 from kfacopt.optim.state.inverses import NO_INVERSE, refresh_inverse
-from kfacopt.optim.state.running_averages import factor_shapes, initialise_factors
+from kfacopt.optim.state.running_averages import States, factor_shapes, initialise_factors
 
 PREVIOUS = "previous_parameter"
 HAS_PREVIOUS = "has_previous_parameter"
@@ -45,7 +45,7 @@ def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
         state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
-def is_initialisation(groups: Sequence[dict[str, Any]]) -> bool:
+def is_initialisation(groups: Groups) -> bool:
     """Tell whether a first step only makes the state: learning rates and gradients are all 0."""
     if any(group["lr"] != 0 for group in groups):
         return False
@@ -54,10 +54,7 @@ def is_initialisation(groups: Sequence[dict[str, Any]]) -> bool:
 
 
 def complete_state(
-    states: MutableMapping[Tensor, Any],
-    layers: Sequence[Layer],
-    groups: Sequence[dict[str, Any]],
-    settings: Settings,
+    states: States, layers: Sequence[Layer], groups: Groups, settings: Settings
 ) -> None:
     """Give every trained parameter the entries that it lacks; they change no later step."""
     group_of = {p: group for group in groups for p in group["params"]}
@@ -76,7 +73,7 @@ def complete_state(
             initialise_moments(states[p], p)
 
 
-def _complete_inverse(states: MutableMapping[Tensor, Any], block: Block, form: InverseForm) -> None:
+def _complete_inverse(states: States, block: Block, form: InverseForm) -> None:
     state, layer_state = states[block.anchor], states[block.layer.anchor]
     if "inverse_step" in state:
         return

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +22,13 @@ from kfacopt.linalg.kronecker import (
     trace,
 )
 from kfacopt.optim.settings import InverseForm
-from kfacopt.optim.state.running_averages import RECORDS, State, factor_shapes, is_free_to_read
+from kfacopt.optim.state.running_averages import (
+    RECORDS,
+    State,
+    States,
+    factor_shapes,
+    is_free_to_read,
+)
 
 MAX_FAILURES = 3
 
@@ -44,7 +49,7 @@ INVERSE_SIDES = (*INVERSES, *BASES, "inverse_eigenvalues")
 INVERSE_KEYS = (*INVERSE_SIDES, *CORRECTION)
 
 
-def discard_unfitting(states: MutableMapping[Tensor, Any], layer: Layer, form: FactorForm) -> None:
+def discard_unfitting(states: States, layer: Layer, form: FactorForm) -> None:
     """Forget a layer's factors and inverses if a parameter was frozen or added since."""
     state = states.get(layer.anchor, {})
     shapes = factor_shapes(layer, form)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from kfacopt.kfac.layers import Layer
 from kfacopt.linalg.kronecker import diagonal_of
 from kfacopt.optim.statistics.moments import Moments
 
-State = dict[str, Any]
+State = dict[str, Any]  # of one parameter
+States = MutableMapping[Tensor, Any]
 
 FACTORS = ("input_factor", "grad_output_factor")
 

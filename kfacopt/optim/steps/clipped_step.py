@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.initial import momentum_buffer
+from kfacopt.optim.state.running_averages import States
 from kfacopt.optim.steps.kl_clip import kl_clip_scale
-from kfacopt.optim.steps.update import apply_step
+from kfacopt.optim.steps.update import ByParameter, apply_step
 
 
 class ClippedStep:
@@ -30,10 +31,10 @@ class ClippedStep:
 
     def step(
         self,
-        states: MutableMapping[Tensor, Any],
-        groups: Sequence[dict[str, Any]],
-        gradients: Mapping[Parameter, Tensor],
-        directions: Mapping[Parameter, Tensor],
+        states: States,
+        groups: Groups,
+        gradients: ByParameter,
+        directions: ByParameter,
         objective: Callable[[], Any],
     ) -> bool:
         """Update parameters in place.

@@ -21,7 +21,7 @@ without a search for a second damping γ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,12 +33,14 @@ from torch.nn import Parameter
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.linalg.precision import round_off
 from kfacopt.optim.messages import missing_statistics
-from kfacopt.optim.settings import StepSettings
+from kfacopt.optim.settings import Groups, StepSettings
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
+from kfacopt.optim.state.running_averages import States
 from kfacopt.optim.steps.clipped_step import ClippedStep
 from kfacopt.optim.steps.closures import ClosureLoss, closure_loss
 from kfacopt.optim.steps.quadratic_model import QuadraticModel, evaluate, quadratic_model
 from kfacopt.optim.steps.replay import coarsest_dtype
+from kfacopt.optim.steps.update import ByParameter
 from kfacopt.optim.watch.loss_scale import calling_loss_scale
 from kfacopt.optim.watch.recorded_calls import ObjectiveTerm
 
@@ -112,8 +114,8 @@ class Objective:
 
     def model(
         self,
-        grads: Mapping[Parameter, Tensor],
-        directions: Sequence[Mapping[Parameter, Tensor]],
+        grads: ByParameter,
+        directions: Sequence[ByParameter],
         damping: Mapping[Parameter, float],
     ) -> QuadraticModel:
         """Return the quadratic model of the losses; see `quadratic_model` for the arguments."""
@@ -121,10 +123,7 @@ class Objective:
         return quadratic_model(self.terms, grads, directions, damping, *evaluated)
 
     def completed(
-        self,
-        model: QuadraticModel,
-        grads: Mapping[Parameter, Tensor],
-        damping: Mapping[Parameter, float],
+        self, model: QuadraticModel, grads: ByParameter, damping: Mapping[Parameter, float]
     ) -> tuple[QuadraticModel, Callable[[], float]]:
         """Return the model of the whole objective, and what evaluates that.
 
@@ -156,7 +155,7 @@ class Objective:
     def _is_clipped(
         self,
         model: QuadraticModel,
-        grads: Mapping[Parameter, Tensor],
+        grads: ByParameter,
         damping: Mapping[Parameter, float],
         tolerance: float,
     ) -> bool:
@@ -200,10 +199,10 @@ class SelfTuning:
 
     def step(
         self,
-        states: MutableMapping[Tensor, Any],
-        groups: Sequence[dict[str, Any]],
-        gradients: Mapping[Parameter, Tensor],
-        preconditioned: Mapping[Parameter, Tensor],
+        states: States,
+        groups: Groups,
+        gradients: ByParameter,
+        preconditioned: ByParameter,
         make_objective: Callable[[], Objective],
     ) -> bool:
         """Update parameters in place and adapt the groups' damping.
@@ -269,8 +268,8 @@ class SelfTuning:
 
     def _attempt(
         self,
-        groups: Sequence[dict[str, Any]],
-        directions: Sequence[Mapping[Parameter, Tensor]],
+        groups: Groups,
+        directions: Sequence[ByParameter],
         before: Sequence[Tensor],
         model: QuadraticModel,
         new_loss: Callable[[], float],
@@ -294,9 +293,7 @@ class SelfTuning:
         record.damping = groups[0]["damping"]
         return None
 
-    def _learn(
-        self, groups: Sequence[dict[str, Any]], model: QuadraticModel, coefficients: list[float]
-    ) -> None:
+    def _learn(self, groups: Groups, model: QuadraticModel, coefficients: list[float]) -> None:
         """Take note of a step, and adapt the damping to how well the model predicted it."""
         record = self.statistics
         record.step_size, record.momentum = (*coefficients, 0.0)[:2]
@@ -319,9 +316,7 @@ def step_rule(settings: StepSettings) -> ClippedStep | SelfTuning:
 
 
 def _last_step(
-    states: MutableMapping[Tensor, Any],
-    settings: Mapping[Parameter, dict[str, Any]],
-    params: Sequence[Parameter],
+    states: States, settings: Mapping[Parameter, dict[str, Any]], params: Sequence[Parameter]
 ) -> list[dict[Parameter, Tensor]]:
     """Return the last step d₀ of the parameters that move and have momentum, if there was one."""
     moving = [p for p in params if settings[p]["momentum"] and settings[p]["lr"]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.sgd import sgd
+
+ByParameter = Mapping[Parameter, Tensor]
 
 
 def are_finite(grads: Sequence[Tensor]) -> bool:
