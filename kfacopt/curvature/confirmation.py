@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -227,7 +228,9 @@ def check_gradient(
     (gradient,) = torch.autograd.grad(value, by, create_graph=True, materialize_grads=True)
 
     def comparisons() -> Iterator[Comparison]:
-        for v in _vectors_like(x):
+        # along all data, and then along single ones
+        along_all = (random_like([x], seed)[0][0] for seed in range(_TRIES))
+        for v in chain(along_all, _single_rows(x)):
             comparison = _compare_gradient(x, by, gradient, gradient_at, v)
             yield comparison
             if not comparison.tells:
@@ -257,13 +260,6 @@ def _compare_gradient(
     return _compare_with_differences(
         lambda step: [gradient_at(step * v).reshape(rows)], [product.reshape(rows)]
     )
-
-
-def _vectors_like(x: Tensor) -> Iterator[Tensor]:
-    """Yield vectors along all data, and then along single ones."""
-    for seed in range(_TRIES):
-        yield random_like([x], seed)[0][0]
-    yield from _single_rows(x)
 
 
 def _refusal(name: str, functions: Functions) -> RuntimeError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
@@ -27,6 +26,13 @@ _FORWARD_MODE_COLUMNS = 8
 
 # From this ratio of saved activations to parameters on, second derivatives take double backward.
 _ACTIVATIONS_PER_PARAMETER = 2
+
+
+_CONSTANT = (
+    "model_func: its predictions have no graph, so that their derivatives by params are 0. Does it "
+    "use torch.no_grad(), detach(), NumPy, or torch.autograd.grad without create_graph=True? Does "
+    "it use other tensors than params?"
+)
 
 
 class Linearization:
@@ -75,7 +81,7 @@ class Linearization:
             self.output = checked_output(model(X))
             self._switched = model.switches != before
         if not self.output.requires_grad and self.output.numel():
-            _say_that_it_is_constant(model)
+            model.confirmed.warn_once(("constant", 0), _CONSTANT)
         self._pullback: tuple[Tensor, GradientGraph] | None = None  # u, and Jᵀ u
         self.forward_mode = ForwardMode(model, X, state)
         self._single_rows = JacobianRows(self.output, model.leaves)
@@ -156,7 +162,12 @@ class Linearization:
                 "gradient that it is given (does it clip, round or draw random numbers?), so "
                 "that there is no Jacobian; use a function in its place that has one."
             )
-        _say_that_rows_are_slow(self.model, self.functions)
+        self.model.confirmed.warn_once(
+            ("said of rows", self.functions.signature),
+            f"model_func: {self.functions} can be differentiated once only, by backward passes. "
+            "Products with the Jacobian are right, but take a backward pass for each prediction; "
+            "with operations of torch in its place they take two.",
+        )
         return self._by_rows(V)
 
     def _by_forward_mode(self, V: Sequence[Tensor]) -> Tensor | None:
@@ -246,23 +257,3 @@ def _judge(linearization: Linearization, way: str) -> bool | None:
         verdict, careful = test.agrees(getattr(twin, way)), False
     test = AdjointTest(linearization.output, linearization.model.leaves, careful)
     return verdict and test.agrees(getattr(linearization, way))
-
-
-def _say_that_it_is_constant(model: ParametrizedModel) -> None:
-    if model.confirmed.is_new(("constant", 0)):
-        warnings.warn(
-            "model_func: its predictions have no graph, so that their derivatives by params "
-            "are 0. Does it use torch.no_grad(), detach(), NumPy, or torch.autograd.grad "
-            "without create_graph=True? Does it use other tensors than params?",
-            stacklevel=2,
-        )
-
-
-def _say_that_rows_are_slow(model: ParametrizedModel, functions: Functions) -> None:
-    if model.confirmed.is_new(("said of rows", functions.signature)):
-        warnings.warn(
-            f"model_func: {functions} can be differentiated once only, by backward "
-            "passes. Products with the Jacobian are right, but take a backward pass for each "
-            "prediction; with operations of torch in its place they take two.",
-            stacklevel=2,
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,33 +37,28 @@ class OuterProductLinearOperator(EmpiricalRiskLinearOperator):
 
     def _batch_product(self, linearization: Linearization, X: Any, y: Any) -> Product:
         u = self._output_vectors(linearization.output.detach(), X, y)
-        return _through_outputs(linearization, u)
+        return partial(_through_outputs, linearization, u)
 
     def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[RiskTerm, int]:
         if is_empty(X):
             return self._empty_term(), 0
         linearization = Linearization(self._model, X, watch=True)
         u = self._output_vectors(linearization.output.detach(), X, y)
-        plan, product = linearization.plan(), _through_outputs(linearization, u)
+        plan, product = linearization.plan(), partial(_through_outputs, linearization, u)
         if plan is not None and len(X) == u.shape[1]:
             needed = plan.num_bytes(len(u))
             if needed <= largest_rows(size, room):
                 size, gradients = needed, plan.gradients(u, self._chunk_size)
-                product = product if gradients is None else _through_gradients(gradients)
+                if gradients is not None:
+                    product = partial(_through_gradients, gradients)
         return self._weigh(product, linearization.output, X, y), size
 
 
-def _through_outputs(linearization: Linearization, u: Tensor) -> Product:
-    def product(V: Columns) -> Columns:
-        tangents = linearization.jvp(V)
-        products = multiply_outer_products(u, tangents.reshape(-1, *u.shape[1:]))
-        return linearization.vjp(products.reshape(-1, *linearization.output.shape))
-
-    return product
+def _through_outputs(linearization: Linearization, u: Tensor, V: Columns) -> Columns:
+    tangents = linearization.jvp(V)
+    products = multiply_outer_products(u, tangents.reshape(-1, *u.shape[1:]))
+    return linearization.vjp(products.reshape(-1, *linearization.output.shape))
 
 
-def _through_gradients(gradients: DataGradients) -> Product:
-    def product(V: Columns) -> Columns:
-        return gradients.combine(gradients.project(V), [v[0] for v in V])
-
-    return product
+def _through_gradients(gradients: DataGradients, V: Columns) -> Columns:
+    return gradients.combine(gradients.project(V), [v[0] for v in V])
