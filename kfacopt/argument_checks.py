@@ -90,11 +90,11 @@ def check_integer(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}.")
 
 
-def check_shape(shape: Any, expected: tuple[int, int]) -> None:
+def check_shape(shape: Any, expected: tuple[int, int], what: str = "these params") -> None:
     """Raise unless a stated shape is `None` or the one that is expected."""
     fits = isinstance(shape, tuple | list) and tuple(shape) == expected
     if shape is not None and not fits:
-        raise ValueError(f"shape must be {expected} for these params, got {shape!r}.")
+        raise ValueError(f"shape must be {expected} for {what}, got {shape!r}.")
 
 
 def check_loss(loss_func: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfacopt.argument_checks import check_choice, check_evaluation, check_loss
+from kfacopt.argument_checks import check_choice, check_evaluation, check_loss, check_shape
 from kfacopt.curvature.batched_autograd import batched_grad
 from kfacopt.curvature.confirmation import check_gradient, check_has_graph
 from kfacopt.curvature.model import ParametrizedModel
@@ -121,8 +121,7 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
         with model.evaluation():
             feature = self._evaluate(self._to_device(*batches[0])[0])[1]
         size = feature.value.numel()
-        if shape is not None and tuple(shape) != (size, size):
-            raise ValueError(f"shape must be {(size, size)} for this activation, got {shape}.")
+        check_shape(shape, (size, size), "this activation")
         shapes = [tuple(feature.value.shape)]
         self._set_shape(shapes, shapes, feature.value.dtype, feature.value.device)
 

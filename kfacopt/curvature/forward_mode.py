@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ class ForwardMode:
     def __init__(self, model: ParametrizedModel, X: Any, random_state: list[Tensor]) -> None:
         self._model, self._inputs, self._random_state = model, X, random_state
         self.can_substitute = model.can_substitute()
-        self._complete: bool | None = None
 
     def is_complete(self) -> bool:
         """Tell whether substitution sees every path from θ to z.
@@ -38,13 +38,14 @@ class ForwardMode:
         A module may reach a parameter past its own name (in a closure, a list, a plain
         attribute); with other tensors in the place of θ, the predictions then still depend on it.
         """
-        if self.can_substitute and self._complete is None:
-            values = [p.detach() for p in self._model.leaves]
-            with torch.enable_grad(), torch.random.fork_rng(random_devices()):
-                model = self._model
-                reached = if_possible(lambda: model.reached_by(model.at(values, self._inputs)))
-            self._complete = reached is False  # `None`: parts in TorchScript take no other tensors
-        return self.can_substitute and bool(self._complete)
+        return self.can_substitute and self._sees_all
+
+    @cached_property
+    def _sees_all(self) -> bool:
+        model, values = self._model, [p.detach() for p in self._model.leaves]
+        with torch.enable_grad(), torch.random.fork_rng(random_devices()):
+            reached = if_possible(lambda: model.reached_by(model.at(values, self._inputs)))
+        return reached is False  # `None`: parts in TorchScript take no other tensors
 
     def derivatives(
         self, function: Callable[..., tuple[Tensor, ...]], V: Sequence[Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -135,7 +136,6 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         argument_checks.check_shape(shape, self.shape)
         self._model_func, self._data, self._progressbar = model_func, data, progressbar
         self._seed, self._form = seed, FactorForm(kfac_approx)
-        self._factors: dict[Layer, KroneckerProduct] | None = None
         if check_deterministic:
             with evaluation(model_func):
                 run_determinism_check(data, self.device, model_func)
@@ -158,7 +158,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         """
         named = self._model_func.named_parameters(remove_duplicate=False)
         names = {id(p): name for name, p in named}
-        for layer, matrix in self._layer_factors().items():
+        for layer, matrix in self._layer_factors.items():
             if layer.owns(key, names):
                 return Factors.of(layer, matrix.input_factor, matrix.grad_output_factor)
         raise KeyError(f"{key!r}: no such layer or parameter; layers: {self.layer_names}.")
@@ -206,15 +206,14 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     def _kronecker_blocks(self) -> list[tuple[Block, Any]]:
         return [
             (block, KroneckerProduct(m.grad_output_factor, block.input_factor(m.input_factor)))
-            for layer, m in self._layer_factors().items()
+            for layer, m in self._layer_factors.items()
             for block in layer.blocks
         ]
 
+    @cached_property
     def _layer_factors(self) -> dict[Layer, KroneckerProduct]:
-        if self._factors is None:
-            with evaluation(self._model_func):
-                self._factors = self._compute_factors()
-        return self._factors
+        with evaluation(self._model_func):
+            return self._compute_factors()
 
     def _compute_factors(self) -> dict[Layer, KroneckerProduct]:
         inputs = {layer: _zeros(layer, layer.d_in) for layer, _ in self._layers}

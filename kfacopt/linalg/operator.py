@@ -305,8 +305,7 @@ class SumLinearOperator(LinearOperator):
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
         if A.shape != B.shape:
             raise ValueError(f"cannot add operators of shapes {A.shape} and {B.shape}.")
-        in_shapes = A.in_shapes if A.in_shapes is not None else B.in_shapes
-        out_shapes = A.out_shapes if A.out_shapes is not None else B.out_shapes
+        in_shapes, out_shapes = A.in_shapes or B.in_shapes, A.out_shapes or B.out_shapes
         super().__init__(A.shape, _common_dtype(A, B), A.device, in_shapes, out_shapes, (A, B))
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:

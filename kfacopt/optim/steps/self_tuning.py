@@ -262,9 +262,8 @@ class SelfTuning:
 
     def scalars(self) -> dict[str, float]:
         """Return what is to be logged of the last step; there is no clip."""
-        tuned = vars(self.statistics).items()
-        numbers = {name: math.nan if x is None else float(x) for name, x in tuned}
-        return {"kl_clip_scale": 1.0} | numbers
+        tuned = {name: float(x) for name, x in vars(self.statistics).items()}
+        return {"kl_clip_scale": 1.0} | tuned
 
     def _attempt(
         self,
