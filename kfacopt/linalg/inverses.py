@@ -166,15 +166,11 @@ class CGInverseLinearOperator(LinearOperator):
             iterates = iterates * units
             callback(iterates[:, 0] if iterates.shape[1] == 1 else iterates)
 
-        X, report = conjugate_gradients(
-            _kernel(self._A),
-            B,
-            X0,
-            torch.maximum(self._tol * B.norm(dim=0), self._atol / units),
-            self._maxiter,
-            None if self._M is None else _kernel(self._M),
-            None if callback is None else in_vectors,
-        )
+        system = (_kernel(self._A), B, X0)
+        tolerances = torch.maximum(self._tol * B.norm(dim=0), self._atol / units)
+        precondition = None if self._M is None else _kernel(self._M)
+        tell = None if callback is None else in_vectors
+        X, report = conjugate_gradients(*system, tolerances, self._maxiter, precondition, tell)
         norms, tolerances = report.residual_norms * units, report.tolerances * units
         self.last_solve = replace(report, residual_norms=norms, tolerances=tolerances)
         self._warn_unless_converged(self.last_solve)

@@ -113,11 +113,6 @@ def connect(
     covered = {id(p) for layer in curvature.layers for p in (layer.weight, layer.bias)}
     rest = [names[id(p)] for p in params if id(p) not in covered]
     log_layers(curvature.layers, rest, settings.curvature.form)
-    return Connection(
-        watch,
-        statistics,
-        names,
-        embeddings(module for _, module in modules),
-        [p.requires_grad for p in params],
-        placement_of(params),
-    )
+    embedded = embeddings(module for _, module in modules)
+    trained = [p.requires_grad for p in params]
+    return Connection(watch, statistics, names, embedded, trained, placement_of(params))

@@ -62,16 +62,10 @@ class ClippedStep:
         for group in groups:
             own = [p for p in group["params"] if p in directions]
             if own:
-                momentum = group["momentum"]
-                apply_step(
-                    own,
-                    [directions[p] for p in own],
-                    [momentum_buffer(states[p], p) for p in own] if momentum else [],
-                    momentum=momentum,
-                    nesterov=group["nesterov"],
-                    decay=group["lr"] * group["weight_decay"],
-                    foreach=group["foreach"],
-                )
+                steps, decay = [directions[p] for p in own], group["lr"] * group["weight_decay"]
+                options = {name: group[name] for name in ("momentum", "nesterov", "foreach")}
+                buffers = [momentum_buffer(states[p], p) for p in own if options["momentum"]]
+                apply_step(own, steps, buffers, decay=decay, **options)
         return True
 
     def scalars(self) -> dict[str, float]:

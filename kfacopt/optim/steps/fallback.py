@@ -44,11 +44,9 @@ def adamw_step(
         beta1=BETAS[0],
         beta2=BETAS[1],
         lr=lr * ratio,
-        weight_decay=group["weight_decay"],
         eps=EPS,
-        foreach=group["foreach"],
         fused=True if fused else None,
-        maximize=group["maximize"],
+        **{name: group[name] for name in ("weight_decay", "foreach", "maximize")},
     )
 
 
