@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise unless a value is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
@@ -90,11 +90,11 @@ def check_integer(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}.")
 
 
-def check_shape(shape: Any, expected: tuple[int, int]) -> None:
+def check_shape(shape: Any, expected: tuple[int, int], what: str = "these params") -> None:
     """Raise unless a stated shape is `None` or the one that is expected."""
     fits = isinstance(shape, tuple | list) and tuple(shape) == expected
     if shape is not None and not fits:
-        raise ValueError(f"shape must be {expected} for these params, got {shape!r}.")
+        raise ValueError(f"shape must be {expected} for {what}, got {shape!r}.")
 
 
 def check_loss(loss_func: Any) -> None:
@@ -105,16 +105,14 @@ def check_loss(loss_func: Any) -> None:
         )
 
 
-def check_evaluation(data: Any, progressbar: Any, check_deterministic: Any) -> None:
-    """Raise unless data can be iterated and the flags are flags."""
+def check_evaluation(
+    data: Any, progressbar: Any, check_deterministic: Any, batch_size_fn: Any = None
+) -> None:
+    """Raise unless data can be iterated, flags are flags, and a function is one, or `None`."""
     if not isinstance(data, Iterable):
         raise ValueError(f"data must be an iterable of batches (X, y), got {data!r}.")
     check_flag("progressbar", progressbar)
     check_flag("check_deterministic", check_deterministic)
-
-
-def check_batch_size_fn(batch_size_fn: Any) -> None:
-    """Raise unless it is `None` or a function."""
     if batch_size_fn is not None and not callable(batch_size_fn):
         raise ValueError(
             f"batch_size_fn must be a function from X to the number of data, got {batch_size_fn!r}."
@@ -134,6 +132,14 @@ def check_params(params: Any) -> Any:
         if not isinstance(p, Tensor):
             raise ValueError(f"params[{i}] must be a tensor, got {p!r}.")
     return params
+
+
+def check_distinct(params: Sequence[Tensor]) -> None:
+    """Raise unless there are parameters, each once."""
+    if not params:
+        raise ValueError("params: at least one parameter is needed.")
+    if len({id(p) for p in params}) != len(params):
+        raise ValueError("params: a parameter stands there twice.")
 
 
 def checked_output(output: Any) -> Tensor:

@@ -36,9 +36,6 @@ def evaluation(*functions: Callable[..., Any]) -> Iterator[None]:
     Optimizers take no statistics from them. A module's buffers (the running statistics of batch
     norm), tensors among its attributes (what a layer remembers of its last call), and torch's
     global generators, of which dropout and a `DataLoader` draw, are put back afterwards.
-
-    Args:
-        functions: What is evaluated; the tensors of those that are modules are put back.
     """
     token = _evaluating.set(True)
     try:
@@ -102,11 +99,7 @@ def random_state() -> list[Tensor]:
 
 @contextmanager
 def same_random_numbers(states: list[Tensor]) -> Iterator[None]:
-    """Draw again what was drawn from these states of the global generators on.
-
-    Args:
-        states: From `random_state`.
-    """
+    """Draw again what was drawn from these states of the global generators on."""
     with torch.random.fork_rng(random_devices()):
         torch.set_rng_state(states[0])
         for state, device in zip(states[1:], random_devices(), strict=True):
@@ -195,9 +188,12 @@ def batch_size(
     )
 
 
-def check_batches(count: int) -> None:
-    """Raise if a pass over the data gave no batch."""
-    if not count:
+def some(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches; raise if there are none."""
+    batch = None
+    for batch in batches:
+        yield batch
+    if batch is None:
         raise ValueError(
             "data: there are no batches. A generator can be read once only; give a list or a "
             "DataLoader."
@@ -247,13 +243,7 @@ def sum_gradients(
 
 
 def show_progress(data: Iterable[Batch], progressbar: bool, description: str) -> Iterator[Batch]:
-    """Yield the batches as they are, with a progress bar if asked for.
-
-    Args:
-        data: The batches `(X, y)`.
-        progressbar: Whether to show a bar.
-        description: What the bar says.
-    """
+    """Yield the batches as they are, with a progress bar if asked for."""
     for batch in tqdm(data, desc=description, disable=not progressbar):
         # Neither a tensor, whose rows would be taken for X and y, nor one batch for a data set.
         if not isinstance(batch, tuple | list) or len(batch) != 2:
@@ -268,14 +258,7 @@ def show_progress(data: Iterable[Batch], progressbar: bool, description: str) ->
 def iterate(
     data: Iterable[Batch], device: torch.device, progressbar: bool, description: str
 ) -> Iterator[Batch]:
-    """Yield the batches `(X, y)` on a device, with a progress bar if asked for.
-
-    Args:
-        data: The batches.
-        device: Where tensors are moved.
-        progressbar: Whether to show a bar.
-        description: What the bar says.
-    """
+    """Yield the batches `(X, y)` on a device, with a progress bar if asked for."""
     for X, y in show_progress(data, progressbar, description):
         yield to_device(X, device), to_device(y, device)
 
@@ -333,11 +316,6 @@ def run_determinism_check(
     The cost is two forward passes over the data: less than any product. Each pass keeps a few
     numbers for each batch.
 
-    Args:
-        data: The batches.
-        device: Where tensors are moved.
-        evaluate: Maps inputs to predictions.
-
     Returns:
         The shapes of the predictions, for each batch.
 
@@ -355,7 +333,8 @@ def run_determinism_check(
             seen = _fingerprint(X), _fingerprint(y)
             # With a graph, for models that differentiate by their input.
             prediction = evaluate(X)
-            records.append(_Record(*seen, _fingerprint(prediction), _dtype_of(prediction)))
+            dtype = prediction.dtype if isinstance(prediction, Tensor) else None
+            records.append(_Record(*seen, _fingerprint(prediction), dtype))
             shapes.append(tuple(prediction.shape) if isinstance(prediction, Tensor) else ())
         passes.append(records)
     first, second = passes
@@ -370,19 +349,14 @@ def run_determinism_check(
     return shapes
 
 
-def _dtype_of(x: Any) -> torch.dtype | None:
-    return x.dtype if isinstance(x, Tensor) else None
-
-
 def _same_data(a: _Record, b: _Record) -> bool:
     # Exactly: nothing is computed with data, and small entries may stand beside large ones.
     return not _differ(a.X, b.X, 0.0) and not _differ(a.y, b.y, 0.0)
 
 
 def _compare_passes(first: list[_Record], second: list[_Record]) -> None:
-    changed = [
-        i for i, (a, b) in enumerate(zip(first, second, strict=True)) if not _same_data(a, b)
-    ]
+    pairs = list(zip(first, second, strict=True))
+    changed = [i for i, (a, b) in enumerate(pairs) if not _same_data(a, b)]
     if changed:
         matched = all(any(_same_data(a, b) for b in second) for a in first)
         what = "order of the batches changed" if matched else "batches themselves changed"
@@ -390,7 +364,7 @@ def _compare_passes(first: list[_Record], second: list[_Record]) -> None:
             f"data: not deterministic, the {what} between two passes (first at batch "
             f"{changed[0]}). Switch off shuffling, drop_last and augmentation. {_WAY_OUT}"
         )
-    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+    for i, (a, b) in enumerate(pairs):
         tolerance = _RELATIVE_TOLERANCE.get(a.dtype, _DEFAULT_TOLERANCE)
         if a.dtype != b.dtype or _differ(a.prediction, b.prediction, tolerance):
             raise RuntimeError(

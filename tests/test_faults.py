@@ -327,6 +327,24 @@ def test_decompositions_that_keep_failing_keep_the_inverse_are_counted_and_raise
     assert optimizer.statistics()["3/inverse_failures"] == 0
 
 
+def test_a_layer_whose_parameters_change_forgets_its_failures(monkeypatch):
+    model = network()
+    optimizer = KFACOptimizer(model.parameters(), damping_method="exact", **EVERY_STEP)
+    step(model, optimizer)
+
+    def failing(matrix, *args):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.linalg, "eigh", failing)
+        step(model, optimizer)
+    assert "inverse_failures" in optimizer.state[model[3].weight]
+    model[3].bias.requires_grad_(False)
+    optimizer.zero_grad()
+    assert "inverse_failures" not in optimizer.state[model[3].weight]
+    assert optimizer.statistics()["0/inverse_failures"] == 1
+
+
 def test_a_first_decomposition_that_fails_raises_at_once(monkeypatch):
     model = network()
     optimizer = KFACOptimizer(model.parameters())

@@ -469,9 +469,9 @@ def test_inverses_at_once_are_those_one_by_one(options, entries, monkeypatch):
     one, two = network(), network()
     two.load_state_dict(one.state_dict())
     calls = []
-    invert = inverses.damped_inverses
+    invert = inverses.inverses_by_size
     monkeypatch.setattr(
-        inverses, "damped_inverses", lambda *args: calls.append(len(args[0])) or invert(*args)
+        inverses, "inverses_by_size", lambda *args: calls.append(len(args[0])) or invert(*args)
     )
     for model, free in ((one, True), (two, False)):
         for module in (running_averages, inverses):

@@ -143,3 +143,16 @@ def test_gradient_clipping_does_not_touch_the_factors():
         optimizer.step()
         factors.append(optimizer.factors("0").grad_output_factor)
     assert torch.equal(*factors)
+
+
+def test_a_parameter_has_the_momentum_or_the_previous_value_that_its_steps_read():
+    entries = {0.05: {"momentum_buffer"}, "auto": {"previous_parameter", "has_previous_parameter"}}
+    for lr, expected in entries.items():
+        model = network()
+        optimizer = KFACOptimizer(model.parameters(), lr=lr)
+        train(model, optimizer, steps=2)
+        optimizer.state_dict()
+        for layer in (model[0], model[3]):
+            for p in layer.parameters():
+                names = optimizer.state[p].keys()
+                assert {n for n in names if "momentum" in n or "previous" in n} == expected

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfacopt.argument_checks import check_evaluation, check_loss
+from kfacopt.argument_checks import check_choice, check_evaluation, check_loss, check_shape
 from kfacopt.curvature.batched_autograd import batched_grad
 from kfacopt.curvature.confirmation import check_gradient, check_has_graph
 from kfacopt.curvature.model import ParametrizedModel
@@ -21,8 +21,8 @@ from kfacopt.curvature.network import (
     NetworkLinearOperator,
     leading_columns,
 )
+from kfacopt.curvature.risk import scalar_loss
 from kfacopt.data import Batch, evaluation, random_state, same_random_numbers, show_progress
-from kfacopt.likelihoods import has_likelihood, likelihood_of
 
 IO_TYPES = ("input", "output")
 
@@ -121,8 +121,7 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
         with model.evaluation():
             feature = self._evaluate(self._to_device(*batches[0])[0])[1]
         size = feature.value.numel()
-        if shape is not None and tuple(shape) != (size, size):
-            raise ValueError(f"shape must be {(size, size)} for this activation, got {shape}.")
+        check_shape(shape, (size, size), "this activation")
         shapes = [tuple(feature.value.shape)]
         self._set_shape(shapes, shapes, feature.value.dtype, feature.value.device)
 
@@ -154,26 +153,17 @@ class ActivationHessianLinearOperator(NetworkLinearOperator[Product]):
                 f"activation: Z had the shape {self.in_shapes} and {self.torch_dtype} when the "
                 f"operator was made, it has {kind} now; make a new operator."
             )
-        assert self._loss_func is not None
-        if has_likelihood(self._loss_func):
-            likelihood_of(self._loss_func).check_target(output, y)
-        loss = self._loss_func(output, y)
-        if loss.numel() != 1:
-            raise ValueError(
-                f"loss_func must return a scalar, got the shape {tuple(loss.shape)}; set its "
-                'reduction to "mean" or "sum".'
-            )
+        loss = scalar_loss(self._loss_func, output, y)
         check_has_graph(loss)
 
         def gradient_at(shift: Tensor) -> Tensor:
-            assert self._loss_func is not None
             with same_random_numbers(states):
                 moved_output, moved = self._evaluate(X, shift)
-                moved_loss = self._loss_func(moved_output, y).sum()
+                moved_loss = scalar_loss(self._loss_func, moved_output, y)
             return torch.autograd.grad(moved_loss, [moved.edge], materialize_grads=True)[0]
 
-        check_gradient("model_func or loss_func", loss.sum(), value, [edge], gradient_at)
-        (gradient,) = torch.autograd.grad(loss.sum(), [edge], create_graph=True, allow_unused=True)
+        check_gradient("model_func or loss_func", loss, value, [edge], gradient_at)
+        (gradient,) = torch.autograd.grad(loss, [edge], create_graph=True, allow_unused=True)
 
         def product(V: Tensor) -> Tensor:
             if gradient is None or not gradient.requires_grad:
@@ -206,10 +196,7 @@ def _checked_activation(model: nn.Module, activation: tuple[str, str, int]) -> t
     names = [n for n, _ in model.named_modules()]
     if name not in names:
         raise ValueError(f"activation: no layer {name!r} in model_func, which has {names}.")
-    if io_type not in IO_TYPES:
-        raise ValueError(
-            f"activation: its second entry must be one of {IO_TYPES}, got {io_type!r}."
-        )
+    check_choice("activation: its second entry", io_type, IO_TYPES)
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise ValueError(f"activation: its third entry must be an index from 0, got {index!r}.")
     return name, io_type, index
@@ -219,13 +206,7 @@ def _checked_activation(model: nn.Module, activation: tuple[str, str, int]) -> t
 def _watch(
     model: nn.Module, activation: tuple[str, str, int], shift: Tensor | None
 ) -> Iterator[list[Feature]]:
-    """Record a layer's input or output, for each of its calls within the context.
-
-    Args:
-        model: The network.
-        activation: Which.
-        shift: What is added to it, if anything.
-    """
+    """Record a layer's input or output, moved by `shift`, for each of its calls in the context."""
     name, io_type, index = activation
     seen: list[Feature] = []
 

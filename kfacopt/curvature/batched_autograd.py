@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+
+T = TypeVar("T")
+
+
+def if_possible(compute: Callable[[], T], failure: type[Exception] = RuntimeError) -> T | None:
+    """Return a result, or `None` where torch cannot compute it; want of memory is an error.
+
+    Args:
+        compute: Returns the result.
+        failure: What it raises if it is not possible.
+    """
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        raise
+    except failure:
+        return None
 
 
 def batched_grad(
@@ -33,15 +52,14 @@ def batched_grad(
         One `[K, *input.shape]` for each input; zeros where no output depends on it.
     """
     columns = vectors[0].shape[0]
+    grads: Sequence[Tensor | None] | None = None
     shapes = [x for x in inputs if isinstance(x, Tensor)] if like is None else like
-    grads = _vectorised_grad(outputs, inputs, vectors) if columns > 1 else None
+    backward = partial(torch.autograd.grad, outputs, inputs, retain_graph=True, allow_unused=True)
+    if columns > 1:
+        with quiet_vmap():
+            grads = if_possible(partial(backward, vectors, is_grads_batched=True))
     if grads is None:
-        each = [
-            torch.autograd.grad(
-                outputs, inputs, [v[k] for v in vectors], retain_graph=True, allow_unused=True
-            )
-            for k in range(columns)
-        ]
+        each = [backward([v[k] for v in vectors]) for k in range(columns)]
         grads = tuple(
             None if g[0] is None else torch.stack([x.to_dense() if x.is_sparse else x for x in g])
             for g in zip(*each, strict=True)
@@ -63,22 +81,27 @@ def quiet_vmap() -> Iterator[None]:
         yield
 
 
-def _vectorised_grad(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor] | Sequence[GradientEdge],
-    vectors: Sequence[Tensor],
-) -> tuple[Tensor | None, ...] | None:
-    with quiet_vmap():
-        try:
-            return torch.autograd.grad(
-                outputs,
-                inputs,
-                vectors,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            return None
+class GradientGraph:
+    """The gradient of a scalar ⟨u, z⟩ as a function of what it depends on: of θ, and of u.
+
+    Args:
+        output: z, or a scalar, with its graph.
+        leaves: θ.
+        u: `[*z.shape]`; `None` for a scalar.
+    """
+
+    def __init__(self, output: Tensor, leaves: Sequence[Tensor], u: Tensor | None = None) -> None:
+        grads = torch.autograd.grad(output, leaves, u, create_graph=True, allow_unused=True)
+        # the others are zero, or constant
+        self._parts = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+
+    def multiply(self, V: Sequence[Tensor], by: Sequence[Tensor]) -> list[Tensor]:
+        """Return the derivatives of ⟨gradient, v⟩ by some tensors, `[K, *x.shape]` each.
+
+        Args:
+            V: Vectors `[K, *p.shape]` for each of θ.
+            by: The tensors.
+        """
+        if not self._parts:
+            return [x.new_zeros(V[0].shape[0], *x.shape) for x in by]
+        return batched_grad([g for _, g in self._parts], by, [V[i] for i, _ in self._parts])

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from kfacopt.curvature.adjoint import random_like, wide
+from kfacopt.curvature.batched_autograd import GradientGraph, if_possible
+from kfacopt.curvature.linearization import Linearization, has_no_silent_part, in_float64
 from kfacopt.curvature.verdicts import Functions
 
 # Central differences are as good as their rounding and their third derivatives allow; below
@@ -30,8 +33,8 @@ _ROUND_OFFS = 4
 _SIDES = 0.1
 # So many vectors are tried in search of one that meets no kink, and so many data, one by one, of
 # which some have to agree.
-TRIES = 3
-_MAX_ROWS, ENOUGH_ROWS = 8, 3
+_TRIES = 3
+_MAX_ROWS, _ENOUGH_ROWS = 8, 3
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Comparison:
         return self.right or self.wrong or self.unclear
 
 
-def compare_with_differences(
+def _compare_with_differences(
     gradient: Callable[[float], Sequence[Tensor]], product: Sequence[Tensor]
 ) -> Comparison:
     """Compare H v with central differences of a gradient along v.
@@ -109,7 +112,7 @@ class _Rows:
         return (self - other).norms() <= bound * scale + noise
 
 
-def verdict_of(comparisons: Iterable[Comparison], enough: int) -> bool | None:
+def _verdict_of(comparisons: Iterable[Comparison], enough: int) -> bool | None:
     """Return whether H v is right, or `None` if nothing tells it.
 
     What says nothing confirms nothing, one contradiction refutes. What differs at a kink says
@@ -130,7 +133,7 @@ def verdict_of(comparisons: Iterable[Comparison], enough: int) -> bool | None:
     return bool(agreeing) if agreeing or unclear else None
 
 
-def single_rows(x: Tensor) -> Iterator[Tensor]:
+def _single_rows(x: Tensor) -> Iterator[Tensor]:
     """Yield random vectors of the shape of `x`, each for one entry of its first axis alone.
 
     A kink (of a ReLU, say) is met by few data, whatever their number is.
@@ -147,7 +150,7 @@ def single_rows(x: Tensor) -> Iterator[Tensor]:
         yield v
 
 
-def root_mean_square(*tensors: Tensor) -> float:
+def _root_mean_square(*tensors: Tensor) -> float:
     """Return the size of tensors' entries; 1 for zeros."""
     entries = torch.cat([wide(x) for x in tensors])
     size = float(entries.square().mean().sqrt()) if entries.numel() else 0.0
@@ -155,7 +158,7 @@ def root_mean_square(*tensors: Tensor) -> float:
 
 
 @contextmanager
-def moved(leaves: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Iterator[None]:
+def _moved(leaves: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Iterator[None]:
     """Move tensors within the context, whoever refers to them, by exchanging their memory."""
     before = [p.data for p in leaves]
     try:
@@ -225,14 +228,16 @@ def check_gradient(
     (gradient,) = torch.autograd.grad(value, by, create_graph=True, materialize_grads=True)
 
     def comparisons() -> Iterator[Comparison]:
-        for v in _vectors_like(x):
+        # along all data, and then along single ones
+        along_all = (random_like([x], seed)[0][0] for seed in range(_TRIES))
+        for v in chain(along_all, _single_rows(x)):
             comparison = _compare_gradient(x, by, gradient, gradient_at, v)
             yield comparison
             if not comparison.tells:
                 return
 
-    if verdict_of(comparisons(), enough=1) is False:
-        raise refusal(name, functions)
+    if _verdict_of(comparisons(), enough=1) is False:
+        raise _refusal(name, functions)
 
 
 def _compare_gradient(
@@ -243,31 +248,21 @@ def _compare_gradient(
     v: Tensor,
 ) -> Comparison:
     """Compare derivatives of a gradient along v, each datum's part by itself."""
-    v = v * (root_mean_square(x) / root_mean_square(v[v != 0]))
+    v = v * (_root_mean_square(x) / _root_mean_square(v[v != 0]))
     product = torch.zeros_like(x)
     if gradient.requires_grad:
-        try:
-            (product,) = torch.autograd.grad(
-                [gradient], by, [v], retain_graph=True, materialize_grads=True
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # what once_differentiable leaves behind
+        options = {"retain_graph": True, "materialize_grads": True}
+        found = if_possible(lambda: torch.autograd.grad([gradient], by, [v], **options))
+        if found is None:  # what once_differentiable leaves behind
             return Comparison(right=False, wrong=True, unclear=False)
+        (product,) = found
     rows = (len(x), -1) if x.ndim else (1, 1)
-    return compare_with_differences(
+    return _compare_with_differences(
         lambda step: [gradient_at(step * v).reshape(rows)], [product.reshape(rows)]
     )
 
 
-def _vectors_like(x: Tensor) -> Iterator[Tensor]:
-    """Yield vectors along all data, and then along single ones."""
-    for seed in range(TRIES):
-        yield random_like([x], seed)[0][0]
-    yield from single_rows(x)
-
-
-def refusal(name: str, functions: Functions) -> RuntimeError:
+def _refusal(name: str, functions: Functions) -> RuntimeError:
     """Return the error for second derivatives that are not to be had."""
     return RuntimeError(
         f"{name}: the backward pass of {functions} is not differentiable, or not the derivative of "
@@ -275,3 +270,62 @@ def refusal(name: str, functions: Functions) -> RuntimeError:
         "operations on ctx.saved_tensors that hold the function's inputs or outputs, without "
         "once_differentiable, detach() or NumPy; or use torch's operations in its place."
     )
+
+
+def check_model_twice_differentiable(linearization: Linearization) -> None:
+    """Raise if second derivatives through custom functions of the model are wrong.
+
+    Those of functions of torch are taken to be right.
+    """
+    functions = linearization.functions
+    if not functions.custom:
+        return
+    key = "second derivatives of model_func", functions.signature
+
+    def judge() -> bool | None:
+        return _verdict_of(*_comparisons(in_float64(linearization)))
+
+    if linearization.verdicts.ask(key, judge, lambda: has_no_silent_part(linearization)) is False:
+        raise _refusal("model_func", functions)
+
+
+def _comparisons(linearization: Linearization) -> tuple[Iterator[Comparison], int]:
+    """Return comparisons of H v, and how many have to agree.
+
+    In float64, differences are sharp enough for all data at once; a kink is met seldom.
+    """
+    z, leaves = linearization.output.detach(), linearization.model.leaves
+
+    def all_data() -> Iterator[Comparison]:
+        for seed in range(_TRIES):
+            u = random_like([z], seed=1 + seed)[0][0]
+            yield (comparison := _compare(linearization, u, random_like(leaves, seed)))
+            if not comparison.tells:
+                return
+        yield from single()
+
+    def single() -> Iterator[Comparison]:
+        for u in _single_rows(z):
+            yield _compare(linearization, u, random_like(leaves))
+
+    return (all_data(), 1) if z.dtype == torch.float64 else (single(), _ENOUGH_ROWS)
+
+
+def _compare(linearization: Linearization, u: Tensor, v: Sequence[Tensor]) -> Comparison:
+    """Compare derivatives of ⟨u, z⟩ along v: by double backward, and by differences."""
+    leaves = linearization.model.leaves
+    v = [x * (_root_mean_square(p) / _root_mean_square(x)) for x, p in zip(v, leaves, strict=True)]
+    graph = GradientGraph(linearization.output, leaves, u)
+    product = if_possible(lambda: graph.multiply(v, by=leaves))
+    if product is None:  # what once_differentiable leaves behind
+        return Comparison(right=False, wrong=True, unclear=False)
+    direction, once_more = [x[0] for x in v], linearization.forward_mode.once_more
+
+    def gradient(step: float) -> list[Tensor]:
+        with once_more(), _moved(leaves, direction, step), torch.enable_grad():
+            value = (linearization.model(linearization.inputs) * u).sum()
+            grads = torch.autograd.grad(value, leaves, materialize_grads=True)
+        return [g.reshape(1, -1) for g in grads]
+
+    # each parameter's part by itself
+    return _compare_with_differences(gradient, [x.reshape(1, -1) for x in product])

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vjp, vmap
 
-from kfacopt.curvature.batched_autograd import batched_grad, quiet_vmap
+from kfacopt.curvature.adjoint import Columns
+from kfacopt.curvature.batched_autograd import batched_grad, if_possible, quiet_vmap
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.data import tensors_put_back
-
-Columns = list[Tensor]
 
 # Gradients by single data against those by the batch, in units of round-off relative to the largest
 # entry and to √(N R), as it adds up: up to 2.2 are measured. What fails goes through the network.
@@ -52,17 +51,20 @@ class LayerCall(NamedTuple):
 
 
 @contextmanager
-def watch_linear_layers(model: ParametrizedModel) -> Iterator[list[LayerCall]]:
+def watch_linear_layers(
+    module: nn.Module | None, leaves: Sequence[Tensor]
+) -> Iterator[list[LayerCall]]:
     """Record the calls of linear layers whose weight or bias is in θ.
 
     Args:
-        model: f and θ.
+        module: f; nothing is recorded of `None`.
+        leaves: θ.
 
     Yields:
         The calls within the context.
     """
     calls: list[LayerCall] = []
-    index = {id(p): i for i, p in enumerate(model.leaves)}
+    index = {id(p): i for i, p in enumerate(leaves)}
 
     def record(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
         # Inside of `functional_call` the tensors that stand in for them.
@@ -74,9 +76,9 @@ def watch_linear_layers(model: ParametrizedModel) -> Iterator[list[LayerCall]]:
         calls.append(LayerCall(weight, bias, inputs, output.detach(), get_gradient_edge(output)))
 
     with ExitStack() as stack:
-        for module in model.module.modules() if model.module is not None else ():
-            if type(module) is nn.Linear:
-                stack.callback(module.register_forward_hook(record).remove)
+        for part in () if module is None else module.modules():
+            if type(part) is nn.Linear:
+                stack.callback(part.register_forward_hook(record).remove)
         yield calls
 
 
@@ -254,12 +256,9 @@ class GradientPlan:
 
         # Tensors that are assigned inside a transformation cannot be used outside of it.
         with torch.no_grad(), quiet_vmap(), tensors_put_back(*model.modules()):
-            try:
-                pieces = vmap(of_datum)(self._X, u.movedim(1, 0))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # whatever a model raises that is given a single datum
-                return None  # batch norm, `squeeze` of the axis of data, what is not vectorised, …
+            pieces = if_possible(lambda: vmap(of_datum)(self._X, u.movedim(1, 0)), Exception)
+        if pieces is None:  # whatever a model raises that is given a single datum
+            return None  # batch norm, `squeeze` of the axis of data, what is not vectorised, …
         shapes = [primals[i].shape for i in self._rest]
         if any(p.shape != (N, R, *shape) for p, shape in zip(pieces, shapes, strict=True)):
             return None  # torch's rule for nn.PReLU does not sum over what the weight is shared by

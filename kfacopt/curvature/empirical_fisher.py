@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kfacopt.curvature.outer_products import OuterProductLinearOperator
-from kfacopt.curvature.risk import summed_loss
 from kfacopt.data import batch_size
 from kfacopt.likelihoods import has_likelihood, likelihood_of
 
@@ -68,9 +67,7 @@ class EFLinearOperator(OuterProductLinearOperator):
 
     def _output_vectors(self, output: Tensor, X: Any, y: Any) -> Tensor:
         z = output.requires_grad_()
-        (gradient,) = torch.autograd.grad(
-            summed_loss(self._loss_func, z, X, y, self._batch_size_fn), z
-        )
+        (gradient,) = torch.autograd.grad(self._summed_loss(X, y)(z), z)
         data, rows = self._data_and_rows(output, X)
         if not data or rows % data:
             raise ValueError(

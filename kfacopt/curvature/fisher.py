@@ -85,16 +85,9 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
         check_count("mc_samples", mc_samples)
         seed = as_integer("seed", seed, -(2**63), 2**64 - 1)
         likelihood_of(loss_func)  # refuses what is not supported, by name
+        given = (model_func, loss_func, params, data, progressbar, check_deterministic)
         super().__init__(
-            model_func,
-            loss_func,
-            params,
-            data,
-            progressbar,
-            check_deterministic,
-            chunk_size=chunk_size,
-            cache_bytes=cache_bytes,
-            batch_size_fn=batch_size_fn,
+            *given, chunk_size=chunk_size, cache_bytes=cache_bytes, batch_size_fn=batch_size_fn
         )
         self._seed, self._mc_samples = seed, mc_samples
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from kfacopt.curvature.batched_autograd import quiet_vmap
+from kfacopt.curvature.batched_autograd import if_possible, quiet_vmap
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.data import random_devices, same_random_numbers, tensors_put_back
 
@@ -30,7 +31,6 @@ class ForwardMode:
     def __init__(self, model: ParametrizedModel, X: Any, random_state: list[Tensor]) -> None:
         self._model, self._inputs, self._random_state = model, X, random_state
         self.can_substitute = model.can_substitute()
-        self._complete: bool | None = None
 
     def is_complete(self) -> bool:
         """Tell whether substitution sees every path from θ to z.
@@ -38,18 +38,14 @@ class ForwardMode:
         A module may reach a parameter past its own name (in a closure, a list, a plain
         attribute); with other tensors in the place of θ, the predictions then still depend on it.
         """
-        if self.can_substitute and self._complete is None:
-            values = [p.detach() for p in self._model.leaves]
-            with torch.enable_grad(), torch.random.fork_rng(random_devices()):
-                try:
-                    self._complete = not self._model.reached_by(
-                        self._model.at(values, self._inputs)
-                    )
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError:  # parts in TorchScript take no other tensors
-                    self._complete = False
-        return self.can_substitute and bool(self._complete)
+        return self.can_substitute and self._sees_all
+
+    @cached_property
+    def _sees_all(self) -> bool:
+        model, values = self._model, [p.detach() for p in self._model.leaves]
+        with torch.enable_grad(), torch.random.fork_rng(random_devices()):
+            reached = if_possible(lambda: model.reached_by(model.at(values, self._inputs)))
+        return reached is False  # `None`: parts in TorchScript take no other tensors
 
     def derivatives(
         self, function: Callable[..., tuple[Tensor, ...]], V: Sequence[Tensor]
@@ -62,15 +58,13 @@ class ForwardMode:
             return derivatives
 
         with torch.no_grad(), quiet_vmap(), self.once_more():
-            try:
-                if V[0].shape[0] == 1:
-                    return [x.unsqueeze(0) for x in along(*(v[0] for v in V))]
-                return list(vmap(along, randomness="same")(*V))
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError):
-                self.can_substitute = False
-                return None
+            if V[0].shape[0] == 1:
+                found = if_possible(lambda: [x.unsqueeze(0) for x in along(*(v[0] for v in V))])
+            else:
+                found = if_possible(lambda: list(vmap(along, randomness="same")(*V)))
+        if found is None:
+            self.can_substitute = False
+        return found
 
     @contextmanager
     def once_more(self) -> Iterator[None]:

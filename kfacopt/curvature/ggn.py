@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +10,7 @@ from torch import nn
 from kfacopt.curvature.batched_autograd import batched_grad
 from kfacopt.curvature.confirmation import check_has_graph, check_twice_differentiable
 from kfacopt.curvature.linearization import Linearization
-from kfacopt.curvature.network import largest_rows
-from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, RiskTerm, summed_loss
-from kfacopt.data import is_empty
+from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, Product
 
 
 class GGNLinearOperator(EmpiricalRiskLinearOperator):
@@ -58,28 +55,12 @@ class GGNLinearOperator(EmpiricalRiskLinearOperator):
                 "Return logits from model_func and use nn.CrossEntropyLoss."
             )
 
-    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[RiskTerm, int]:
-        if is_empty(X):
-            return self._empty_term(), 0
-        linearization = Linearization(self._model, X, watch=True)
-        rows = linearization.keep_rows(largest_rows(size, room), self._chunk_size)
-        product = self._batch_product(linearization, X, y)
-        return self._weigh(product, linearization.output.detach(), X, y), max(size, rows)
-
-    def _batch_product(
-        self, linearization: Linearization, X: Any, y: Any
-    ) -> Callable[[Columns], Columns]:
+    def _batch_product(self, linearization: Linearization, X: Any, y: Any) -> Product:
         z = linearization.output.detach().requires_grad_()
-        loss_func = self._loss_func
-        batch_size_fn = self._batch_size_fn
-        loss = summed_loss(loss_func, z, X, y, batch_size_fn)
+        summed = self._summed_loss(X, y)
+        loss = summed(z)
         check_has_graph(loss)
-        check_twice_differentiable(
-            "loss_func",
-            loss,
-            lambda at: summed_loss(loss_func, at, X, y, batch_size_fn),
-            z,
-        )
+        check_twice_differentiable("loss_func", loss, summed, z)
         (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
 
         def product(V: Columns) -> Columns:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -128,24 +127,18 @@ class GraphCache(Generic[T]):
 
     def get(self, index: int, batch: Batch) -> T | None:
         """Return the term of a batch, if it is kept and the batch is still the same."""
-        if index >= len(self._terms):
-            return None
-        if self._terms[index].version.holds(batch):
+        if index < len(self._terms) and self._terms[index].belongs_to(batch):
             return self._terms[index].term
         del self._terms[index:]
         return None
-
-    def is_measured(self, index: int) -> bool:
-        """Tell whether the size of a batch's term is known."""
-        return index < len(self._bytes)
 
     def note_size(self, size: int) -> None:
         """Note the size of the next batch's term."""
         self._bytes.append(size)
 
-    def size_of(self, index: int) -> int:
-        """Return the measured size of a batch's term."""
-        return self._bytes[index]
+    def size_of(self, index: int) -> int | None:
+        """Return the measured size of a batch's term, if it is known."""
+        return self._bytes[index] if index < len(self._bytes) else None
 
     def room(self) -> int:
         """Return how many bytes are left."""
@@ -153,37 +146,22 @@ class GraphCache(Generic[T]):
 
     def offer(self, index: int, batch: Batch, term: T, size: int) -> None:
         """Keep a term of that size if all before it are kept and it fits."""
-        if not all(x is None or isinstance(x, Tensor) for x in batch):
-            return
-        if index == len(self._terms) and size <= self.room():
-            self._terms.append(_Kept(_BatchVersion(batch), size, term))
+        in_tensors = all(x is None or isinstance(x, Tensor) for x in batch)
+        if in_tensors and index == len(self._terms) and size <= self.room():
+            self._terms.append(_Kept(batch, size, term))
 
 
-def _tensors_of(batch: Batch) -> list[Tensor]:
-    return [x for x in batch if x is not None]
-
-
-class _BatchVersion:
-    """A batch of tensors (and `None` for no targets), with their versions and values."""
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = tuple(batch)
-        self._versions = [x._version for x in _tensors_of(batch)]
-        self._values = Snapshot(_tensors_of(batch))
-
-    def holds(self, batch: Batch) -> bool:
-        same = all(a is b for a, b in zip(self._batch, batch, strict=True))
-        if not same or [x._version for x in _tensors_of(batch)] != self._versions:
-            return False
-        return self._values.holds(
-            _tensors_of(batch)
-        )  # a write through `.data` or NumPy has no version
-
-
-@dataclass(frozen=True, eq=False)
 class _Kept(Generic[T]):
-    """A term, the batch it belongs to, and its size in bytes."""
+    """A term, its size in bytes, and its batch of tensors (and `None` for no targets)."""
 
-    version: _BatchVersion
-    size: int
-    term: T
+    def __init__(self, batch: Batch, size: int, term: T) -> None:
+        self.size, self.term = size, term
+        self._batch, self._tensors = tuple(batch), [x for x in batch if x is not None]
+        self._versions = [x._version for x in self._tensors]
+        self._values = Snapshot(self._tensors)
+
+    def belongs_to(self, batch: Batch) -> bool:
+        same = all(a is b for a, b in zip(self._batch, batch, strict=True))
+        if not same or [x._version for x in self._tensors] != self._versions:
+            return False
+        return self._values.holds(self._tensors)  # a write through `.data` or NumPy has no version

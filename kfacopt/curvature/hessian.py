@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from kfacopt.curvature.linearization import Linearization
-from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, RiskTerm, summed_loss
+from kfacopt.curvature.risk import EmpiricalRiskLinearOperator, Product
 from kfacopt.curvature.second_derivatives import SecondDerivative
-from kfacopt.data import is_empty
 
 
 class HessianLinearOperator(EmpiricalRiskLinearOperator):
@@ -44,18 +42,8 @@ class HessianLinearOperator(EmpiricalRiskLinearOperator):
         section 3.
     """
 
-    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[RiskTerm, int]:
-        if is_empty(X):
-            return self._empty_term(), 0
-        linearization = Linearization(self._model, X, graph_bytes=size)
-        product = self._batch_product(linearization, X, y)
-        return self._weigh(product, linearization.output, X, y), size
+    def _linearize_to_keep(self, X: Any, size: int, room: int) -> tuple[Linearization, int]:
+        return Linearization(self._model, X, graph_bytes=size), size
 
-    def _batch_product(
-        self, linearization: Linearization, X: Any, y: Any
-    ) -> Callable[[Columns], Columns]:
-        # What is kept must not refer to the operator, which keeps it.
-        loss_func, batch_size_fn = self._loss_func, self._batch_size_fn
-        return SecondDerivative(
-            linearization, lambda z: summed_loss(loss_func, z, X, y, batch_size_fn)
-        )
+    def _batch_product(self, linearization: Linearization, X: Any, y: Any) -> Product:
+        return SecondDerivative(linearization, self._summed_loss(X, y))

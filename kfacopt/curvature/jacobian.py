@@ -17,10 +17,9 @@ from kfacopt.curvature.network import (
     CHUNK_SIZE,
     NetworkLinearOperator,
     add_rows,
-    largest_rows,
     leading_columns,
 )
-from kfacopt.data import Batch, check_batches
+from kfacopt.data import Batch
 from kfacopt.linalg.tensor_lists import Shapes
 
 
@@ -92,12 +91,10 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
     def _predict(self) -> list[tuple[int, ...]]:
         """Return the shapes of the predictions, by one pass over the data."""
         with self._model.evaluation():  # with graphs, for models that differentiate by their input
-            shapes = [
+            return [
                 tuple(checked_output(self._model.predict(self._to_device(X, y)[0])).shape)
                 for X, y in self._batches()
             ]
-        check_batches(len(shapes))
-        return shapes
 
     def _check_rows(self, count: int) -> None:
         """Raise if the data do not have as many predictions as when the operator was made."""
@@ -111,11 +108,9 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
         return Linearization(self._model, X)
 
     def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[Linearization, int]:
-        linearization = Linearization(self._model, X, watch=True)
-        rows = linearization.keep_rows(largest_rows(size, room), self._chunk_size)
-        return linearization, max(size, rows)
+        return self._linearize_to_keep(X, size, room)
 
-    def _push_forward(self, X: Tensor) -> Tensor:
+    def _matmat_tensor(self, X: Tensor) -> Tensor:
         """Return J X `[N C, K]` for `X` `[D, K]`."""
         rows: list[Tensor] = []
         columns = leading_columns(X, self._params)
@@ -132,33 +127,27 @@ class JacobianLinearOperator(NetworkLinearOperator[Linearization]):
         self._check_rows(sum(len(r) for r in rows))
         return torch.cat(rows)
 
-    def _pull_back(self, U: Tensor) -> Tensor:
-        """Return Jᵀ U `[D, K]` for `U` `[N C, K]`."""
+    def _rmatmat_tensor(self, X: Tensor) -> Tensor:
+        """Return Jᵀ X `[D, K]` for `X` `[N C, K]`."""
         sizes = [torch.Size(shape).numel() for shape in self._params]
-        total = U.new_zeros(U.shape[1], sum(sizes))  # [K, D]
+        total = X.new_zeros(X.shape[1], sum(sizes))  # [K, D]
         start = 0
 
         def add(term: Linearization) -> None:
             nonlocal start
             stop = start + term.output.numel()
-            if stop > len(U):
+            if stop > len(X):
                 self._check_rows(stop)
             if stop == start:
                 return
-            for chunk in self._chunks(U.shape[1]):
-                cotangents = U[start:stop, chunk].mT.contiguous().reshape(-1, *term.output.shape)
+            for chunk in self._chunks(X.shape[1]):
+                cotangents = X[start:stop, chunk].mT.contiguous().reshape(-1, *term.output.shape)
                 add_rows(total, chunk, term.vjp(cotangents), first=start == 0)
             start = stop
 
         self._visit_terms(add)
         self._check_rows(start)
         return total.mT
-
-    def _matmat_tensor(self, X: Tensor) -> Tensor:
-        return self._push_forward(X)
-
-    def _rmatmat_tensor(self, X: Tensor) -> Tensor:
-        return self._pull_back(X)
 
 
 class TransposedJacobianLinearOperator(JacobianLinearOperator):
@@ -182,8 +171,5 @@ class TransposedJacobianLinearOperator(JacobianLinearOperator):
     def _axes(self) -> tuple[Shapes, Shapes]:
         return self._params, [self._rows]
 
-    def _matmat_tensor(self, X: Tensor) -> Tensor:
-        return self._pull_back(X)
-
-    def _rmatmat_tensor(self, X: Tensor) -> Tensor:
-        return self._push_forward(X)
+    _matmat_tensor = JacobianLinearOperator._rmatmat_tensor
+    _rmatmat_tensor = JacobianLinearOperator._matmat_tensor

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -14,13 +13,8 @@ from torch import Tensor, nn
 
 from kfacopt.argument_checks import checked_output
 from kfacopt.curvature.adjoint import AdjointTest, pull_back, random_like
-from kfacopt.curvature.batched_autograd import batched_grad
-from kfacopt.curvature.data_gradients import (
-    DataGradients,
-    GradientPlan,
-    LayerCall,
-    watch_linear_layers,
-)
+from kfacopt.curvature.batched_autograd import GradientGraph, if_possible
+from kfacopt.curvature.data_gradients import DataGradients, GradientPlan, watch_linear_layers
 from kfacopt.curvature.forward_mode import ForwardMode
 from kfacopt.curvature.jacobian_rows import JacobianRows
 from kfacopt.curvature.model import ParametrizedModel
@@ -32,6 +26,13 @@ _FORWARD_MODE_COLUMNS = 8
 
 # From this ratio of saved activations to parameters on, second derivatives take double backward.
 _ACTIVATIONS_PER_PARAMETER = 2
+
+
+_CONSTANT = (
+    "model_func: its predictions have no graph, so that their derivatives by params are 0. Does it "
+    "use torch.no_grad(), detach(), NumPy, or torch.autograd.grad without create_graph=True? Does "
+    "it use other tensors than params?"
+)
 
 
 class Linearization:
@@ -75,17 +76,14 @@ class Linearization:
         self.model, self.inputs = model, X
         # A dropout that is active must drop what it dropped in the forward pass.
         state = random_state()
-        watching: AbstractContextManager[list[LayerCall]] = nullcontext([])
-        with watch_linear_layers(model) if watch else watching as calls:
+        with watch_linear_layers(model.module if watch else None, model.leaves) as calls:
             before = model.switches
             self.output = checked_output(model(X))
             self._switched = model.switches != before
         if not self.output.requires_grad and self.output.numel():
-            _say_that_it_is_constant(model)
-        self._pullback: tuple[Tensor, list[int], list[Tensor]] | None = None
+            model.confirmed.warn_once(("constant", 0), _CONSTANT)
+        self._pullback: tuple[Tensor, GradientGraph] | None = None  # u, and Jᵀ u
         self.forward_mode = ForwardMode(model, X, state)
-        self._functions: Functions | None = None
-        self._verdicts: GraphVerdicts | None = None
         self._single_rows = JacobianRows(self.output, model.leaves)
         self._calls = calls
         self._rows: DataGradients | None = None
@@ -164,7 +162,12 @@ class Linearization:
                 "gradient that it is given (does it clip, round or draw random numbers?), so "
                 "that there is no Jacobian; use a function in its place that has one."
             )
-        _say_that_rows_are_slow(self.model, self.functions)
+        self.model.confirmed.warn_once(
+            ("said of rows", self.functions.signature),
+            f"model_func: {self.functions} can be differentiated once only, by backward passes. "
+            "Products with the Jacobian are right, but take a backward pass for each prediction; "
+            "with operations of torch in its place they take two.",
+        )
         return self._by_rows(V)
 
     def _by_forward_mode(self, V: Sequence[Tensor]) -> Tensor | None:
@@ -176,17 +179,17 @@ class Linearization:
 
     def _by_double_backward(self, V: Sequence[Tensor]) -> Tensor | None:
         """Return J v, or `None` where it cannot be computed in this way."""
-        try:
+        if not self.output.requires_grad:
+            return self.output.new_zeros(V[0].shape[0], *self.output.shape)
+
+        def derivative() -> Tensor:
             if self._pullback is None:
-                self._pullback = _open_pull_back(self.output, self.model.leaves)
-            u, reached, grads = self._pullback
-            if not reached:
-                return self.output.new_zeros(V[0].shape[0], *self.output.shape)
-            return batched_grad(grads, [u], [V[i] for i in reached])[0]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation has no double derivative
-            return None
+                u = torch.zeros_like(self.output, requires_grad=True)
+                self._pullback = u, GradientGraph(self.output, self.model.leaves, u)
+            u, gradient = self._pullback
+            return gradient.multiply(V, by=[u])[0]
+
+        return if_possible(derivative)  # an operation may have no double derivative
 
     def _by_rows(self, V: Sequence[Tensor]) -> Tensor:
         """Return J v, by a backward pass for each row of J."""
@@ -197,21 +200,17 @@ class Linearization:
         key = way, self.functions.signature
         return self.verdicts.ask(key, lambda: _judge(self, way), lambda: has_no_silent_part(self))
 
-    @property
+    @cached_property
     def verdicts(self) -> GraphVerdicts:
         """What is known about derivatives of this graph."""
-        if self._verdicts is None:
-            careful = self._switched or bool(self.functions.custom)
-            roots = self.model.roots() if careful else None
-            self._verdicts = GraphVerdicts(self.model.confirmed, careful, roots)
-        return self._verdicts
+        careful = self._switched or bool(self.functions.custom)
+        roots = self.model.roots() if careful else None
+        return GraphVerdicts(self.model.confirmed, careful, roots)
 
-    @property
+    @cached_property
     def functions(self) -> Functions:
         """The functions that make z out of θ."""
-        if self._functions is None:
-            self._functions = Functions(self.output)
-        return self._functions
+        return Functions(self.output)
 
     def vjp(self, U: Tensor) -> list[Tensor]:
         """Return Jᵀ u, one `[K, *p.shape]` for each parameter, for `U` `[K, *z.shape]`."""
@@ -232,12 +231,10 @@ def in_float64(linearization: Linearization) -> Linearization:
     model, X = linearization.model, linearization.inputs
     if model.module is None or not isinstance(X, Tensor) or X.dtype == torch.float64:
         return linearization
-    try:
-        with linearization.forward_mode.once_more():
-            twin = Linearization(model.in_float64(), X.double() if X.is_floating_point() else X)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model raises that is copied, or given float64
+    wide = X.double() if X.is_floating_point() else X
+    with linearization.forward_mode.once_more():
+        twin = if_possible(lambda: Linearization(model.in_float64(), wide), Exception)
+    if twin is None:  # whatever a model raises that is copied, or given float64
         return linearization
     same = twin.functions.custom == linearization.functions.custom
     return twin if same and twin.output.dtype == torch.float64 else linearization
@@ -252,12 +249,7 @@ def has_no_silent_part(linearization: Linearization) -> bool:
 
 
 def _judge(linearization: Linearization, way: str) -> bool | None:
-    """Tell whether J v is right; `None` if nothing tells it.
-
-    Args:
-        linearization: z and its graph.
-        way: The name of the method that computes it.
-    """
+    """Tell whether J v, by a method of this name, is right; `None` if nothing tells it."""
     careful = linearization.verdicts.careful
     verdict: bool | None = True
     if careful and (twin := in_float64(linearization)) is not linearization:
@@ -265,35 +257,3 @@ def _judge(linearization: Linearization, way: str) -> bool | None:
         verdict, careful = test.agrees(getattr(twin, way)), False
     test = AdjointTest(linearization.output, linearization.model.leaves, careful)
     return verdict and test.agrees(getattr(linearization, way))
-
-
-def _open_pull_back(
-    output: Tensor, leaves: Sequence[Tensor]
-) -> tuple[Tensor, list[int], list[Tensor]]:
-    """Return u, and Jᵀ u as a function of u for the parameters that z depends on."""
-    u = torch.zeros_like(output, requires_grad=True)
-    if not output.requires_grad:
-        return u, [], []
-    pulled = torch.autograd.grad(output, leaves, u, create_graph=True, allow_unused=True)
-    reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-    return u, reached, [g for g in pulled if g is not None and g.requires_grad]
-
-
-def _say_that_it_is_constant(model: ParametrizedModel) -> None:
-    if model.confirmed.is_new(("constant", 0)):
-        warnings.warn(
-            "model_func: its predictions have no graph, so that their derivatives by params "
-            "are 0. Does it use torch.no_grad(), detach(), NumPy, or torch.autograd.grad "
-            "without create_graph=True? Does it use other tensors than params?",
-            stacklevel=2,
-        )
-
-
-def _say_that_rows_are_slow(model: ParametrizedModel, functions: Functions) -> None:
-    if model.confirmed.is_new(("said of rows", functions.signature)):
-        warnings.warn(
-            f"model_func: {functions} can be differentiated once only, by backward "
-            "passes. Products with the Jacobian are right, but take a backward pass for each "
-            "prediction; with operations of torch in its place they take two.",
-            stacklevel=2,
-        )

@@ -15,7 +15,8 @@ from torch.backends import mha
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfacopt.argument_checks import check_params
+from kfacopt.argument_checks import check_distinct, check_params
+from kfacopt.curvature.batched_autograd import if_possible
 from kfacopt.curvature.differentiable_functions import DifferentiableFunctions
 from kfacopt.curvature.verdicts import Verdicts
 from kfacopt.data import evaluation
@@ -46,19 +47,13 @@ class ParametrizedModel:
         if not callable(model_func):
             raise ValueError(f"model_func must be a module or a function, got {model_func!r}.")
         params = check_params(params)
-        self.function = model_func
-        self.is_functional = isinstance(params, Mapping)
-        self.leaves: list[Tensor] = []
-        self.names: list[str] | None = None
-        self._sources: list[Tensor] = []
         if isinstance(params, Mapping):
-            self.names = list(params)
-            self._sources = list(params.values())
-            self.leaves = [_leaf_of(t) for t in self._sources]
             _check_names(model_func, params)
+            self._hold(model_func, [_leaf_of(t) for t in params.values()], list(params))
+            self._sources = list(params.values())
         else:
-            self.leaves = list(params)
-            self.names = _names_in(model_func, self.leaves)
+            self._hold(model_func, list(params), _names_in(model_func, params))
+        self.is_functional = isinstance(params, Mapping)
         _check_leaves(self.leaves, self.names)
         if self.names is None and isinstance(model_func, nn.Module):
             raise ValueError(
@@ -67,24 +62,26 @@ class ParametrizedModel:
                 "as model_func that closes over the tensors."
             )
         # Modules that own θ and are not found through the function are looked for once.
-        self._owners: list[nn.Module] = []
         known = {id(p) for m in modules_of(model_func) for p in m.parameters()}
         if unknown := [p for p in self.leaves if id(p) not in known and not self.is_functional]:
             self._owners = owners_of(unknown, living_modules())
         self.device = self.leaves[0].device
-        self._kinds = [_kind_of(p) for p in self.leaves]
-        self.confirmed = Verdicts()
-        self._functions = DifferentiableFunctions()
+
+    def _hold(
+        self, function: Callable[[Any], Any], leaves: list[Tensor], names: list[str] | None
+    ) -> None:
+        self.function, self.leaves, self.names = function, leaves, names
+        self._kinds = [_kind_of(p) for p in leaves]
+        self._sources, self._owners = list[Tensor](), list[nn.Module]()
+        self.confirmed, self._functions = Verdicts(), DifferentiableFunctions()
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ParametrizedModel:
         """Return a module as a function of its inputs alone."""
         model = cls.__new__(cls)
-        model.function, model.is_functional, model.leaves, model.names = module, False, [], []
-        model._sources, model._kinds, model._owners = [], [], []
-        model.confirmed, model._functions = Verdicts(), DifferentiableFunctions()
-        first = next(chain(module.parameters(), module.buffers()), torch.empty(0))
-        model.device = first.device
+        model._hold(module, [], [])
+        model.is_functional = False
+        model.device = next(chain(module.parameters(), module.buffers()), torch.empty(0)).device
         return model
 
     def refresh(self) -> None:
@@ -103,17 +100,14 @@ class ParametrizedModel:
                     f"{shape}, {dtype}, {device}" for shape, dtype, device in (kind, _kind_of(p))
                 )
                 raise ValueError(
-                    f"{self._label(i)} was ({before}) when the operator was made and is ({now}) "
-                    "now; make a new operator."
+                    f"{_label(i, self.names)} was ({before}) when the operator was made and is "
+                    f"({now}) now; make a new operator."
                 )
             if not p.requires_grad:
                 raise ValueError(
-                    f"{self._label(i)} does not require gradients any more; call "
+                    f"{_label(i, self.names)} does not require gradients any more; call "
                     "requires_grad_(), or make a new operator without it."
                 )
-
-    def _label(self, index: int) -> str:
-        return _label(index, self.names)
 
     def __call__(self, X: Any) -> Any:
         """Return f(X; θ), with a graph that reaches θ."""
@@ -143,12 +137,7 @@ class ParametrizedModel:
         return list(found.values())
 
     def at(self, values: Sequence[Tensor], X: Any) -> Any:
-        """Return f(X; values). Only for modules that own θ.
-
-        Args:
-            values: A tensor for each of θ.
-            X: The inputs.
-        """
+        """Return f(X; values). Only for modules that own θ."""
         assert self.module is not None
         assert self.names is not None
         return functional_call(self.module, dict(zip(self.names, values, strict=True)), (X,))
@@ -172,11 +161,8 @@ class ParametrizedModel:
     def predict(self, X: Any) -> Any:
         """Return f(X; θ) without a graph, as far as f does without."""
         with torch.no_grad():
-            try:
-                return self(X)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # it differentiates by its inputs
+            output = if_possible(lambda: self(X))
+            if output is None:  # it differentiates by its inputs
                 with torch.enable_grad():
                     output = self(X)
         return output.detach() if isinstance(output, Tensor) else output
@@ -261,10 +247,7 @@ def _label(index: int, names: Sequence[str] | None) -> str:
 
 
 def _check_leaves(leaves: Sequence[Tensor], names: Sequence[str] | None) -> None:
-    if not leaves:
-        raise ValueError("params: at least one parameter is needed.")
-    if len({id(p) for p in leaves}) != len(leaves):
-        raise ValueError("params: a parameter stands there twice.")
+    check_distinct(leaves)
     first = leaves[0]
     for i, p in enumerate(leaves):
         label = _label(i, names)

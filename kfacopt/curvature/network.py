@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from kfacopt.argument_checks import as_integer
 from kfacopt.curvature.graph_cache import GraphCache, measure_saved_bytes
+from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.data import Batch, check_batches, run_determinism_check, show_progress, to_device
+from kfacopt.data import Batch, run_determinism_check, show_progress, some, to_device
 from kfacopt.linalg.operator import LinearOperator
 from kfacopt.linalg.tensor_lists import Shapes, split_rows
 
@@ -81,14 +82,12 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
         """Call `action`, which takes products, with each term in data order."""
         self._model.refresh()
         kept = nullcontext() if self._cache is None else self._cache.use(self._seen())
-        index = -1
         with kept, self._model.evaluation(self._loss_func):
-            for index, (X, y) in enumerate(self._batches()):
+            for index, batch in enumerate(self._batches()):
                 if self._cache is None:
-                    action(self._make_term(*self._to_device(X, y)))
+                    action(self._make_term(*self._to_device(*batch)))
                 else:
-                    self._visit_kept_term(self._cache, index, (X, y), action)
-        check_batches(index + 1)
+                    self._visit_kept_term(self._cache, index, batch, action)
 
     def sources(self) -> list[Any]:
         """Return θ, model and loss."""
@@ -106,9 +105,8 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
         if term is not None:
             self._resume(term)
             action(term)
-        elif cache.is_measured(index):
-            size, room = cache.size_of(index), cache.room()
-            term, size = self._make_kept_term(*self._to_device(*batch), size, room)
+        elif (graph := cache.size_of(index)) is not None:
+            term, size = self._make_kept_term(*self._to_device(*batch), graph, cache.room())
             action(term)
             cache.offer(index, batch, term, size)
         else:
@@ -138,11 +136,17 @@ class NetworkLinearOperator(LinearOperator, Generic[T]):
         """
         return self._make_term(X, y), size
 
+    def _linearize_to_keep(self, X: Any, size: int, room: int) -> tuple[Linearization, int]:
+        """Return the derivative of a batch that may keep J in place of graphs, and its size."""
+        linearization = Linearization(self._model, X, watch=True)
+        rows = linearization.keep_rows(largest_rows(size, room), self._chunk_size)
+        return linearization, max(size, rows)
+
     def _resume(self, term: T) -> None:
         """Go on after a kept term as after one that was just made."""
 
     def _batches(self) -> Iterator[Batch]:
-        return show_progress(self._data, self._progressbar, type(self).__name__)
+        return some(show_progress(self._data, self._progressbar, type(self).__name__))
 
     def _to_device(self, X: Any, y: Any) -> Batch:
         return to_device(X, self._model.device), to_device(y, self._model.device)
@@ -159,12 +163,7 @@ def leading_columns(X: Tensor, shapes: Shapes) -> list[Tensor]:
 
 
 def largest_rows(graph: int, room: int) -> int:
-    """Return how many bytes gradients of single data may take in the place of a graph.
-
-    Args:
-        graph: How many bytes the graph saves.
-        room: How many may still be kept.
-    """
+    """Return how many bytes gradients of single data may take in the place of a graph's bytes."""
     return min(_MAX_ROWS_PER_GRAPH * graph, room)
 
 

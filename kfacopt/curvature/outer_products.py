@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,20 +12,12 @@ from torch import Tensor
 from kfacopt.curvature.data_gradients import DataGradients
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.network import largest_rows
-from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, RiskTerm
+from kfacopt.curvature.risk import Columns, EmpiricalRiskLinearOperator, Product, RiskTerm
 from kfacopt.data import is_empty
 
 
 def multiply_outer_products(u: Tensor, T: Tensor) -> Tensor:
-    """Multiply Σ_m u_mn u_mnᵀ onto tangents, for every n.
-
-    Args:
-        u: Vectors, `[M, N, C]`.
-        T: Tangents, `[K, N, C]`.
-
-    Returns:
-        The products, `[K, N, C]`.
-    """
+    """Multiply Σ_m u_mn u_mnᵀ, of u `[M, N, C]`, onto tangents `[K, N, C]`, for every n."""
     coefficients = torch.einsum("mnc,knc->kmn", u, T)
     return torch.einsum("kmn,mnc->knc", coefficients, u)
 
@@ -43,40 +35,30 @@ class OuterProductLinearOperator(EmpiricalRiskLinearOperator):
     def _output_vectors(self, output: Tensor, X: Any, y: Any) -> Tensor:
         """Return u `[M, N, C]`, where N C is the number of entries of z, in its order."""
 
-    def _batch_product(
-        self, linearization: Linearization, X: Any, y: Any
-    ) -> Callable[[Columns], Columns]:
+    def _batch_product(self, linearization: Linearization, X: Any, y: Any) -> Product:
         u = self._output_vectors(linearization.output.detach(), X, y)
-        return _through_outputs(linearization, u)
+        return partial(_through_outputs, linearization, u)
 
     def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[RiskTerm, int]:
         if is_empty(X):
             return self._empty_term(), 0
         linearization = Linearization(self._model, X, watch=True)
         u = self._output_vectors(linearization.output.detach(), X, y)
-        plan, gradients = linearization.plan(), None
+        plan, product = linearization.plan(), partial(_through_outputs, linearization, u)
         if plan is not None and len(X) == u.shape[1]:
             needed = plan.num_bytes(len(u))
             if needed <= largest_rows(size, room):
                 size, gradients = needed, plan.gradients(u, self._chunk_size)
-        if gradients is None:
-            product = _through_outputs(linearization, u)
-        else:
-            product = _through_gradients(gradients)
+                if gradients is not None:
+                    product = partial(_through_gradients, gradients)
         return self._weigh(product, linearization.output, X, y), size
 
 
-def _through_outputs(linearization: Linearization, u: Tensor) -> Callable[[Columns], Columns]:
-    def product(V: Columns) -> Columns:
-        tangents = linearization.jvp(V)
-        products = multiply_outer_products(u, tangents.reshape(-1, *u.shape[1:]))
-        return linearization.vjp(products.reshape(-1, *linearization.output.shape))
-
-    return product
+def _through_outputs(linearization: Linearization, u: Tensor, V: Columns) -> Columns:
+    tangents = linearization.jvp(V)
+    products = multiply_outer_products(u, tangents.reshape(-1, *u.shape[1:]))
+    return linearization.vjp(products.reshape(-1, *linearization.output.shape))
 
 
-def _through_gradients(gradients: DataGradients) -> Callable[[Columns], Columns]:
-    def product(V: Columns) -> Columns:
-        return gradients.combine(gradients.project(V), [v[0] for v in V])
-
-    return product
+def _through_gradients(gradients: DataGradients, V: Columns) -> Columns:
+    return gradients.combine(gradients.project(V), [v[0] for v in V])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
-from kfacopt.argument_checks import check_batch_size_fn, check_evaluation, check_loss, check_shape
+from kfacopt.argument_checks import check_evaluation, check_loss, check_shape
+from kfacopt.curvature.adjoint import Columns
 from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.model import ParametrizedModel
 from kfacopt.curvature.network import (
@@ -21,10 +23,10 @@ from kfacopt.curvature.network import (
     add_rows,
     leading_columns,
 )
-from kfacopt.data import Batch, batch_size, check_batches, check_terms, is_empty, sum_gradients
+from kfacopt.data import Batch, batch_size, check_terms, is_empty, sum_gradients
 from kfacopt.likelihoods import has_likelihood, likelihood_of, with_sum
 
-Columns = list[Tensor]
+Product = Callable[[Columns], Columns]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +40,23 @@ class RiskTerm:
         random_state: The generator's state after the term was made, if there is a generator.
     """
 
-    product: Callable[[Columns], Columns]
+    product: Product
     normalizer: Tensor | float
     num_data: Tensor | float
     random_state: Tensor | None
+
+
+def scalar_loss(loss_func: Any, output: Tensor, y: Any) -> Tensor:
+    """Return a batch's loss, reduced as it says; raise if targets do not fit or it is no scalar."""
+    if has_likelihood(loss_func):
+        likelihood_of(loss_func).check_target(output, y)
+    loss: Tensor = loss_func(output, y)
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss_func must return a scalar, got the shape {tuple(loss.shape)}; set its "
+            'reduction to "mean" or "sum".'
+        )
+    return loss.sum()
 
 
 def summed_loss(
@@ -59,19 +74,12 @@ def summed_loss(
     Raises:
         ValueError: If the loss is no scalar, or a likelihood refuses the targets.
     """
-    if has_likelihood(loss_func):
-        likelihood_of(loss_func).check_target(output, y)
     by_mean = getattr(loss_func, "reduction", None) == "mean"
     if by_mean and has_likelihood(loss_func):
         # Not the mean times Z: that is 0/0 for a batch whose targets are all ignored.
         loss_func, by_mean = with_sum(loss_func), False
-    loss: Tensor = loss_func(output, y)
-    if loss.numel() != 1:
-        raise ValueError(
-            f"loss_func must return a scalar, got the shape {tuple(loss.shape)}; set its "
-            'reduction to "mean" or "sum".'
-        )
-    return loss.sum() * batch_size(X, output, batch_size_fn) if by_mean else loss.sum()
+    loss = scalar_loss(loss_func, output, y)
+    return loss * batch_size(X, output, batch_size_fn) if by_mean else loss
 
 
 class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
@@ -128,8 +136,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         cache_bytes: int = CACHE_BYTES,
         batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
-        check_evaluation(data, progressbar, check_deterministic)
-        check_batch_size_fn(batch_size_fn)
+        check_evaluation(data, progressbar, check_deterministic, batch_size_fn)
         self._batch_size_fn = batch_size_fn
         model = ParametrizedModel(model_func, params)
         super().__init__(model, loss_func, data, progressbar, chunk_size, cache_bytes)
@@ -158,9 +165,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
                 X, y = self._to_device(*batch)
                 if not is_empty(X):
                     output = self._model(X)
-                    loss = summed_loss(self._loss_func, output, X, y, self._batch_size_fn)
-                    yield loss, self._normalizer(output, X, y)
-            check_batches(count)
+                    yield self._summed_loss(X, y)(output), self._normalizer(output, X, y)
             self._check_reduction(count)
 
         self._model.refresh()
@@ -177,6 +182,13 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         if self._loss_func is None:
             raise ValueError(f"loss_func: {type(self).__name__} needs a loss function, got None.")
         check_loss(self._loss_func)
+
+    def _summed_loss(self, X: Any, y: Any) -> Callable[[Tensor], Tensor]:
+        """Return `summed_loss` as a function of the predictions, without a reference to self.
+
+        What is kept must not refer to the operator, which keeps it.
+        """
+        return partial(summed_loss, self._loss_func, X=X, y=y, batch_size_fn=self._batch_size_fn)
 
     def _normalizer(self, output: Tensor, X: Any, y: Any) -> Tensor | float:
         """Return what a batch adds to Z, where L is the summed loss over Z."""
@@ -195,22 +207,21 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         return 1.0 / normalizer if self._reduction == "mean" else 1.0
 
     @abstractmethod
-    def _batch_product(
-        self, linearization: Linearization, X: Any, y: Any
-    ) -> Callable[[Columns], Columns]:
-        """Return the product with the matrix of one batch's summed loss.
-
-        Args:
-            linearization: The predictions and their derivative.
-            X: The inputs.
-            y: The targets.
-        """
+    def _batch_product(self, linearization: Linearization, X: Any, y: Any) -> Product:
+        """Return the product with the matrix of one batch's summed loss."""
 
     def _make_term(self, X: Any, y: Any) -> RiskTerm:
         if is_empty(X):
             return self._empty_term()
         linearization = Linearization(self._model, X)
         return self._weigh(self._batch_product(linearization, X, y), linearization.output, X, y)
+
+    def _make_kept_term(self, X: Any, y: Any, size: int, room: int) -> tuple[RiskTerm, int]:
+        if is_empty(X):
+            return self._empty_term(), 0
+        linearization, size = self._linearize_to_keep(X, size, room)
+        product = self._batch_product(linearization, X, y)
+        return self._weigh(product, linearization.output, X, y), size
 
     def _empty_term(self) -> RiskTerm:
         """Return the term of a batch without data, with which models and losses may not cope."""
@@ -221,9 +232,7 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
         state = None if self._generator is None else self._generator.get_state()
         return RiskTerm(product, 0.0, 0.0, state)
 
-    def _weigh(
-        self, product: Callable[[Columns], Columns], output: Tensor, X: Any, y: Any
-    ) -> RiskTerm:
+    def _weigh(self, product: Product, output: Tensor, X: Any, y: Any) -> RiskTerm:
         state = None if self._generator is None else self._generator.get_state()
         weights = self._normalizer(output, X, y), self._num_data(output.detach(), X, y)
         return RiskTerm(product, *weights, state)
@@ -234,22 +243,22 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         assert self.in_shapes is not None
-        columns, terms = leading_columns(X, self.in_shapes), list[RiskTerm]()
+        columns, weights = leading_columns(X, self.in_shapes), list[tuple[Any, Any]]()
         total = X.new_empty(X.shape[1], X.shape[0])  # [K, D]
 
         def add(term: RiskTerm) -> None:
             for chunk in self._chunks(X.shape[1]):
                 product = term.product([c[chunk] for c in columns])
-                add_rows(total, chunk, product, first=not terms)
-            # without the product, which would keep the graph of every batch alive
-            terms.append(RiskTerm(_forget, term.normalizer, term.num_data, None))
+                add_rows(total, chunk, product, first=not weights)
+            # not the product, which would keep the graph of every batch alive
+            weights.append((term.normalizer, term.num_data))
 
         self._visit_terms(add)
-        self._check_reduction(len(terms))
-        normalizer: Any = sum(t.normalizer for t in terms)
+        self._check_reduction(len(weights))
+        normalizer, num_data = map(sum, zip(*weights, strict=True))
         if self._reduction == "mean":
             check_terms(normalizer)
-        return total.mul_(self._scale(normalizer, sum(t.num_data for t in terms))).mT
+        return total.mul_(self._scale(normalizer, num_data)).mT
 
     def _check_reduction(self, num_batches: int) -> None:
         if self._reduction not in ("mean", "sum") and num_batches > 1:
@@ -257,7 +266,3 @@ class EmpiricalRiskLinearOperator(NetworkLinearOperator[RiskTerm]):
                 "loss_func: for several batches it must have an attribute `reduction` that is "
                 f'"mean" or "sum", got {self._reduction!r}; set loss_func.reduction.'
             )
-
-
-def _forget(columns: Sequence[Tensor]) -> Columns:
-    raise RuntimeError("This term's graph is gone.")

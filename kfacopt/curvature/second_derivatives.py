@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.func import grad
 
-from kfacopt.curvature.adjoint import CONFIRMATION_DIGITS, random_like
-from kfacopt.curvature.batched_autograd import batched_grad
+from kfacopt.curvature.adjoint import CONFIRMATION_DIGITS, Columns, random_like
+from kfacopt.curvature.batched_autograd import GradientGraph, if_possible
 from kfacopt.curvature.confirmation import (
-    ENOUGH_ROWS,
-    TRIES,
-    Comparison,
     check_has_graph,
+    check_model_twice_differentiable,
     check_twice_differentiable,
-    compare_with_differences,
-    moved,
-    refusal,
-    root_mean_square,
-    single_rows,
-    verdict_of,
 )
-from kfacopt.curvature.linearization import Linearization, has_no_silent_part, in_float64
+from kfacopt.curvature.linearization import Linearization
 from kfacopt.curvature.verdicts import Functions, GraphVerdicts
-
-Columns = list[Tensor]
 
 # Of the largest part, what small parts may differ by: the round-off of sums that cancel.
 _ROUND_OFFS = 16
@@ -58,8 +49,7 @@ class SecondDerivative:
         careful = linearization.verdicts.careful or bool(functions.custom)
         self._signature = functions.signature
         self._verdicts = GraphVerdicts(linearization.model.confirmed, careful, None)
-        self._gradient: list[tuple[int, Tensor]] | None = None
-        _check_model(linearization)
+        check_model_twice_differentiable(linearization)
         check_twice_differentiable("loss_func", self._value, scalar, z)
 
     def __call__(self, V: Columns) -> Columns:
@@ -72,19 +62,12 @@ class SecondDerivative:
                 return result
         return self._double_backward(V)
 
+    @cached_property
+    def _gradient(self) -> GradientGraph:
+        return GradientGraph(self._value, self._leaves)
+
     def _double_backward(self, V: Columns) -> Columns:
-        if self._gradient is None:
-            grads = torch.autograd.grad(
-                self._value, self._leaves, create_graph=True, allow_unused=True
-            )
-            # the others are zero, or do not depend on the parameters
-            self._gradient = [
-                (i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad
-            ]
-        if not self._gradient:  # s is linear in the parameters
-            return [torch.zeros_like(v) for v in V]
-        gradient = [g for _, g in self._gradient]
-        return batched_grad(gradient, self._leaves, [V[i] for i, _ in self._gradient])
+        return self._gradient.multiply(V, by=self._leaves)
 
     def _forward_mode(self, V: Columns) -> Columns | None:
         """Return H v, or `None` where forward mode is not at hand or wrong."""
@@ -108,11 +91,8 @@ class SecondDerivative:
         found = derivatives(v)
         if found is None:
             return False
-        try:
-            expected = self._double_backward(v)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation has no double derivative
+        expected = if_possible(lambda: self._double_backward(v))
+        if expected is None:  # an operation has no double derivative
             return False
         pairs = [(x, b) for x, b in zip(found, expected, strict=True) if b.numel()]
         error = torch.stack([(a - b).abs().max() for a, b in pairs])
@@ -123,81 +103,3 @@ class SecondDerivative:
         # each by its own size: one that is small hides behind no other
         bound = eps**CONFIRMATION_DIGITS * scale + _ROUND_OFFS * eps * scale.max()
         return bool((error <= bound).all())
-
-
-def _check_model(linearization: Linearization) -> None:
-    """Raise if second derivatives through custom functions of the model are wrong.
-
-    Those of functions of torch are taken to be right.
-    """
-    functions = linearization.functions
-    if not functions.custom:
-        return
-    key = "second derivatives of model_func", functions.signature
-
-    def judge() -> bool | None:
-        return verdict_of(*_comparisons(in_float64(linearization)))
-
-    if linearization.verdicts.ask(key, judge, lambda: has_no_silent_part(linearization)) is False:
-        raise refusal("model_func", functions)
-
-
-def _comparisons(linearization: Linearization) -> tuple[Iterator[Comparison], int]:
-    """Return comparisons of H v, and how many have to agree.
-
-    In float64, differences are sharp enough for all data at once; a kink is met seldom.
-    """
-    z, leaves = linearization.output.detach(), linearization.model.leaves
-
-    def all_data() -> Iterator[Comparison]:
-        for seed in range(TRIES):
-            u = random_like([z], seed=1 + seed)[0][0]
-            yield (comparison := _compare(linearization, u, random_like(leaves, seed)))
-            if not comparison.tells:
-                return
-        yield from single()
-
-    def single() -> Iterator[Comparison]:
-        for u in single_rows(z):
-            yield _compare(linearization, u, random_like(leaves))
-
-    return (all_data(), 1) if z.dtype == torch.float64 else (single(), ENOUGH_ROWS)
-
-
-def _compare(linearization: Linearization, u: Tensor, v: Columns) -> Comparison:
-    """Compare derivatives of ⟨u, z⟩ along v: by double backward, and by differences."""
-    leaves = linearization.model.leaves
-    v = [x * (root_mean_square(p) / root_mean_square(x)) for x, p in zip(v, leaves, strict=True)]
-    pulled = torch.autograd.grad(
-        linearization.output, leaves, u, create_graph=True, retain_graph=True, allow_unused=True
-    )
-    gradient = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-    product = [torch.zeros_like(x) for x in v]
-    if gradient:
-        try:
-            product = batched_grad([g for _, g in gradient], leaves, [v[i] for i, _ in gradient])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # what once_differentiable leaves behind
-            return Comparison(right=False, wrong=True, unclear=False)
-    return _compare_with_moved(linearization, lambda z: (z * u).sum(), v, product)
-
-
-def _compare_with_moved(
-    linearization: Linearization, scalar: Callable[[Tensor], Tensor], v: Columns, Hv: Columns
-) -> Comparison:
-    """Compare H v, of s(z) by θ, with differences of gradients, each parameter's part by itself."""
-    model = linearization.model
-    leaves, direction = model.leaves, [x[0] for x in v]
-
-    def gradient(step: float) -> list[Tensor]:
-        with (
-            linearization.forward_mode.once_more(),
-            moved(leaves, direction, step),
-            torch.enable_grad(),
-        ):
-            value = scalar(model(linearization.inputs))
-            grads = torch.autograd.grad(value, leaves, materialize_grads=True)
-        return [g.reshape(1, -1) for g in grads]
-
-    return compare_with_differences(gradient, [x.reshape(1, -1) for x in Hv])

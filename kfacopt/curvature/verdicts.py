@@ -9,6 +9,7 @@ is not 0 came to every function of the graph.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -119,11 +120,11 @@ class Verdicts:
             self._snapshot = Snapshot(roots)
         self._for_now.add(key)
 
-    def is_new(self, key: Key) -> bool:
-        """Tell whether something happens for the first time."""
-        new = key not in self._said
-        self._said.add(key)
-        return new
+    def warn_once(self, key: Key, message: str) -> None:
+        """Warn of something when it happens for the first time."""
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(message, stacklevel=2)
 
 
 class GraphVerdicts:
@@ -141,10 +142,7 @@ class GraphVerdicts:
         self._here: dict[Key, bool] = {}
 
     def ask(
-        self,
-        key: Key,
-        judge: Callable[[], bool | None],
-        counts: Callable[[], bool] = lambda: False,
+        self, key: Key, judge: Callable[[], bool | None], counts: Callable[[], bool] = lambda: False
     ) -> bool | None:
         """Return whether a derivative is right; what says nothing is asked again.
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from torch import Generator, Tensor
 
-from kfacopt.estimators.random_vectors import (
-    check_distribution,
-    is_torch_matrix,
-    random_vectors,
-    square_operator,
-)
+from kfacopt.estimators.random_vectors import StochasticEstimator
 
 
-class HutchinsonDiagonalEstimator:
+class HutchinsonDiagonalEstimator(StochasticEstimator):
     """Hutchinson's estimator of the diagonal.
 
     For a random vector v with E[v vᵀ] = I, one sample is
@@ -48,10 +41,6 @@ class HutchinsonDiagonalEstimator:
         Kokiopoulou & Saad (2007), Applied Numerical Mathematics 57(11-12), section 2.
     """
 
-    def __init__(self, A: Any) -> None:
-        self._A = square_operator(A)
-        self._gives_tensors = is_torch_matrix(A)
-
     def sample(
         self, distribution: str = "rademacher", *, generator: Generator | None = None
     ) -> np.ndarray | Tensor:
@@ -68,6 +57,6 @@ class HutchinsonDiagonalEstimator:
         Raises:
             ValueError: If the distribution is neither of the two.
         """
-        v = random_vectors(self._A, 1, check_distribution(distribution), generator)
+        v = self._draw(distribution, generator)
         estimate: Tensor = (v * (self._A @ v))[:, 0]
         return estimate if self._gives_tensors else estimate.numpy()

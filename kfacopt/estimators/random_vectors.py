@@ -1,41 +1,36 @@
-"""Random vectors with E[v vᵀ] = I, and the matrix of an estimator; no estimates."""
+"""Random vectors with E[v vᵀ] = I, and what estimators that draw them share; no estimates."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from kfacopt.argument_checks import check_choice
 from kfacopt.linalg.operator import LinearOperator
-from kfacopt.linalg.structured import check_square, operator_from
+from kfacopt.linalg.structured import square_operator
 
-Distribution = Literal["rademacher", "normal"]
-DISTRIBUTIONS: tuple[Distribution, ...] = ("rademacher", "normal")
-
-
-def check_distribution(distribution: str, name: str = "distribution") -> Distribution:
-    """Return the distribution, or raise a `ValueError` that lists those that there are."""
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"{name} must be one of {DISTRIBUTIONS}, got {distribution!r}.")
-    return distribution
+DISTRIBUTIONS = ("rademacher", "normal")
 
 
-def square_operator(A: Any) -> LinearOperator:
-    """Return a square matrix in any of the usual forms as one of our operators."""
-    operator = operator_from(A)
-    check_square(operator)
-    return operator
+class StochasticEstimator:
+    """An estimator from products of a square matrix with random vectors; see `sample`."""
 
+    def __init__(self, A: Any) -> None:
+        self._A = square_operator(A)
+        # Estimates are tensors for ours and tensors, NumPy's for SciPy's and arrays.
+        self._gives_tensors = isinstance(A, LinearOperator | Tensor)
 
-def is_torch_matrix(A: Any) -> bool:
-    """Tell whether estimates for `A` are tensors (ours, tensors) or NumPy's (SciPy, arrays)."""
-    return isinstance(A, LinearOperator | Tensor)
+    def _draw(self, distribution: str, generator: Generator | None) -> Tensor:
+        """Return one random vector, `[D, 1]`."""
+        check_choice("distribution", distribution, DISTRIBUTIONS)
+        return random_vectors(self._A, 1, distribution, generator)
 
 
 def random_vectors(
-    A: LinearOperator, count: int, distribution: Distribution, generator: Generator | None
+    A: LinearOperator, count: int, distribution: str, generator: Generator | None
 ) -> Tensor:
     """Draw independent vectors with E[v vᵀ] = I.
 

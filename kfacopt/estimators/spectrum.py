@@ -10,15 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from kfacopt.argument_checks import as_integer, as_real
-from kfacopt.estimators.lanczos import (
-    Quadrature,
-    lanczos_quadrature,
-    largest_magnitude,
-    smallest_magnitude,
-    spectral_ends,
-)
-from kfacopt.estimators.random_vectors import square_operator
+from kfacopt.estimators import lanczos
 from kfacopt.linalg.precision import round_off
+from kfacopt.linalg.structured import square_operator
 
 Boundaries = tuple[float, float] | tuple[float, None] | tuple[None, float] | None
 Density = tuple[np.ndarray, np.ndarray]
@@ -160,7 +154,7 @@ class _LanczosRuns:
         self._given = _checked_boundaries(boundaries)
         self._tol = as_real("boundaries_tol", boundaries_tol, 0)
         self._round_off = round_off(self._A.torch_dtype)
-        self._kept: list[Quadrature] = []
+        self._kept: list[lanczos.Quadrature] = []
         self._boundaries = self._ends()
 
     def _ends(self) -> tuple[float, float]:
@@ -182,9 +176,9 @@ class _LanczosRuns:
             density += weights @ bumps / (half_width * num_repeats)
         return center + half_width * t, density
 
-    def _runs(self, count: int) -> list[Quadrature]:
+    def _runs(self, count: int) -> list[lanczos.Quadrature]:
         while len(self._kept) < count:
-            self._kept.append(lanczos_quadrature(self._A, self._ncv))
+            self._kept.append(lanczos.lanczos_quadrature(self._A, self._ncv))
         return self._kept[:count]
 
 
@@ -206,7 +200,7 @@ class LanczosApproximateSpectrumCached(_LanczosRuns):
     """
 
     def _ends(self) -> tuple[float, float]:
-        return spectral_ends(self._A, *self._given, self._tol)
+        return lanczos.spectral_ends(self._A, *self._given, self._tol)
 
     def approximate_spectrum(
         self, num_repeats: int = 1, num_points: int = 1024, kappa: float = 3.0, margin: float = 0.05
@@ -244,9 +238,9 @@ class LanczosApproximateLogSpectrumCached(_LanczosRuns):
             if value is not None and value < 0:
                 raise ValueError(f"boundaries are those of |A|, at least 0, got {self._given}.")
         if upper is None:
-            upper = max(lower or 0.0, largest_magnitude(self._A, self._tol))
+            upper = max(lower or 0.0, lanczos.largest_magnitude(self._A, self._tol))
         if lower is None:
-            lower = min(upper, smallest_magnitude(self._A, self._runs(1)[0]))
+            lower = min(upper, lanczos.smallest_magnitude(self._A, self._runs(1)[0]))
         return lower, upper
 
     def approximate_log_spectrum(
@@ -271,12 +265,9 @@ class LanczosApproximateLogSpectrumCached(_LanczosRuns):
         # A relative error of λ is an absolute one of log λ.
         grid = _grid_of(log_boundaries, margin, num_points, self._round_off, 1.0)
         tiny = np.finfo(np.float64).tiny
+        sizes = (grid, num_points, num_repeats, kappa)
         points, density = self._density(
-            grid,
-            num_points,
-            num_repeats,
-            kappa,
-            lambda nodes: np.log(np.maximum(np.abs(nodes) + epsilon, tiny)),
+            *sizes, lambda nodes: np.log(np.maximum(np.abs(nodes) + epsilon, tiny))
         )
         return np.exp(points), density / np.exp(points)
 

@@ -7,17 +7,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from kfacopt.argument_checks import as_integer
-from kfacopt.estimators.random_vectors import (
-    check_distribution,
-    is_torch_matrix,
-    random_vectors,
-    square_operator,
-)
+from kfacopt.argument_checks import as_integer, check_choice
+from kfacopt.estimators.random_vectors import DISTRIBUTIONS, StochasticEstimator, random_vectors
 from kfacopt.linalg.snapshots import Snapshot
 
 
-class HutchinsonTraceEstimator:
+class HutchinsonTraceEstimator(StochasticEstimator):
     """Hutchinson's estimator of the trace.
 
     For a random vector v with E[v vᵀ] = I, one sample is
@@ -48,10 +43,6 @@ class HutchinsonTraceEstimator:
         Hutchinson (1989), Communications in Statistics 18(3), 1059-1076.
     """
 
-    def __init__(self, A: Any) -> None:
-        self._A = square_operator(A)
-        self._gives_tensors = is_torch_matrix(A)
-
     def sample(
         self, distribution: str = "rademacher", *, generator: Generator | None = None
     ) -> float | Tensor:
@@ -68,12 +59,12 @@ class HutchinsonTraceEstimator:
         Raises:
             ValueError: If the distribution is neither of the two.
         """
-        v = random_vectors(self._A, 1, check_distribution(distribution), generator)
+        v = self._draw(distribution, generator)
         estimate: Tensor = (v * (self._A @ v)).sum()
         return estimate if self._gives_tensors else estimate.item()
 
 
-class HutchPPTraceEstimator:
+class HutchPPTraceEstimator(StochasticEstimator):
     """The Hutch++ estimator of the trace: exact on a subspace, Hutchinson's on the rest.
 
     Let Q be an orthonormal basis of the span of A S, for a random matrix S `[D, basis_dim]`. With a
@@ -119,13 +110,13 @@ class HutchPPTraceEstimator:
     def __init__(
         self, A: Any, basis_dim: int | None = None, basis_distribution: str = "rademacher"
     ) -> None:
-        self._A = square_operator(A)
-        self._gives_tensors = is_torch_matrix(A)
+        super().__init__(A)
         dim = self._A.shape[0]
         if basis_dim is None:
             basis_dim = min(10, max(1, dim // 100))
         self._basis_dim = as_integer("basis_dim", basis_dim, 1, dim, " (A's dimension)")
-        self._basis_distribution = check_distribution(basis_distribution, "basis_distribution")
+        check_choice("basis_distribution", basis_distribution, DISTRIBUTIONS)
+        self._basis_distribution = basis_distribution
         self._subspace: tuple[Tensor, Tensor] | None = None
         self._drawn_at = Snapshot([])
 
@@ -147,12 +138,12 @@ class HutchPPTraceEstimator:
         Raises:
             ValueError: If the distribution is neither of the two.
         """
-        checked = check_distribution(distribution)
+        check_choice("distribution", distribution, DISTRIBUTIONS)
         if self._subspace is None or not self._drawn_at.holds(self._A.sources()):
             self._drawn_at = Snapshot(self._A.sources())
             self._subspace = self._draw_subspace(generator)
         basis, subspace_trace = self._subspace
-        v = random_vectors(self._A, 1, checked, generator)
+        v = self._draw(distribution, generator)
         v = v - basis @ (basis.mT @ v)
         estimate: Tensor = subspace_trace + (v * (self._A @ v)).sum()
         return estimate if self._gives_tensors else estimate.item()

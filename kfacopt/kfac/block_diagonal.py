@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Block
-from kfacopt.linalg.kronecker import KroneckerEigendecomposition, KroneckerProduct
+from kfacopt.linalg.kronecker import KroneckerMatrix
 from kfacopt.linalg.operator import LinearOperator
 from kfacopt.linalg.tensor_lists import split_rows
 
@@ -31,9 +31,7 @@ class KroneckerBlockLinearOperator(LinearOperator):
         dtype = self._params[0].dtype
         super().__init__((size, size), dtype, self._params[0].device, shapes, shapes)
 
-    def _kronecker_blocks(
-        self,
-    ) -> list[tuple[Block, KroneckerProduct | KroneckerEigendecomposition]]:
+    def _kronecker_blocks(self) -> list[tuple[Block, KroneckerMatrix]]:
         """Return the blocks with their matrices."""
         raise NotImplementedError
 
@@ -72,15 +70,10 @@ class KFACInverseLinearOperator(KroneckerBlockLinearOperator):
     """The damped inverse of a K-FAC matrix; see `KFACLinearOperator.inverse`."""
 
     def __init__(
-        self,
-        params: Sequence[Parameter],
-        blocks: list[tuple[Block, KroneckerProduct | KroneckerEigendecomposition]],
+        self, params: Sequence[Parameter], blocks: list[tuple[Block, KroneckerMatrix]]
     ) -> None:
-        """Store the inverted blocks."""
         super().__init__(params)
         self._blocks = blocks
 
-    def _kronecker_blocks(
-        self,
-    ) -> list[tuple[Block, KroneckerProduct | KroneckerEigendecomposition]]:
+    def _kronecker_blocks(self) -> list[tuple[Block, KroneckerMatrix]]:
         return self._blocks

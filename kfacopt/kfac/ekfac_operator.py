@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,8 +72,6 @@ class EKFACLinearOperator(KFACLinearOperator):
         George et al. (2018), https://arxiv.org/abs/1806.03884, section 3.
     """
 
-    _corrected: list[tuple[Block, KroneckerEigendecomposition]] | None = None
-
     def inverse(
         self, damping: float, *, method: DampingMethod = "exact"
     ) -> KFACInverseLinearOperator:
@@ -95,11 +94,13 @@ class EKFACLinearOperator(KFACLinearOperator):
         return KFACInverseLinearOperator(self._params, blocks)
 
     def _kronecker_blocks(self) -> list[tuple[Block, Any]]:
-        if self._corrected is None:
-            factored = super()._kronecker_blocks()
-            with evaluation(self._model_func):
-                self._corrected = self._correct_eigenvalues(factored)
         return list(self._corrected)
+
+    @cached_property
+    def _corrected(self) -> list[tuple[Block, KroneckerEigendecomposition]]:
+        factored = super()._kronecker_blocks()
+        with evaluation(self._model_func):
+            return self._correct_eigenvalues(factored)
 
     def _correct_eigenvalues(
         self, factored: list[tuple[Block, Any]]

@@ -139,11 +139,6 @@ def _rows_moment(
 def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tuple[Tensor, int]:
     """Return Σ a aᵀ and the number of summands, over the uses of a layer in one forward pass.
 
-    Args:
-        layer: The layer.
-        uses: Its uses in one forward pass.
-        form: How factors are formed.
-
     Returns:
         The sum `[B, d_in, d_in]` (or its diagonal), and how many vectors it sums.
     """
@@ -170,14 +165,7 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
 def grad_output_moment(
     layer: Layer, uses: Sequence[LayerUse], grads: Sequence[Tensor], form: FactorForm
 ) -> Tensor:
-    """Return Σ g gᵀ `[B, d_out, d_out]` (or its diagonal) over the uses of a layer.
-
-    Args:
-        layer: The layer.
-        uses: Its uses in one forward pass.
-        grads: For each use the gradient by the layer's output.
-        form: How factors are formed.
-    """
+    """Return Σ g gᵀ `[B, d_out, d_out]` (or its diagonal), of a gradient for each of some uses."""
     dtype, diagonal = factor_dtype(layer.anchor.dtype), form.diagonal(layer.d_out)
     grads = [g.to(dtype) for g in grads]
     if form.reduce:

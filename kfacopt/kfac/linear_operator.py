@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from kfacopt.argument_checks import (
-    check_batch_size_fn,
-    check_choice,
-    check_evaluation,
-    check_flag,
-    check_integer,
-    check_params,
-    check_range,
-    check_shape,
-    checked_output,
-)
-from kfacopt.data import (
-    Batch,
-    check_batches,
-    evaluation,
-    iterate,
-    run_determinism_check,
-    sum_gradients,
-)
+from kfacopt import argument_checks
+from kfacopt.data import Batch, evaluation, iterate, run_determinism_check, some, sum_gradients
 from kfacopt.kfac.block_diagonal import KFACInverseLinearOperator, KroneckerBlockLinearOperator
 from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
 from kfacopt.kfac.factors import FactorForm, Factors, factor_dtype, grad_output_moment, input_moment
@@ -137,23 +121,21 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         *,
         batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
-        check_evaluation(data, progressbar, check_deterministic)
-        check_batch_size_fn(batch_size_fn)
-        check_flag("separate_weight_and_bias", separate_weight_and_bias)
+        argument_checks.check_evaluation(data, progressbar, check_deterministic, batch_size_fn)
+        argument_checks.check_flag("separate_weight_and_bias", separate_weight_and_bias)
         self._fisher = LossFisher(loss_func, fisher_type, mc_samples, loss_average, batch_size_fn)
-        check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
-        check_integer("seed", seed)
+        argument_checks.check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
+        argument_checks.check_integer("seed", seed)
         if not isinstance(model_func, nn.Module):
             raise ValueError(
                 f"model_func must be an nn.Module for K-FAC, got {type(model_func).__name__}."
             )
-        own = _own_parameters(model_func, check_params(params))
+        own = _own_parameters(model_func, argument_checks.check_params(params))
         self._layers = _layers_of(model_func, own, separate_weight_and_bias)
         super().__init__(own)
-        check_shape(shape, self.shape)
+        argument_checks.check_shape(shape, self.shape)
         self._model_func, self._data, self._progressbar = model_func, data, progressbar
         self._seed, self._form = seed, FactorForm(kfac_approx)
-        self._factors: dict[Layer, KroneckerProduct] | None = None
         if check_deterministic:
             with evaluation(model_func):
                 run_determinism_check(data, self.device, model_func)
@@ -176,7 +158,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         """
         named = self._model_func.named_parameters(remove_duplicate=False)
         names = {id(p): name for name, p in named}
-        for layer, matrix in self._layer_factors().items():
+        for layer, matrix in self._layer_factors.items():
             if layer.owns(key, names):
                 return Factors.of(layer, matrix.input_factor, matrix.grad_output_factor)
         raise KeyError(f"{key!r}: no such layer or parameter; layers: {self.layer_names}.")
@@ -198,8 +180,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             ValueError: If the damping is negative or not finite, or the method unknown.
             DecompositionError: If a factor cannot be inverted (0 damping and a singular factor).
         """
-        check_range("damping", damping, 0)
-        check_choice("method", method, DAMPING_METHODS)
+        argument_checks.check_range("damping", damping, 0)
+        argument_checks.check_choice("method", method, DAMPING_METHODS)
         blocks = [(b, matrix.inverse(damping, method)) for b, matrix in self._kronecker_blocks()]
         return KFACInverseLinearOperator(self._params, blocks)
 
@@ -211,11 +193,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         """
 
         def terms() -> Iterator[tuple[Tensor, Tensor | float]]:
-            count = 0
-            for X, y in iterate(self._data, self.device, self._progressbar, "gradient and loss"):
-                count += 1
-                yield self._fisher.summed_loss(checked_output(self._model_func(X)), y)
-            check_batches(count)
+            for X, y in self._batches("gradient and loss"):
+                output = argument_checks.checked_output(self._model_func(X))
+                yield self._fisher.summed_loss(output, y)
 
         with evaluation(self._model_func):
             mean = self._fisher.likelihood.reduction == "mean"
@@ -226,15 +206,14 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     def _kronecker_blocks(self) -> list[tuple[Block, Any]]:
         return [
             (block, KroneckerProduct(m.grad_output_factor, block.input_factor(m.input_factor)))
-            for layer, m in self._layer_factors().items()
+            for layer, m in self._layer_factors.items()
             for block in layer.blocks
         ]
 
+    @cached_property
     def _layer_factors(self) -> dict[Layer, KroneckerProduct]:
-        if self._factors is None:
-            with evaluation(self._model_func):
-                self._factors = self._compute_factors()
-        return self._factors
+        with evaluation(self._model_func):
+            return self._compute_factors()
 
     def _compute_factors(self) -> dict[Layer, KroneckerProduct]:
         inputs = {layer: _zeros(layer, layer.d_in) for layer, _ in self._layers}
@@ -268,13 +247,13 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         Every call draws the same labels.
         """
         generator = Generator(self.device).manual_seed(self._seed)
-        count = 0
-        for X, y in iterate(self._data, self.device, self._progressbar, description):
-            count += 1
+        for X, y in self._batches(description):
             with capture(self._layers) as uses:
-                output = checked_output(self._model_func(X))
+                output = argument_checks.checked_output(self._model_func(X))
             yield X, y, output, uses, self._gradients(output, y, uses, generator)
-        check_batches(count)
+
+    def _batches(self, description: str) -> Iterator[Batch]:
+        return some(iterate(self._data, self.device, self._progressbar, description))
 
     def _gradients(
         self, output: Tensor, y: Tensor, uses: Sequence[LayerUse], generator: Generator
@@ -310,10 +289,7 @@ def _own_parameters(
 def _layers_of(
     model: nn.Module, params: Sequence[Parameter], separate_weight_and_bias: bool
 ) -> list[tuple[Layer, list[nn.Module]]]:
-    if not params:
-        raise ValueError("params: at least one parameter is needed.")
-    if len({id(p) for p in params}) != len(params):
-        raise ValueError("params: a parameter stands there twice.")
+    argument_checks.check_distinct(params)
     layers = find_layers(model.named_modules(), params, separate_weight_and_bias)
     covered = {id(p) for layer, _ in layers for p in (layer.weight, layer.bias)}
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}

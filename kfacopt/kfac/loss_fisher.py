@@ -35,8 +35,7 @@ class LossFisher:
             raise ValueError(
                 f'mc_samples must be 1 unless fisher_type="mc", got {self.mc_samples}.'
             )
-        if average not in (averages := (None, "batch", "batch+sequence")):
-            raise ValueError(f"loss_average must be one of {averages}, got {average!r}.")
+        check_choice("loss_average", average, (None, "batch", "batch+sequence"))
         if reduction == "none":
             raise ValueError('loss_func: reduction must be "mean" or "sum", got "none".')
         if (average is None) != (reduction == "sum"):
@@ -69,9 +68,7 @@ class LossFisher:
     def counts(self, z: Tensor, X: Any, y: Tensor) -> tuple[Tensor, Tensor | float]:
         """Return what the mean over a batch divides by, and the data of an empirical Fisher's."""
         normalizer = self.likelihood.normalizer(z, y)
-        if self.fisher_type != "empirical":
-            return normalizer, 0.0
-        if not z.numel():  # a batch without data
+        if self.fisher_type != "empirical" or not z.numel():  # the latter: a batch without data
             return normalizer, 0.0
         ratio = self.likelihood.num_terms(z, y) / self.likelihood.num_terms(z, None)
         if self.loss_average == "batch+sequence":

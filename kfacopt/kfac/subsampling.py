@@ -17,27 +17,13 @@ def data_count(use: LayerUse) -> int | None:
 
 
 def draw_subset(count: int, fraction: float, generator: Generator) -> Tensor:
-    """Draw ⌈fraction · N⌉ of N data, each subset of that size with the same probability.
-
-    Args:
-        count: N.
-        fraction: In (0, 1].
-        generator: Draws.
-
-    Returns:
-        Their indices.
-    """
+    """Return indices of ⌈fraction · N⌉ of N data, each subset of that size equally probable."""
     size = math.ceil(fraction * count)
     return torch.randperm(count, generator=generator, device=generator.device)[:size]
 
 
 def restricted_use(use: LayerUse, kept: Tensor) -> LayerUse:
-    """Return the use of a layer by part of the data alone.
-
-    Args:
-        use: A use.
-        kept: Indices of the data.
-    """
+    """Return the use of a layer by part of the data alone, whose indices are given."""
     x = use.checked_input()
     part = x[kept.to(x.device)]
     return replace(use, input=part, version=part._version)

@@ -82,17 +82,8 @@ def conjugate_gradients(
     while len(columns):
         start = X[:, columns]
         try:
-            used = _descend(
-                multiply,
-                X,
-                residual,
-                columns,
-                tolerances,
-                iterations,
-                maxiter,
-                precondition,
-                callback,
-            )
+            state = (X, residual, columns, tolerances, iterations)
+            used = _descend(multiply, *state, maxiter, precondition, callback)
         except NotPositiveDefiniteError:
             if not restarted:
                 raise
@@ -126,6 +117,8 @@ def _descend(
     # Beyond, the recurrence would follow noise: into directions that a singular A does not reach.
     round_off = _LEAST_ROUND_OFFS * torch.finfo(R.dtype).eps * R.norm(dim=0)
     targets = torch.maximum(tolerances[columns], round_off)
+    way_out = "Add damping, as in A + delta * IdentityLinearOperator(A) with a larger delta"
+    way_out += "." if R.dtype == torch.float64 else ", or compute in float64."
     first = True
     while len(columns):
         Z = R if precondition is None else precondition(R)
@@ -134,13 +127,7 @@ def _descend(
         P = Z if first else Z + (rho / before) * P
         Q = multiply(P)
         curvature = (P * Q).sum(0)
-        _check_positive(
-            curvature,
-            "A",
-            "pᵀ A p",
-            "Add damping, as in A + delta * IdentityLinearOperator(A) with a larger delta"
-            + ("." if P.dtype == torch.float64 else ", or compute in float64."),
-        )
+        _check_positive(curvature, "A", "pᵀ A p", way_out)
         alpha = rho / curvature
         X[:, columns] += alpha * P
         R = R - alpha * Q

@@ -67,11 +67,7 @@ def multiply_tensor(A: LinearOperator, kernel: Kernel, x: Tensor, rows: int) -> 
 
 
 def multiply_list(
-    A: LinearOperator,
-    kernel: Kernel,
-    tensors: Sequence[Tensor],
-    shapes: Sequence[Shapes | None],
-    rows: int,
+    A: LinearOperator, kernel: Kernel, tensors: Sequence[Tensor], shapes: Sequence[Shapes | None]
 ) -> list[Tensor]:
     """Apply a kernel of A to parameter-shaped tensors; it acts between two lists of shapes."""
     in_shapes, out_shapes = shapes
@@ -81,5 +77,5 @@ def multiply_list(
             "give one tensor."
         )
     matrix, trailing = stack_rows(tensors, in_shapes)
-    pieces = split_rows(multiply_tensor(A, kernel, matrix, rows), out_shapes)
+    pieces = split_rows(multiply_tensor(A, kernel, matrix, len(matrix)), out_shapes)
     return pieces if trailing else [p[..., 0] for p in pieces]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.kronecker import DecompositionError, eigendecomposition, is_diagonal
+from kfacopt.linalg import kronecker
 
 # Orthogonal iterations of one refresh at the most.
 MAX_ITERATIONS = 2
@@ -17,7 +17,7 @@ def off_diagonal_share(matrix: Tensor) -> Tensor:
     scaled = matrix / torch.where(largest > 0, largest, 1.0)  # squares under- or overflow
     # The difference of two sums of squares would be off by √eps.
     rest = scaled - torch.diag_embed(scaled.diagonal(dim1=-2, dim2=-1))
-    norm, total = (torch.linalg.matrix_norm(x) for x in (rest, scaled))
+    norm, total = map(torch.linalg.matrix_norm, (rest, scaled))
     share: Tensor = norm / torch.where(total > 0, total, 1.0)
     return share
 
@@ -30,8 +30,7 @@ def rayleigh_quotients(factor: Tensor, basis: Tensor | None) -> Tensor:
         basis: Q, `[B, d, d]`.
     """
     if basis is None:
-        diagonal = factor if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
-        return diagonal.clamp(min=0)
+        return kronecker.diagonal_of(factor).clamp(min=0)
     wide = basis.to(factor.dtype)
     return ((factor @ wide) * wide).sum(-2).clamp(min=0)
 
@@ -59,10 +58,10 @@ def refreshed_basis(factor: Tensor, basis: Tensor | None, tolerance: float) -> T
         - Golub & Van Loan, Matrix Computations, 4th ed., section 8.2.4.
         - Eschenhagen et al. (2025), https://arxiv.org/abs/2506.03595, section 4.1 (the criterion).
     """
-    if is_diagonal(factor) or basis is None:
-        return eigendecomposition(factor)[1]
+    if kronecker.is_diagonal(factor) or basis is None:
+        return kronecker.eigendecomposition(factor)[1]
     if not bool(factor.isfinite().all()):
-        raise DecompositionError("the factor has NaN or infinite entries")
+        raise kronecker.DecompositionError("the factor has NaN or infinite entries")
     dtype = torch.promote_types(factor.dtype, torch.float32)
     symmetric, Q = ((factor + factor.mT) / 2).to(dtype), basis.to(dtype)
     for iteration in range(MAX_ITERATIONS + 1):
@@ -74,7 +73,7 @@ def refreshed_basis(factor: Tensor, basis: Tensor | None, tolerance: float) -> T
         order = quotients.argsort(dim=-1, descending=True, stable=True)
         Q = torch.linalg.qr(image.take_along_dim(order.unsqueeze(-2), dim=-1))[0]
         if not bool(Q.isfinite().all()):
-            raise DecompositionError("the orthogonal iteration overflowed")
+            raise kronecker.DecompositionError("the orthogonal iteration overflowed")
     return basis if iteration == 0 else Q
 
 

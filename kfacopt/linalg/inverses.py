@@ -15,7 +15,7 @@ from kfacopt.argument_checks import as_integer, as_real, check_flag
 from kfacopt.linalg.conjugate_gradients import CGReport, conjugate_gradients
 from kfacopt.linalg.neumann_series import neumann_series
 from kfacopt.linalg.operator import LinearOperator
-from kfacopt.linalg.structured import check_square, operator_from
+from kfacopt.linalg.structured import operator_from, square_operator
 from kfacopt.linalg.tensor_lists import is_tensor_list, stack_rows
 
 
@@ -56,13 +56,11 @@ class CGInverseLinearOperator(LinearOperator):
     self_adjoint = True
 
     def __init__(self, A: Any) -> None:
-        self._A = operator_from(A)
-        check_square(self._A)
+        self._A = square_operator(A)
         # Conjugate gradients in half precision would be noise; products with A stay in A's dtype.
         dtype = torch.promote_types(self._A.torch_dtype, torch.float32)
         shapes = (self._A.out_shapes, self._A.in_shapes)
-        super().__init__(self._A.shape, dtype, self._A.device, *shapes)
-        self._derive_from(self._A)
+        super().__init__(self._A.shape, dtype, self._A.device, *shapes, (self._A,))
         self.last_solve: CGReport | None = None
         self.set_cg_hyperparameters()
 
@@ -136,14 +134,12 @@ class CGInverseLinearOperator(LinearOperator):
         return guess.to(self.device, self.torch_dtype, copy=True).reshape(self.shape[0], -1)
 
     def _matmat(self, X: np.ndarray) -> np.ndarray:
-        if self._callback is None:
-            return super()._matmat(X)
         callback = self._callback
-
-        def call_with_array(iterate: Tensor) -> None:
-            callback(iterate.cpu().numpy())
-
-        return self._multiply_array(lambda T: self._solve(T, call_with_array), X)
+        if callback is None:
+            return super()._matmat(X)
+        return self._multiply_array(
+            lambda B: self._solve(B, lambda x: callback(x.cpu().numpy())), X
+        )
 
     _rmatmat = _matmat
 
@@ -170,20 +166,13 @@ class CGInverseLinearOperator(LinearOperator):
             iterates = iterates * units
             callback(iterates[:, 0] if iterates.shape[1] == 1 else iterates)
 
-        X, report = conjugate_gradients(
-            _kernel(self._A),
-            B,
-            X0,
-            torch.maximum(self._tol * B.norm(dim=0), self._atol / units),
-            self._maxiter,
-            None if self._M is None else _kernel(self._M),
-            None if callback is None else in_vectors,
-        )
-        self.last_solve = replace(
-            report,
-            residual_norms=report.residual_norms * units,
-            tolerances=report.tolerances * units,
-        )
+        system = (_kernel(self._A), B, X0)
+        tolerances = torch.maximum(self._tol * B.norm(dim=0), self._atol / units)
+        precondition = None if self._M is None else _kernel(self._M)
+        tell = None if callback is None else in_vectors
+        X, report = conjugate_gradients(*system, tolerances, self._maxiter, precondition, tell)
+        norms, tolerances = report.residual_norms * units, report.tolerances * units
+        self.last_solve = replace(report, residual_norms=norms, tolerances=tolerances)
         self._warn_unless_converged(self.last_solve)
         return X * units
 
@@ -265,11 +254,9 @@ class NeumannInverseLinearOperator(LinearOperator):
     def __init__(
         self, A: Any, num_terms: int = 100, scale: float = 1.0, check_nan: bool = True
     ) -> None:
-        self._A = operator_from(A)
-        check_square(self._A)
+        self._A = square_operator(A)
         shapes = (self._A.out_shapes, self._A.in_shapes)
-        super().__init__(self._A.shape, self._A.torch_dtype, self._A.device, *shapes)
-        self._derive_from(self._A)
+        super().__init__(self._A.shape, self._A.torch_dtype, self._A.device, *shapes, (self._A,))
         self.set_neumann_hyperparameters(num_terms, scale, check_nan)
 
     def set_neumann_hyperparameters(

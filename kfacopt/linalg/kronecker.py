@@ -29,13 +29,14 @@ def is_diagonal(factor: Tensor) -> bool:
     return factor.ndim == 2
 
 
-def _diagonal(factor: Tensor) -> Tensor:
+def diagonal_of(factor: Tensor) -> Tensor:
+    """Return the diagonal `[B, d]` of a factor in either form."""
     return factor if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
 
 
 def trace(factor: Tensor) -> Tensor:
     """Return the traces `[B]` of a factor."""
-    return _diagonal(factor).sum(-1)
+    return diagonal_of(factor).sum(-1)
 
 
 def multiply_left(factor: Tensor | None, X: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def _inverse_from_root(root: Tensor) -> Tensor:
 _BATCH_ENTRIES = 2**24
 
 
-def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor]:
+def inverses_by_size(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor]:
     """Return (factor + damping · I)⁻¹ of many factors, those of one size in one call.
 
     Nothing waits for the device; an inverse that could not be computed has entries that are not
@@ -196,9 +197,8 @@ def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> li
         for start in range(0, len(members), count):
             batch = members[start : start + count]
             shifted = torch.cat([factors[i] for i in batch])
-            shifted.diagonal(dim1=-2, dim2=-1).add_(
-                torch.cat([dampings[i] for i in batch])[:, None]
-            )
+            damping = torch.cat([dampings[i] for i in batch])
+            shifted.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
             root, info = torch.linalg.cholesky_ex(shifted)
             inverse = _inverse_from_root(root)
             inverse[info != 0] = torch.nan
@@ -274,11 +274,7 @@ class KroneckerProduct:
         return multiply_right(multiply_left(self.grad_output_factor, X), self.input_factor)
 
     def apply_columns(self, columns: Sequence[Tensor]) -> list[Tensor]:
-        """Return G X A in the columns `[..., B, d_out, width]` that X is given in, as [W | b] is.
-
-        Args:
-            columns: The parts of X.
-        """
+        """Return G X A in the columns `[..., B, d_out, width]` that X is given in, as [W | b]."""
         left = _multiplied_left(self.grad_output_factor, columns)
         A, widths = self.input_factor, [x.shape[-1] for x in columns]
         rows = left.split(widths, dim=-1) if is_diagonal(A) else [left] * len(widths)
@@ -312,9 +308,7 @@ class KroneckerProduct:
         values = values_g.unsqueeze(-1) * values_a.unsqueeze(-2)
         return KroneckerEigendecomposition(basis_g, basis_a, values)
 
-    def inverse(
-        self, damping: float, method: DampingMethod
-    ) -> KroneckerProduct | KroneckerEigendecomposition:
+    def inverse(self, damping: float, method: DampingMethod) -> KroneckerMatrix:
         """Return the damped inverse.
 
         Args:
@@ -330,9 +324,7 @@ class KroneckerProduct:
         if method == "exact":
             return self.eigendecomposition().inverse(damping)
         sides = (self.grad_output_factor, self.input_factor)
-        dampings = factored_damping(*sides, damping)
-        inverses = [damped_inverse(side, d) for side, d in zip(sides, dampings, strict=True)]
-        return KroneckerProduct(*inverses)
+        return KroneckerProduct(*map(damped_inverse, sides, factored_damping(*sides, damping)))
 
 
 @dataclass
@@ -357,12 +349,9 @@ class KroneckerEigendecomposition:
     def widened(self) -> KroneckerEigendecomposition:
         """Return the same matrix with bases and eigenvalues in one dtype, at least float32."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        basis_g, basis_a = self.grad_output_basis, self.input_basis
-        return KroneckerEigendecomposition(
-            None if basis_g is None else basis_g.to(dtype),
-            None if basis_a is None else basis_a.to(dtype),
-            self.eigenvalues.to(dtype),
-        )
+        bases = (self.grad_output_basis, self.input_basis)
+        basis_g, basis_a = (None if Q is None else Q.to(dtype) for Q in bases)
+        return KroneckerEigendecomposition(basis_g, basis_a, self.eigenvalues.to(dtype))
 
     def apply(self, X: Tensor) -> Tensor:
         """Return Q_G (λ ⊙ (Q_Gᵀ X Q_A)) Q_Aᵀ for X `[..., B, d_out, d_in]`."""
@@ -398,3 +387,6 @@ class KroneckerEigendecomposition:
     def logdet(self) -> Tensor:
         """Return Σ log λ."""
         return self.eigenvalues.log().sum()
+
+
+KroneckerMatrix = KroneckerProduct | KroneckerEigendecomposition

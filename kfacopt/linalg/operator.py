@@ -36,6 +36,7 @@ class LinearOperator(SciPyLinearOperator):
         device: Where products are computed.
         in_shapes: Shapes of the parameter tensors that make up the D columns, if there are any.
         out_shapes: The same for the M rows.
+        operands: The operators that products are computed by.
     """
 
     def __init__(
@@ -45,15 +46,19 @@ class LinearOperator(SciPyLinearOperator):
         device: torch.device,
         in_shapes: Shapes | None = None,
         out_shapes: Shapes | None = None,
+        operands: tuple[LinearOperator, ...] = (),
     ) -> None:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: an operator must be real and floating, got {dtype}.")
         super().__init__(conversions.numpy_dtype(dtype), shape)
-        self._derive_from()
         self.torch_dtype = dtype
         self.device = torch.device(device)
         self.in_shapes = in_shapes
         self.out_shapes = out_shapes
+        self._operands = operands
+        self._operand_shapes = [A.shape for A in operands]
+        # Not where rows and columns may be chosen anew, of the operator or what it is made of.
+        self._is_fixed: bool = all(A._is_fixed for A in operands)
 
     # Whether the matrix is symmetric where all that it is derived from are.
     _keeps_symmetry = False
@@ -62,13 +67,6 @@ class LinearOperator(SciPyLinearOperator):
     def self_adjoint(self) -> bool:
         """Whether the matrix is known to be symmetric."""
         return self._keeps_symmetry and all(A.self_adjoint for A in self._operands)
-
-    def _derive_from(self, *operands: LinearOperator) -> None:
-        """Note the operators that products are computed by."""
-        self._operands = operands
-        self._operand_shapes = [A.shape for A in operands]
-        # Not where rows and columns may be chosen anew, of the operator or what it is made of.
-        self._is_fixed: bool = all(A._is_fixed for A in operands)
 
     def _check_operands(self) -> None:
         """Raise if an operand has another shape than when this operator was derived from it."""
@@ -133,7 +131,7 @@ class LinearOperator(SciPyLinearOperator):
             return conversions.multiply_tensor(self, self._matmat_tensor, x, self.shape[1])
         if is_tensor_list(x):
             shapes = (self.in_shapes, self.out_shapes)
-            return conversions.multiply_list(self, self._matmat_tensor, x, shapes, self.shape[1])
+            return conversions.multiply_list(self, self._matmat_tensor, x, shapes)
         if isinstance(x, SciPyLinearOperator):
             return ProductLinearOperator(self, as_operator(x, like=self))
         if np.isscalar(x):
@@ -154,7 +152,7 @@ class LinearOperator(SciPyLinearOperator):
             return conversions.multiply_tensor(self, self._rmatmat_tensor, x.mT, self.shape[0]).mT
         if is_tensor_list(x):
             shapes = (self.out_shapes, self.in_shapes)
-            return conversions.multiply_list(self, self._rmatmat_tensor, x, shapes, self.shape[0])
+            return conversions.multiply_list(self, self._rmatmat_tensor, x, shapes)
         if isinstance(x, SciPyLinearOperator):
             return ProductLinearOperator(as_operator(x, like=self), self)
         if np.isscalar(x):
@@ -180,14 +178,9 @@ class LinearOperator(SciPyLinearOperator):
     # Arithmetic ----------------------------------------------------------------------------
 
     def _adjoint(self) -> LinearOperator:
-        lasting = self.self_adjoint and self._is_fixed
-        return self if lasting else AdjointLinearOperator(self)
+        return self if self.self_adjoint and self._is_fixed else AdjointLinearOperator(self)
 
     _transpose = _adjoint
-
-    def __mul__(self, x: Any) -> Any:
-        """Scale by a number, or multiply as `@` does."""
-        return self.dot(x)
 
     def __rmul__(self, x: Any) -> Any:
         """Scale by a number, or multiply from the left."""
@@ -232,12 +225,7 @@ def _is_torch(x: Any) -> bool:
 
 
 def as_operator(A: SciPyLinearOperator, like: LinearOperator) -> LinearOperator:
-    """Return `A` itself if it is ours, else a wrapper that brings it to `like`'s dtype and device.
-
-    Args:
-        A: A SciPy linear operator.
-        like: The operator that `A` is to be combined with.
-    """
+    """Return `A` itself if it is ours, else a wrapper with the dtype and device of `like`."""
     if isinstance(A, LinearOperator):
         return A
     return ForeignLinearOperator(A, like.torch_dtype, like.device)
@@ -247,17 +235,14 @@ class ForeignLinearOperator(LinearOperator):
     """A SciPy operator among ours: its products with tensors make a round trip through NumPy."""
 
     def __init__(self, A: SciPyLinearOperator, dtype: torch.dtype, device: torch.device) -> None:
-        """Wrap `A`; products are converted to `dtype` and `device`."""
         if A.dtype is not None and np.dtype(A.dtype).kind == "c":
             raise ValueError("A: complex operators cannot be combined with real ones here.")
         super().__init__(A.shape, dtype, device)
         self._A = A
 
     def _round_trip(self, X: Tensor, adjoint: bool) -> Tensor:
-        X64 = X.to("cpu", torch.float64).numpy()
-        return torch.from_numpy(scipy_product(self._A, X64, adjoint)).to(
-            self.device, self.torch_dtype
-        )
+        product = scipy_product(self._A, X.to("cpu", torch.float64).numpy(), adjoint)
+        return torch.from_numpy(product).to(self.device, self.torch_dtype)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._round_trip(X, adjoint=False)
@@ -272,11 +257,9 @@ class AdjointLinearOperator(LinearOperator):
     _keeps_symmetry = True
 
     def __init__(self, A: LinearOperator) -> None:
-        """Represent the transpose of `A`."""
         rows, columns = A.shape
-        super().__init__((columns, rows), A.torch_dtype, A.device, A.out_shapes, A.in_shapes)
+        super().__init__((columns, rows), A.torch_dtype, A.device, A.out_shapes, A.in_shapes, (A,))
         self._A = A
-        self._derive_from(A)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._A._rmatmat_tensor(X)
@@ -296,12 +279,10 @@ class ScaledLinearOperator(LinearOperator):
     _keeps_symmetry = True
 
     def __init__(self, A: LinearOperator, alpha: Any) -> None:
-        """Represent `alpha * A`."""
         if isinstance(alpha, complex | np.complexfloating):
             raise ValueError(f"alpha: operators are scaled by real numbers, got {alpha}.")
-        super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes)
+        super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes, (A,))
         self._A, self._alpha = A, as_real("alpha", alpha)
-        self._derive_from(A)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._A._matmat_tensor(X) * self._alpha
@@ -322,13 +303,10 @@ class SumLinearOperator(LinearOperator):
     _keeps_symmetry = True
 
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
-        """Represent `A + B`."""
         if A.shape != B.shape:
             raise ValueError(f"cannot add operators of shapes {A.shape} and {B.shape}.")
-        in_shapes = A.in_shapes if A.in_shapes is not None else B.in_shapes
-        out_shapes = A.out_shapes if A.out_shapes is not None else B.out_shapes
-        super().__init__(A.shape, _common_dtype(A, B), A.device, in_shapes, out_shapes)
-        self._derive_from(A, B)
+        in_shapes, out_shapes = A.in_shapes or B.in_shapes, A.out_shapes or B.out_shapes
+        super().__init__(A.shape, _common_dtype(A, B), A.device, in_shapes, out_shapes, (A, B))
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         first, second = (A._matmat_tensor(X.to(A.torch_dtype)) for A in self._operands)
@@ -347,7 +325,6 @@ class ProductLinearOperator(LinearOperator):
     """A B."""
 
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
-        """Represent the matrix product `A @ B`."""
         if A.shape[1] != B.shape[0]:
             raise ValueError(f"cannot multiply operators of shapes {A.shape} and {B.shape}.")
         in_shapes, out_shapes = B.in_shapes, A.out_shapes
@@ -357,8 +334,7 @@ class ProductLinearOperator(LinearOperator):
         if _knows_no_parameters(B) and B.shape[0] == B.shape[1]:
             in_shapes = A.in_shapes
         shape = (A.shape[0], B.shape[1])
-        super().__init__(shape, _common_dtype(A, B), A.device, in_shapes, out_shapes)
-        self._derive_from(A, B)
+        super().__init__(shape, _common_dtype(A, B), A.device, in_shapes, out_shapes, (A, B))
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         A, B = self._operands
@@ -375,14 +351,12 @@ class PowerLinearOperator(LinearOperator):
     _keeps_symmetry = True
 
     def __init__(self, A: LinearOperator, exponent: int) -> None:
-        """Represent `A` multiplied `exponent` times."""
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"only square operators have powers, got the shape {A.shape}.")
         if not isinstance(exponent, int | np.integer) or exponent < 0:
             raise ValueError(f"exponent must be an integer of at least 0, got {exponent!r}.")
-        super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes)
+        super().__init__(A.shape, A.torch_dtype, A.device, A.in_shapes, A.out_shapes, (A,))
         self._A, self._exponent = A, int(exponent)
-        self._derive_from(A)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
         return self._repeat(self._A._matmat_tensor, X)

@@ -118,15 +118,16 @@ class Observation:
         )
 
 
+def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.layout, tensor.device, tensor.dtype
+
+
 class Snapshot:
     """What is reached from some objects, as it is at one moment.
 
     Versions of tensors do not tell their values: a write through `.data` leaves them as they were.
     What nobody can see from the objects themselves is not compared: attributes of classes, and
     what functions close over or read from their module.
-
-    Args:
-        roots: Tensors, modules, or any other objects; see `Observation`.
     """
 
     def __init__(self, roots: Sequence[Any]) -> None:
@@ -147,17 +148,9 @@ class Snapshot:
         if not present.has_settings_of(self._observation):
             return False
         tensors = present.tensors
-        if len(tensors) != len(self._values):
+        if list(map(_kind_of, tensors)) != list(map(_kind_of, self._values)):
             return False
-        pairs = list(zip(tensors, self._values, strict=True))
-        if any(
-            t.shape != value.shape
-            or t.layout != value.layout
-            or t.device != value.device
-            or t.dtype != value.dtype
-            for t, value in pairs
-        ):
-            return False
+        pairs = zip(tensors, self._values, strict=True)
         if all(t.device.type == "cpu" or t.layout != torch.strided for t in tensors):
             return all(same_entries(t, value) for t, value in pairs)
         # one synchronisation with the device in place of one for each tensor

@@ -73,7 +73,7 @@ class IdentityLinearOperator(LinearOperator):
     self_adjoint = True
 
     def __init__(self, like: LinearOperator) -> None:
-        check_square(like, "like")
+        square_operator(like, "like")
         super().__init__(like.shape, like.torch_dtype, like.device, like.in_shapes, like.out_shapes)
 
     def _matmat_tensor(self, X: Tensor) -> Tensor:
@@ -104,8 +104,7 @@ class SubmatrixLinearOperator(LinearOperator):
 
     def __init__(self, A: Any, row_idxs: Sequence[int], col_idxs: Sequence[int]) -> None:
         self._A = operator_from(A)
-        super().__init__(self._A.shape, self._A.torch_dtype, self._A.device)
-        self._derive_from(self._A)
+        super().__init__(self._A.shape, self._A.torch_dtype, self._A.device, operands=(self._A,))
         self._is_fixed = False
         self.set_submatrix(row_idxs, col_idxs)
 
@@ -213,7 +212,9 @@ def operator_from(
     )
 
 
-def check_square(A: LinearOperator, name: str = "A") -> None:
-    """Raise a `ValueError` if an operator is not square."""
-    if A.shape[0] != A.shape[1]:
-        raise ValueError(f"{name} must be square, got the shape {tuple(A.shape)}.")
+def square_operator(A: Any, name: str = "A") -> LinearOperator:
+    """Return what `operator_from` does; raise a `ValueError` if it is not square."""
+    operator = operator_from(A)
+    if operator.shape[0] != operator.shape[1]:
+        raise ValueError(f"{name} must be square, got the shape {tuple(operator.shape)}.")
+    return operator

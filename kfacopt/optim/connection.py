@@ -70,14 +70,7 @@ class Connection:
     def watch_step(
         self, step: int, active: bool, settings: Settings, state: CurvatureState
     ) -> None:
-        """Put hooks on the modules or take them off, and tell the statistics of the bases.
-
-        Args:
-            step: The number of the step that comes.
-            active: Whether statistics are due in it.
-            settings: Those of the whole optimizer.
-            state: Has the layers and their bases.
-        """
+        """Put hooks on the modules or take them off, and tell the statistics of the bases."""
         active = active and bool(state.layers)
         if active and settings.inverse.corrected:
             # Where the next step changes the bases, its second moments wait for the new ones.
@@ -120,11 +113,6 @@ def connect(
     covered = {id(p) for layer in curvature.layers for p in (layer.weight, layer.bias)}
     rest = [names[id(p)] for p in params if id(p) not in covered]
     log_layers(curvature.layers, rest, settings.curvature.form)
-    return Connection(
-        watch,
-        statistics,
-        names,
-        embeddings(module for _, module in modules),
-        [p.requires_grad for p in params],
-        placement_of(params),
-    )
+    embedded = embeddings(module for _, module in modules)
+    trained = [p.requires_grad for p in params]
+    return Connection(watch, statistics, names, embedded, trained, placement_of(params))

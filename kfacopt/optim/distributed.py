@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.optim.settings import Settings
+from kfacopt.optim.state.running_averages import States
 from kfacopt.optim.watch.wrappers import WrapperWatch
 
 
@@ -25,7 +25,6 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        """Start without a wrapper."""
         self.wrappers = WrapperWatch()
 
     def group(self, params: Sequence[Parameter]) -> dist.ProcessGroup | None:
@@ -36,26 +35,62 @@ class Ranks:
     def refuse_different(
         self, params: Sequence[Parameter], layers: Iterable[Layer], settings: Settings, step: int
     ) -> None:
-        """Raise on all ranks if their optimizers are not the same, before they exchange more."""
+        """Raise on all ranks if their optimizers are not the same, before they exchange more.
+
+        Raises:
+            RuntimeError: If a rank differs in what decides what it sends.
+        """
         wrapper = self.wrappers.wrapper(params)
         assert wrapper is not None
         positions = {id(p): i for i, p in enumerate(wrapper.parameters())}
         own = [
-            (positions.get(id(p)), layer.groups, layer.d_in, layer.d_out, p.dtype)
-            for layer in layers
-            for p in (layer.anchor,)
+            (positions.get(id(la.anchor)), la.groups, la.d_in, la.d_out, la.anchor.dtype)
+            for la in layers
         ]
         alike = (settings.inverse, settings.schedule, settings.steps, settings.curvature.form)
         described = repr((own, *alike, settings.curvature.fisher_type))
-        refuse_different_optimizers(described, step, params[0].device, group_of(wrapper))
+        sent = (zlib.crc32(described.encode()), step)
+        extremes = torch.tensor([*sent, *(-x for x in sent)], device=params[0].device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group_of(wrapper))
+        largest, steps_largest, smallest, steps_smallest = extremes.tolist()
+        if largest != -smallest:
+            raise RuntimeError(
+                "KFACOptimizer: the ranks' optimizers have different layers or settings, so that "
+                "their factors cannot be averaged. Make it with the same parameters (all of them, "
+                "frozen alike) and the same settings on every rank."
+            )
+        if steps_largest != -steps_smallest:
+            raise RuntimeError(
+                f"KFACOptimizer: the ranks' optimizers have made from {-steps_smallest} to "
+                f"{steps_largest} steps. Load a saved state on every rank, and let all step "
+                "together."
+            )
 
-    def align(
-        self, states: MutableMapping[Tensor, Any], params: Sequence[Parameter], own: list[Block]
-    ) -> None:
-        """Let ranks have the same parameters to the bit, where factors were due."""
+    def align(self, states: States, params: Sequence[Parameter], own: list[Block]) -> None:
+        """Give every rank the first one's parameters and momentum, which differ by round-off.
+
+        Products with an inverse are rounded in other ways by other numbers of threads; over
+        thousands of steps such differences grow.
+
+        Args:
+            states: The optimizer's state.
+            params: Its parameters.
+            own: The blocks, in the same order on every rank; parameters that their wrapper was
+                told to ignore are left alone.
+        """
         wrapper = self.wrappers.wrapper(params)
-        if wrapper is not None and dist.get_world_size(wrapper.process_group) > 1:
-            align_parameters(states, [p for block in own for p in block.parameters], wrapper)
+        if wrapper is None or dist.get_world_size(wrapper.process_group) == 1:
+            return
+        group, ignored = wrapper.process_group, wrapper.parameters_to_ignore
+        shared = {p for name, p in wrapper.module.named_parameters() if name not in ignored}
+        first, mine = dist.get_global_rank(group, 0), dist.get_rank(group) == 0
+        for p in (p for block in own for p in block.parameters if p in shared):
+            for value in (p.detach(), states[p].get("momentum_buffer")):
+                if value is not None:
+                    buffer = value.contiguous()
+                    dist.broadcast(buffer, first, group=group)
+                    if not mine:
+                        value.copy_(buffer)
 
 
 def group_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
@@ -74,76 +109,10 @@ def group_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
     return group
 
 
-def refuse_different_optimizers(
-    description: str, steps: int, device: torch.device, group: dist.ProcessGroup
-) -> None:
-    """Raise on all ranks if their optimizers do not have the same to send.
-
-    Args:
-        description: What decides what this rank sends.
-        steps: How many steps this rank's optimizer has made.
-        device: Where the group's tensors are.
-        group: The process group.
-
-    Raises:
-        RuntimeError: If a rank differs.
-    """
-    own = (zlib.crc32(description.encode()), steps)
-    extremes = torch.tensor([*own, *(-x for x in own)], device=device)
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    largest, steps_largest, smallest, steps_smallest = extremes.tolist()
-    if largest != -smallest:
-        raise RuntimeError(
-            "KFACOptimizer: the ranks' optimizers have different layers or settings, so that their "
-            "factors cannot be averaged. Make it with the same parameters (all of them, frozen "
-            "alike) and the same settings on every rank."
-        )
-    if steps_largest != -steps_smallest:
-        raise RuntimeError(
-            f"KFACOptimizer: the ranks' optimizers have made from {-steps_smallest} to "
-            f"{steps_largest} steps. Load a saved state on every rank, and let all step together."
-        )
-
-
 def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Return the mean of numbers over all ranks; the numbers themselves without a group.
-
-    Args:
-        values: Numbers, the same kind on every rank.
-        group: The process group.
-    """
+    """Return the mean of numbers over all ranks; the numbers themselves without a group."""
     if group is None:
         return values
     total = values.clone()
     dist.all_reduce(total, group=group)
     return total / dist.get_world_size(group)
-
-
-def align_parameters(
-    states: MutableMapping[Tensor, Any],
-    params: Sequence[Parameter],
-    wrapper: DistributedDataParallel,
-) -> None:
-    """Give every rank the first one's parameters and momentum, which differ by round-off.
-
-    Products with an inverse are rounded in other ways by other numbers of threads; over thousands
-    of steps such differences grow.
-
-    Args:
-        states: The optimizer's state.
-        params: The parameters, in the same order on every rank.
-        wrapper: Their wrapper; parameters that it was told to ignore are left alone.
-    """
-    group, ignored = wrapper.process_group, wrapper.parameters_to_ignore
-    shared = {p for name, p in wrapper.module.named_parameters() if name not in ignored}
-    first, mine = dist.get_global_rank(group, 0), dist.get_rank(group) == 0
-    for p in params:
-        if p not in shared:
-            continue
-        for value in (p.detach(), states[p].get("momentum_buffer")):
-            if value is None:
-                continue
-            buffer = value.contiguous()
-            dist.broadcast(buffer, first, group=group)
-            if not mine:
-                value.copy_(buffer)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfacopt.kfac.layers import Block
-from kfacopt.linalg.kronecker import (
-    KroneckerEigendecomposition,
-    KroneckerProduct,
-    eigendecomposition,
-)
-from kfacopt.optim.settings import as_number
+from kfacopt.linalg.kronecker import KroneckerMatrix, KroneckerProduct, eigendecomposition
+from kfacopt.optim.settings import Groups, as_number
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.state.inverses import inverse_of
 
@@ -22,15 +18,9 @@ Scalars = dict[str, float]
 
 
 def all_block_statistics(
-    curvature: CurvatureState, groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]
+    curvature: CurvatureState, groups: Groups, names: Mapping[int, str]
 ) -> Scalars:
-    """Return the statistics of all blocks, by the layer's name, or the parameter's.
-
-    Args:
-        curvature: Has the blocks.
-        groups: The parameter groups.
-        names: The parameters' names by their `id`.
-    """
+    """Return the statistics of all blocks, by the layer's name, or the parameter's."""
     damping = {p: as_number(group["damping"]) for group in groups for p in group["params"]}
     result: Scalars = {}
     for block in curvature.blocks:
@@ -45,12 +35,6 @@ def block_statistics(
     states: Mapping[Tensor, Any], block: Block, damping: float, num_steps: int
 ) -> Scalars:
     """Return what is known of a block's factors and inverse.
-
-    Args:
-        states: The optimizer's state.
-        block: The block.
-        damping: δ.
-        num_steps: The number of steps so far.
 
     Returns:
         `damping`, `factor_age` and `inverse_age` (steps since they were computed, 0 for the last
@@ -72,7 +56,7 @@ def block_statistics(
     }
 
 
-def condition(inverse: KroneckerProduct | KroneckerEigendecomposition) -> float:
+def condition(inverse: KroneckerMatrix) -> float:
     """Return the largest over the smallest eigenvalue of a block's damped curvature.
 
     Args:
@@ -80,10 +64,10 @@ def condition(inverse: KroneckerProduct | KroneckerEigendecomposition) -> float:
             (groups of a convolution) the worst counts.
     """
     inverse = inverse.widened()
-    if isinstance(inverse, KroneckerEigendecomposition):
-        values = inverse.eigenvalues.flatten(1)
-        return float((values.amax(1) / values.amin(1)).max())
-    sides = (inverse.grad_output_factor, inverse.input_factor)
-    spectra = [eigendecomposition(side)[0] for side in sides]
+    if isinstance(inverse, KroneckerProduct):
+        sides = (inverse.grad_output_factor, inverse.input_factor)
+        spectra = [eigendecomposition(side)[0] for side in sides]
+    else:
+        spectra = [inverse.eigenvalues.flatten(1)]
     ratios = [values.amax(1) / values.amin(1) for values in spectra]
     return float(torch.stack(ratios).prod(0).max())

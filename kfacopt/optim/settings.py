@@ -6,7 +6,7 @@ signature stand there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ PreconditionerKind = Literal["kfac", "ekfac"]
 PRECONDITIONERS: tuple[PreconditionerKind, ...] = ("kfac", "ekfac")
 
 Check = Callable[[str, Any], None]
+Groups = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -161,22 +162,11 @@ def _or_none(check: Check) -> Check:
     return checked
 
 
-def _in_range(*bounds: float, **options: Any) -> Check:
-    return lambda name, value: check_range(name, value, *bounds, **options)
-
-
 def _number(*bounds: float, **options: Any) -> Check:
     return lambda name, value: check_range(name, as_number(value), *bounds, **options)
 
 
-def _choice(choices: tuple[str, ...]) -> Check:
-    return lambda name, value: check_choice(name, value, choices)
-
-
-def _check_kept_dtype(name: str, dtype: Any) -> None:
-    allowed = (None, torch.bfloat16, torch.float32, torch.float64)
-    if dtype not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {dtype!r}.")
+_KEPT_DTYPES = (None, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check_model(name: str, model: Any) -> None:
@@ -203,18 +193,18 @@ GROUP_SETTINGS: dict[str, Check] = {
     "foreach": _or_none(check_flag),
 }
 WHOLE_SETTINGS: dict[str, Check] = {
-    "preconditioner": _choice(PRECONDITIONERS),
-    "damping_method": _choice(DAMPING_METHODS),
-    "factor_dtype": _check_kept_dtype,
-    "inverse_dtype": _check_kept_dtype,
-    "fisher_type": _choice(FISHER_TYPES),
-    "kfac_approx": _choice(KFAC_APPROXES),
+    "preconditioner": partial(check_choice, allowed=PRECONDITIONERS),
+    "damping_method": partial(check_choice, allowed=DAMPING_METHODS),
+    "factor_dtype": partial(check_choice, allowed=_KEPT_DTYPES),
+    "inverse_dtype": partial(check_choice, allowed=_KEPT_DTYPES),
+    "fisher_type": partial(check_choice, allowed=FISHER_TYPES),
+    "kfac_approx": partial(check_choice, allowed=KFAC_APPROXES),
     "mc_samples": check_count,
-    "ema_decay": _in_range(0, 1, upper_open=True),
-    "factor_batch_fraction": _in_range(0, 1, lower_open=True),
+    "ema_decay": partial(check_range, lower=0, upper=1, upper_open=True),
+    "factor_batch_fraction": partial(check_range, lower=0, upper=1, lower_open=True),
     "factor_update_interval": check_count,
     "inverse_update_interval": check_count,
-    "kl_clip": _or_none(_in_range(0, lower_open=True)),
+    "kl_clip": _or_none(partial(check_range, lower=0, lower_open=True)),
     "max_factor_dim": _or_none(check_count),
     "separate_weight_and_bias": check_flag,
     "model": _check_model,
@@ -320,11 +310,7 @@ def as_number(value: Any) -> Any:
 
 @contextmanager
 def numbers_alone(groups: Iterable[dict[str, Any]]) -> Iterator[None]:
-    """Let settings be plain numbers for a while, also those that are tensors.
-
-    Args:
-        groups: The parameter groups.
-    """
+    """Let settings be plain numbers for a while, also those that are tensors."""
     replaced = []
     for group in groups:
         for name in _NUMBERS:

@@ -8,7 +8,7 @@ What is in a checkpoint, by parameter; "anchor" is a layer's or block's first tr
   EKFAC `input_basis` and `grad_output_basis` (none of a diagonal side), and `inverse_eigenvalues`
   or, for EKFAC, `second_moments` and `second_moment_weight`; `inverse_step` (−1: only there to be
   loaded into), `inverse_failures`
-- of a parameter in a layer: `momentum_buffer`, if its group has momentum; for `lr="auto"`
+- of a parameter in a layer: `momentum_buffer`, if its group has momentum; for `lr="auto"` instead
   `previous_parameter`, `has_previous_parameter`
 - of a parameter outside of layers, or that AdamW ever trained: `exp_avg`, `exp_avg_sq`, `step`
 - of a group: `settings.GROUP_SETTINGS`, `base_lr`, `num_steps`

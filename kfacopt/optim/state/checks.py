@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,52 +10,32 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kfacopt.optim.settings import check_group
+from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
+from kfacopt.optim.settings import Groups, check_group
 from kfacopt.optim.state.conversions import was_not_saved
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
-from kfacopt.optim.state.inverses import NO_INVERSE
-from kfacopt.optim.state.running_averages import RECORDS
+from kfacopt.optim.state.inverses import BASES, CORRECTION, INVERSES, NO_INVERSE
+from kfacopt.optim.state.running_averages import FACTORS, RECORDS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Beyond round-off of a matrix product, or of bfloat16, in units of the largest entry.
 _ASYMMETRY = 0.02
 
-_FACTORS = ("input_factor", "grad_output_factor")
-_INVERSES = ("input_inverse", "grad_output_inverse")
-_BASES = ("input_basis", "grad_output_basis")
-_NOT_NEGATIVE = (
-    "inverse_eigenvalues",
-    "second_moments",
-    "exp_avg_sq",
-    "factor_weight",
-    "second_moment_weight",
-    "step",
-)
-_FLOATING = (*_FACTORS, *_INVERSES, *_BASES, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
-_COUNTS = {
-    "factor_updates": 0,
-    "inverse_failures": 0,
-    "inverse_step": NO_INVERSE,
-    "skipped_updates": 0,
-    "factor_step": 0,
-    HAS_PREVIOUS: 0,
-}
+_NOT_NEGATIVE = ("inverse_eigenvalues", *CORRECTION, "exp_avg_sq", "factor_weight", "step")
+_FLOATING = (*FACTORS, *INVERSES, *BASES, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
 _SCALARS = ("step", "skipped_updates", "factor_step")
+_COUNTS = ("factor_updates", "skipped_updates", "factor_step", "inverse_failures", HAS_PREVIOUS)
+_LEAST = dict.fromkeys(_COUNTS, 0) | {"inverse_step": NO_INVERSE}
 
 # Entries that are there together or not at all.
-_TOGETHER = (
-    (*_FACTORS, *RECORDS),
-    _INVERSES,
-    ("second_moments", "second_moment_weight"),
-    ("exp_avg", "exp_avg_sq", "step"),
-    (PREVIOUS, HAS_PREVIOUS),
-)
+_ADAMW = ("exp_avg", "exp_avg_sq", "step")
+_TOGETHER = ((*FACTORS, *RECORDS), INVERSES, CORRECTION, _ADAMW, (PREVIOUS, HAS_PREVIOUS))
 
 
 def check_state_dict(
     state_dict: Any,
-    groups: Sequence[Mapping[str, Any]],
+    groups: Groups,
     named_params: Sequence[tuple[str, Parameter]],
     shapes: Mapping[Parameter, Shapes],
     tuned: bool,
@@ -73,12 +53,9 @@ def check_state_dict(
         ValueError: If it is not a KFACOptimizer's, or an entry is missing, or has a type, shape or
             value that no entry of its kind has.
     """
-    fits = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
-    if (
-        not fits
-        or not isinstance(state_dict["state"], Mapping)
-        or not isinstance(state_dict["param_groups"], list | tuple)
-    ):
+    kinds = (("state", Mapping), ("param_groups", list | tuple))
+    fits = isinstance(state_dict, Mapping)
+    if not fits or not all(isinstance(state_dict.get(key), kind) for key, kind in kinds):
         raise ValueError(
             "state_dict must be what KFACOptimizer.state_dict() returned, a dict with the keys "
             f"'state' (a dict) and 'param_groups' (a list), got {_described(state_dict)}."
@@ -110,10 +87,6 @@ def _check_kind_of_steps(states: Mapping[Any, Mapping[str, Any]], tuned: bool) -
     """Raise for a state of steps with a fixed lr where steps tune themselves, or the reverse.
 
     A state without layers cannot tell, and passes.
-
-    Args:
-        states: The state that is to be loaded, by parameter, once it has been checked otherwise.
-        tuned: Whether the optimizer that loads it has lr="auto".
     """
     there = [_present(entries) for entries in states.values()]
     saved_tuned = any(HAS_PREVIOUS in entries for entries in there)
@@ -180,10 +153,10 @@ def _inverse_entries(there: Mapping[str, Any], shapes: Shapes) -> Iterable[tuple
     """Yield what must be there beside an inverse, or eigenvalues with full sides."""
     for name in ("inverse_eigenvalues", "second_moments"):
         if name in there and name in shapes:
-            full = [basis for basis in _BASES if len(shapes[basis]) == 3]
+            full = [basis for basis in BASES if len(shapes[basis]) == 3]
             yield (name, "inverse_step", *full)
-    if _INVERSES[0] in there:
-        yield (_INVERSES[0], "inverse_step")
+    if INVERSES[0] in there:
+        yield (INVERSES[0], "inverse_step")
 
 
 def _check_entry(
@@ -191,8 +164,8 @@ def _check_entry(
 ) -> None:
     if name == "generator_state":
         _check_bytes(where, value)
-    if name in _COUNTS:
-        _check_saved_count(where, value, _COUNTS[name], name in _SCALARS)
+    if name in _LEAST:
+        _check_saved_count(where, value, _LEAST[name], name in _SCALARS)
         return
     if name in _SCALARS:
         shape = ()
@@ -210,7 +183,7 @@ def _check_entry(
         raise ValueError(f"{where} must be a tensor of floating numbers, got {value.dtype}.")
     if not bool(value.isfinite().all()):
         raise ValueError(f"{where} has NaN or infinite entries.")
-    if name in (*_FACTORS, *_INVERSES):
+    if name in (*FACTORS, *INVERSES):
         _check_positive(where, value)
     if name in _NOT_NEGATIVE and bool((value < 0).any()):
         raise ValueError(f"{where} must not be negative, got {float(value.min()):.3g}.")
@@ -223,12 +196,11 @@ def _check_bytes(where: str, value: Any) -> None:
 
 
 def _check_saved_count(where: str, value: Any, least: int, scalar: bool) -> None:
-    is_count: Callable[[Any], bool] = (
-        (lambda v: isinstance(v, Tensor) and v.ndim == 0 and v.dtype == torch.int64)
-        if scalar
-        else (lambda v: isinstance(v, int) and not isinstance(v, bool))
-    )
-    if not is_count(value) or value < least:
+    if scalar:
+        is_count = isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.int64
+    else:
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+    if not is_count or value < least:
         kind = "a tensor of one torch.int64" if scalar else "an integer"
         got = repr(value) if isinstance(value, int | float) else _described(value)
         if isinstance(value, Tensor) and value.numel() == 1:
@@ -238,12 +210,10 @@ def _check_saved_count(where: str, value: Any, least: int, scalar: bool) -> None
 
 def _check_positive(where: str, value: Tensor) -> None:
     """Raise unless `[B, d, d]` is symmetric with a diagonal, or `[B, d]` is one, of at least 0."""
-    diagonal = value
-    if value.ndim == 3:
-        diagonal = value.diagonal(dim1=-2, dim2=-1)
+    if not is_diagonal(value):
         asymmetry = (value - value.mT).abs().amax() / value.abs().amax().clamp(min=1e-30)
         if float(asymmetry) > _ASYMMETRY:
             raise ValueError(f"{where} must be symmetric.")
-    if bool((diagonal < 0).any()):
-        least = float(diagonal.min())
+    least = float(diagonal_of(value).min())
+    if least < 0:
         raise ValueError(f"{where} must have no negative entry on its diagonal, got {least:.3g}.")

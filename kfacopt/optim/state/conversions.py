@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from kfacopt.kfac.factors import FactorForm, factor_dtype
+from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Layer
-from kfacopt.optim.settings import InverseForm
+from kfacopt.optim.settings import Groups, Settings
+from kfacopt.optim.state.inverses import INVERSE_KEYS, INVERSE_SIDES
+from kfacopt.optim.state.running_averages import FACTORS, RECORDS, States
 
 logger = logging.getLogger("kfacopt")
 
 _GENERATOR = "generator_state"
 
-_INVERSE_SIDES = frozenset(
-    {
-        "grad_output_inverse",
-        "input_inverse",
-        "grad_output_basis",
-        "input_basis",
-        "inverse_eigenvalues",
-    }
-)
-
 # Kept in a dtype of their own, whatever that of the parameter.
-_OWN_DTYPE = _INVERSE_SIDES | frozenset(
-    {
-        "input_factor",
-        "grad_output_factor",
-        "factor_weight",
-        "skipped_updates",
-        "factor_step",
-        "second_moments",
-        "second_moment_weight",
-    }
-)
+_OWN_DTYPE = frozenset((*FACTORS, *RECORDS, *INVERSE_KEYS))
 
 
 def was_not_saved(value: Any) -> bool:
@@ -47,18 +29,8 @@ def was_not_saved(value: Any) -> bool:
     return isinstance(value, dict) and not value
 
 
-def restore_dtypes(
-    states: MutableMapping[Tensor, Any],
-    param_groups: Sequence[dict[str, Any]],
-    state_dict: dict[str, Any],
-) -> None:
-    """Undo the cast of floating state to the parameter's dtype in `Optimizer.load_state_dict`.
-
-    Args:
-        states: The optimizer's state after loading.
-        param_groups: The optimizer's groups.
-        state_dict: What was loaded.
-    """
+def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, Any]) -> None:
+    """Undo the cast of floating state to the parameter's dtype in `Optimizer.load_state_dict`."""
     saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
     params = chain.from_iterable(g["params"] for g in param_groups)
     for key, p in zip(saved, params, strict=True):
@@ -71,29 +43,16 @@ def restore_dtypes(
                 states[p][name] = value.detach().to("cpu", copy=True)
 
 
-def store_generator(
-    states: MutableMapping[Tensor, Any], layers: Sequence[Layer], generator: Generator
-) -> None:
-    """Put a generator's state into that of the first layer: no other place is carried everywhere.
-
-    Args:
-        states: The optimizer's state.
-        layers: Its layers.
-        generator: The generator of labels.
-    """
+def store_generator(states: States, layers: Sequence[Layer], generator: Generator) -> None:
+    """Put a generator's state into the first layer's: no other place is carried everywhere."""
     for state in states.values():
         state.pop(_GENERATOR, None)
     if layers:
         states[layers[0].anchor][_GENERATOR] = generator.get_state().clone()
 
 
-def restore_generator(states: MutableMapping[Tensor, Any], generator: Generator) -> None:
-    """Set a generator to what `store_generator` put into the state, if it is there.
-
-    Args:
-        states: The optimizer's state.
-        generator: The generator of labels.
-    """
+def restore_generator(states: States, generator: Generator) -> None:
+    """Set a generator to what `store_generator` put into the state, if it is there."""
     for state in states.values():
         if _GENERATOR in state:
             try:
@@ -105,26 +64,19 @@ def restore_generator(states: MutableMapping[Tensor, Any], generator: Generator)
                 )
 
 
-def follow_parameters(
-    states: MutableMapping[Tensor, Any], form: FactorForm, inverse_form: InverseForm
-) -> None:
-    """Move the state to where its parameters are, after `model.to(...)`.
-
-    Args:
-        states: The optimizer's state.
-        form: How factors are formed.
-        inverse_form: How damped inverses are formed.
-    """
+def follow_parameters(states: States, settings: Settings) -> None:
+    """Move the state to where its parameters are, after `model.to(...)`."""
+    stored = settings.curvature.form.stored_dtype
     for p, state in states.items():
         own, device = factor_dtype(p.dtype), p.device
         for name, value in state.items():
             if name in (_GENERATOR, "step") or not isinstance(value, Tensor):
                 continue
             dtype = value.dtype
-            if name in ("input_factor", "grad_output_factor", "second_moments"):
-                dtype = form.stored_dtype or own
-            elif name in _INVERSE_SIDES:
-                dtype = inverse_form.stored_dtype or form.stored_dtype or own
+            if name in (*FACTORS, "second_moments"):
+                dtype = stored or own
+            elif name in INVERSE_SIDES:
+                dtype = settings.inverse.stored_dtype or stored or own
             elif value.is_floating_point():
                 dtype = own if name in _OWN_DTYPE else p.dtype
             state[name] = value.to(device, dtype)

@@ -6,34 +6,22 @@ It lies in the optimizer's own `state`, by parameter; how an entry is computed i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
-from torch import Tensor
 from torch import distributed as dist
 from torch.nn import Parameter
 
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.factors import Factors
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.linalg.kronecker import (
-    DecompositionError,
-    KroneckerEigendecomposition,
-    KroneckerProduct,
-)
-from kfacopt.optim.settings import Settings
+from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
+from kfacopt.optim.settings import Groups, Settings
+from kfacopt.optim.state import inverses
 from kfacopt.optim.state.conversions import follow_parameters
 from kfacopt.optim.state.initial import complete_state, state_shapes
-from kfacopt.optim.state.inverses import (
-    bases_of,
-    discard_unfitting,
-    has_inverse,
-    inverse_of,
-    inverses_at_once,
-    refresh_inverse,
-)
 from kfacopt.optim.state.inverses_over_ranks import update_shared
-from kfacopt.optim.state.running_averages import fold_factors, fold_second_moments
+from kfacopt.optim.state.running_averages import States, fold_factors, fold_second_moments
 from kfacopt.optim.statistics.averaging import average_second_moments
 from kfacopt.optim.statistics.moments import Moments
 
@@ -51,9 +39,9 @@ class CurvatureState:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self._settings, self._schedule = settings, settings.schedule
         self._form, self._inverse = settings.curvature.form, settings.inverse
-        self._schedule, self._tuned = settings.schedule, settings.steps.tuned
-        self.entries: MutableMapping[Tensor, Any] = {}
+        self.entries: States = {}
         self.layers: list[Layer] = []
         self.blocks: list[Block] = []
 
@@ -62,7 +50,7 @@ class CurvatureState:
         self.layers = list(layers)
         self.blocks = [block for layer in self.layers for block in layer.blocks]
         for layer in self.layers:
-            discard_unfitting(self.entries, layer, self._form)
+            inverses.discard_unfitting(self.entries, layer, self._form)
 
     def has_statistics(self, layer: Layer) -> bool:
         """Tell whether a layer has had an update of its factors."""
@@ -74,10 +62,6 @@ class CurvatureState:
 
     def named_factors(self, key: str | Parameter, names: Mapping[int, str]) -> Factors:
         """Return a layer's running factors.
-
-        Args:
-            key: The layer's name, a parameter's name, or a parameter.
-            names: The parameters' names by their `id`.
 
         Raises:
             KeyError: If there is no such layer, or no statistics of it yet.
@@ -93,15 +77,15 @@ class CurvatureState:
         known = [layer.name for layer in self.layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 
-    def inverse(
-        self, block: Block, damping: float
-    ) -> KroneckerProduct | KroneckerEigendecomposition | None:
+    def inverse(self, block: Block, damping: float) -> KroneckerMatrix | None:
         """Return a block's damped inverse, or `None` if there is none yet."""
-        return inverse_of(self.entries[block.anchor], damping)
+        return inverses.inverse_of(self.entries[block.anchor], damping)
 
     def bases(self) -> dict[Block, Bases]:
         """Return the eigenbases of the blocks whose second moments are kept."""
-        found = {block: bases_of(self.entries.get(block.anchor, {})) for block in self.blocks}
+        found = {
+            block: inverses.bases_of(self.entries.get(block.anchor, {})) for block in self.blocks
+        }
         return {block: known for block, known in found.items() if known is not None}
 
     def fold(
@@ -134,9 +118,11 @@ class CurvatureState:
 
     def fold_late(self, late: Mapping[Layer, Moments], group: dist.ProcessGroup | None) -> None:
         """Fold the second moments of layers whose bases were not known when they were collected."""
-        blocks = [b for la in late for b in la.blocks if has_inverse(self.entries[b.anchor])]
+        blocks = [
+            b for la in late for b in la.blocks if inverses.has_inverse(self.entries[b.anchor])
+        ]
         for layer, moments in late.items():
-            own = {b: bases_of(self.entries[b.anchor]) for b in blocks if b.layer is layer}
+            own = {b: inverses.bases_of(self.entries[b.anchor]) for b in blocks if b.layer is layer}
             moments.project({b: known for b, known in own.items() if known is not None})
         self._fold_second_moments(late, blocks, group)
 
@@ -159,32 +145,19 @@ class CurvatureState:
         """Return the blocks to invert in a step: all where it is time, else those without one."""
         if self._schedule.inverses_due(step):
             return self.blocks
-        fresh = [b for b in self.blocks if not has_inverse(self.entries[b.anchor])]
+        fresh = [b for b in self.blocks if not inverses.has_inverse(self.entries[b.anchor])]
         return [block for block in fresh if self.has_statistics(block.layer)]
 
     def invert(
-        self,
-        blocks: list[Block],
-        groups: Sequence[Mapping[str, Any]],
-        step: int,
-        ranks: dist.ProcessGroup | None,
+        self, blocks: list[Block], groups: Groups, step: int, ranks: dist.ProcessGroup | None
     ) -> None:
-        """Renew the damped inverses of blocks from their layers' factors.
-
-        Args:
-            blocks: The blocks.
-            groups: The parameter groups, which have the damping.
-            step: The number of the step.
-            ranks: The ranks that share the work.
+        """Renew the damped inverses of blocks from their layers' factors; ranks share the work.
 
         Raises:
             DecompositionError: If a layer's factors cannot be inverted (repeatedly).
         """
         damping = {id(p): group["damping"] for group in groups for p in group["params"]}
-
-        def compute(own: list[Block]) -> dict[Block, DecompositionError]:
-            return self._compute_inverses(own, damping, step)
-
+        compute = partial(self._compute_inverses, damping=damping, step=step)
         if ranks is None or dist.get_world_size(ranks) == 1:
             errors = compute(blocks)
         else:
@@ -199,21 +172,20 @@ class CurvatureState:
         """Compute the inverses of blocks; return the errors of those that cannot do without."""
         form = self._inverse
         entries = [(self.entries[b.layer.anchor], b, damping[id(b.anchor)]) for b in blocks]
-        known = inverses_at_once(entries, form)
+        known = inverses.inverses_at_once(entries, form)
         errors: dict[Block, DecompositionError] = {}
         for layer_state, block, delta in entries:
             state, inverse = self.entries[block.anchor], known.pop(block, None)
             try:
-                if refresh_inverse(state, layer_state, block, delta, form, inverse):
+                if inverses.refresh_inverse(state, layer_state, block, delta, form, inverse):
                     state["inverse_step"] = step
             except DecompositionError as error:
                 errors[block] = error
         return errors
 
-    def complete(self, groups: Sequence[dict[str, Any]]) -> None:
+    def complete(self, groups: Groups) -> None:
         """Give every trained parameter the entries that it lacks; they change no later step."""
-        forms = self._form, self._inverse
-        complete_state(self.entries, self.layers, groups, *forms, self._tuned)
+        complete_state(self.entries, self.layers, groups, self._settings)
 
     def shapes(self, params: Sequence[Parameter]) -> dict[Parameter, dict[str, tuple[int, ...]]]:
         """Return, for each parameter, the shapes that entries have where they exist."""
@@ -221,4 +193,4 @@ class CurvatureState:
 
     def follow_parameters(self) -> None:
         """Move the entries to where their parameters are, after `model.to(...)`."""
-        follow_parameters(self.entries, self._form, self._inverse)
+        follow_parameters(self.entries, self._settings)

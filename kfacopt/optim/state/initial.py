@@ -6,7 +6,7 @@ shapes and dtypes that follow from the parameters; numbers tell that it holds no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.optim.settings import InverseForm
+from kfacopt.optim.settings import Groups, InverseForm, Settings
 from kfacopt.optim.state.inverses import NO_INVERSE, refresh_inverse
-from kfacopt.optim.state.running_averages import factor_shapes, initialise_factors
+from kfacopt.optim.state.running_averages import States, factor_shapes, initialise_factors
 
 PREVIOUS = "previous_parameter"
 HAS_PREVIOUS = "has_previous_parameter"
@@ -29,6 +29,14 @@ def initialise_previous(state: dict[str, Any], p: Parameter) -> None:
         state |= {PREVIOUS: p.detach().clone(), HAS_PREVIOUS: 0}
 
 
+def momentum_buffer(state: dict[str, Any], p: Parameter) -> Tensor:
+    """Return a parameter's momentum; give it one of zeros if it has none."""
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    buffer: Tensor = state["momentum_buffer"]
+    return buffer
+
+
 def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
     """Give a parameter AdamW's state if it has none."""
     if "exp_avg" not in state:
@@ -37,12 +45,8 @@ def initialise_moments(state: dict[str, Any], p: Parameter) -> None:
         state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
-def is_initialisation(groups: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether a first step only makes the state: learning rates and gradients are all 0.
-
-    Args:
-        groups: The parameter groups.
-    """
+def is_initialisation(groups: Groups) -> bool:
+    """Tell whether a first step only makes the state: learning rates and gradients are all 0."""
     if any(group["lr"] != 0 for group in groups):
         return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
@@ -50,42 +54,26 @@ def is_initialisation(groups: Sequence[dict[str, Any]]) -> bool:
 
 
 def complete_state(
-    states: MutableMapping[Tensor, Any],
-    layers: Sequence[Layer],
-    groups: Sequence[dict[str, Any]],
-    form: FactorForm,
-    inverse_form: InverseForm,
-    tuned: bool,
+    states: States, layers: Sequence[Layer], groups: Groups, settings: Settings
 ) -> None:
-    """Give every trained parameter the entries that it lacks; they change no later step.
-
-    Args:
-        states: The optimizer's state.
-        layers: Its layers.
-        groups: Its parameter groups.
-        form: How factors are formed.
-        inverse_form: How damped inverses are formed.
-        tuned: Whether steps tune themselves.
-    """
+    """Give every trained parameter the entries that it lacks; they change no later step."""
     group_of = {p: group for group in groups for p in group["params"]}
     for layer in layers:
-        initialise_factors(states[layer.anchor], layer, form)
+        initialise_factors(states[layer.anchor], layer, settings.curvature.form)
         for block in layer.blocks:
-            _complete_inverse(states, block, inverse_form)
+            _complete_inverse(states, block, settings.inverse)
             for p in block.parameters:
-                if tuned:
+                if settings.steps.tuned:
                     initialise_previous(states[p], p)
-                if group_of[p]["momentum"] and "momentum_buffer" not in states[p]:
-                    states[p]["momentum_buffer"] = torch.zeros_like(
-                        p, memory_format=torch.preserve_format
-                    )
+                elif group_of[p]["momentum"]:
+                    momentum_buffer(states[p], p)
     covered = {p for layer in layers for block in layer.blocks for p in block.parameters}
     for p in group_of:
         if p.requires_grad and p not in covered:
             initialise_moments(states[p], p)
 
 
-def _complete_inverse(states: MutableMapping[Tensor, Any], block: Block, form: InverseForm) -> None:
+def _complete_inverse(states: States, block: Block, form: InverseForm) -> None:
     state, layer_state = states[block.anchor], states[block.layer.anchor]
     if "inverse_step" in state:
         return
@@ -102,13 +90,7 @@ def _complete_inverse(states: MutableMapping[Tensor, Any], block: Block, form: I
 def state_shapes(
     params: Sequence[Parameter], layers: Sequence[Layer], form: FactorForm
 ) -> dict[Parameter, dict[str, tuple[int, ...]]]:
-    """Return, for each parameter, the shapes that entries of its state have where they exist.
-
-    Args:
-        params: All parameters.
-        layers: The layers.
-        form: How factors are formed.
-    """
+    """Return, for each parameter, the shapes that entries of its state have where they exist."""
     own = ("momentum_buffer", "exp_avg", "exp_avg_sq", PREVIOUS)
     shapes: dict[Parameter, dict[str, tuple[int, ...]]] = {
         p: dict.fromkeys(own, tuple(p.shape)) for p in params

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +14,21 @@ from kfacopt.linalg.eigenbasis import rayleigh_quotients, refreshed_basis, rotat
 from kfacopt.linalg.kronecker import (
     DecompositionError,
     KroneckerEigendecomposition,
+    KroneckerMatrix,
     KroneckerProduct,
-    damped_inverses,
     factored_damping,
+    inverses_by_size,
     is_diagonal,
     trace,
 )
 from kfacopt.optim.settings import InverseForm
-from kfacopt.optim.state.running_averages import RECORDS, State, factor_shapes, is_free_to_read
+from kfacopt.optim.state.running_averages import (
+    RECORDS,
+    State,
+    States,
+    factor_shapes,
+    is_free_to_read,
+)
 
 MAX_FAILURES = 3
 
@@ -32,31 +37,25 @@ NO_INVERSE = -1  # an "inverse_step" that says that the inverse is only there to
 # An eigenbasis is left alone while the off-diagonal part of QᵀAQ is below that share of its norm.
 BASIS_TOLERANCE = 0.01
 
-# The state's keys for the sides of an inverse, by what they initialise.
-_INVERSES = {
-    KroneckerProduct: ("grad_output_inverse", "input_inverse"),
-    KroneckerEigendecomposition: ("grad_output_basis", "input_basis", "inverse_eigenvalues"),
-}
-_BASES = ("grad_output_basis", "input_basis")
-_CORRECTION = ("second_moments", "second_moment_weight")
+INVERSES = ("grad_output_inverse", "input_inverse")
+BASES = ("grad_output_basis", "input_basis")
+CORRECTION = ("second_moments", "second_moment_weight")
+
+# The state's keys for an inverse, by what they initialise.
+_KEYS = {KroneckerProduct: INVERSES, KroneckerEigendecomposition: (*BASES, "inverse_eigenvalues")}
+INVERSE_SIDES = (*INVERSES, *BASES, "inverse_eigenvalues")
 
 # All that a block's state may have of its inverse.
-INVERSE_KEYS = (*chain.from_iterable(_INVERSES.values()), *_CORRECTION)
+INVERSE_KEYS = (*INVERSE_SIDES, *CORRECTION)
 
 
-def discard_unfitting(states: MutableMapping[Tensor, Any], layer: Layer, form: FactorForm) -> None:
-    """Forget a layer's factors and inverses if a parameter was frozen or added since.
-
-    Args:
-        states: The optimizer's state.
-        layer: The layer as it is now.
-        form: How factors are formed.
-    """
+def discard_unfitting(states: States, layer: Layer, form: FactorForm) -> None:
+    """Forget a layer's factors and inverses if a parameter was frozen or added since."""
     state = states.get(layer.anchor, {})
     shapes = factor_shapes(layer, form)
     if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):
         return
-    unfitting = (*shapes, *RECORDS, "inverse_step", *INVERSE_KEYS)
+    unfitting = (*shapes, *RECORDS, "inverse_step", "inverse_failures", *INVERSE_KEYS)
     for p in (layer.weight, layer.bias):
         if p is not None:
             _forget(states.get(p, {}), unfitting)
@@ -71,7 +70,12 @@ def bases_of(state: State) -> Bases | None:
     """Return a block's eigenbases Q_G and Q_A if its second moments are kept, else `None`."""
     if "second_moments" not in state or not has_inverse(state):
         return None
-    return state.get("grad_output_basis"), state.get("input_basis")
+    return _kept_bases(state)
+
+
+def _kept_bases(state: State) -> Bases:
+    basis_g, basis_a = map(state.get, BASES)
+    return basis_g, basis_a
 
 
 def _factors(layer_state: State, block: Block) -> KroneckerProduct:
@@ -112,7 +116,7 @@ def inverses_at_once(
             owners.append((block, weight))
     if not owners:
         return {}
-    inverses = damped_inverses([side for pair in sides for side in pair], dampings)
+    inverses = inverses_by_size([side for pair in sides for side in pair], dampings)
     found = [KroneckerProduct(*pair) for pair in zip(inverses[::2], inverses[1::2], strict=True)]
     # The entries of an inverse are at most as large as those of its diagonal.
     flags = [
@@ -148,9 +152,7 @@ def refresh_inverse(
         DecompositionError: If there is no earlier inverse to go on with, or after more than
             `MAX_FAILURES` failures in a row; names the layer.
     """
-    if inverse is None and not (
-        "factor_weight" in layer_state and bool(layer_state["factor_weight"] > 0)
-    ):
+    if inverse is None and not bool(layer_state.get("factor_weight", 0) > 0):
         return False
     try:
         if inverse is not None:
@@ -172,11 +174,9 @@ def refresh_inverse(
     return True
 
 
-def _store_inverse(
-    state: State, inverse: KroneckerProduct | KroneckerEigendecomposition, form: InverseForm
-) -> None:
+def _store_inverse(state: State, inverse: KroneckerMatrix, form: InverseForm) -> None:
     _forget(state, INVERSE_KEYS)
-    for key, value in zip(_INVERSES[type(inverse)], vars(inverse).values(), strict=True):
+    for key, value in zip(_KEYS[type(inverse)], vars(inverse).values(), strict=True):
         if value is not None:
             state[key] = value.to(form.stored_dtype or value.dtype)
 
@@ -204,8 +204,8 @@ def _refresh_bases(
         eigenvalues = quotients[0].unsqueeze(-1) * quotients[1].unsqueeze(-2)
         state["second_moments"] = eigenvalues.to(stored)
         state["second_moment_weight"] = torch.zeros_like(layer_state["factor_weight"])
-    _forget(state, chain.from_iterable(_INVERSES.values()))
-    state.update({key: q for key, q in zip(_BASES, new, strict=True) if q is not None})
+    _forget(state, INVERSE_SIDES)
+    state.update({key: q for key, q in zip(BASES, new, strict=True) if q is not None})
 
 
 def has_inverse(state: State) -> bool:
@@ -215,9 +215,7 @@ def has_inverse(state: State) -> bool:
     return any(key in state for key in ("input_inverse", "inverse_eigenvalues", "second_moments"))
 
 
-def inverse_of(
-    state: State, damping: float
-) -> KroneckerProduct | KroneckerEigendecomposition | None:
+def inverse_of(state: State, damping: float) -> KroneckerMatrix | None:
     """Return a block's damped inverse from its state, or `None` if there is none yet.
 
     Args:
@@ -233,5 +231,4 @@ def inverse_of(
         eigenvalues = (moments.to(factor_dtype(moments.dtype)) + damping).reciprocal()
     else:
         eigenvalues = state["inverse_eigenvalues"]
-    basis_g, basis_a = state.get("grad_output_basis"), state.get("input_basis")
-    return KroneckerEigendecomposition(basis_g, basis_a, eigenvalues)
+    return KroneckerEigendecomposition(*_kept_bases(state), eigenvalues)

@@ -7,8 +7,7 @@ which DDP never notices. So all use the same, and each computes only its share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.nn import Parameter
 from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kronecker import DecompositionError
 from kfacopt.optim.state.inverses import INVERSE_KEYS
-from kfacopt.optim.state.running_averages import State
+from kfacopt.optim.state.running_averages import State, States
 
 # What a rank says of a block: nothing changed, a new inverse, a failure that is passed over for the
 # last inverse, and one that is an error.
@@ -28,12 +27,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def share_out(blocks: Sequence[Block], ranks: int) -> list[int]:
-    """Return which rank computes which block's inverse: the largest first, to who has least.
-
-    Args:
-        blocks: The blocks, in the same order on every rank.
-        ranks: The number of ranks.
-    """
+    """Return which rank computes which block's inverse: the largest first, to who has least."""
     costs = [b.layer.groups * (b.layer.d_out**3 + b.d_in**3) for b in blocks]
     loads, owners = [0] * ranks, [0] * len(blocks)
     for i in sorted(range(len(blocks)), key=lambda i: -costs[i]):
@@ -43,7 +37,7 @@ def share_out(blocks: Sequence[Block], ranks: int) -> list[int]:
 
 
 def update_shared(
-    states: MutableMapping[Tensor, Any],
+    states: States,
     blocks: Sequence[Block],
     compute: Callable[[list[Block]], dict[Block, DecompositionError]],
     shapes: Mapping[Parameter, Mapping[str, tuple[int, ...]]],

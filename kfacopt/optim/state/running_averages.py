@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor
 
 from kfacopt.kfac.factors import FactorForm, factor_dtype, fold
 from kfacopt.kfac.layers import Layer
-from kfacopt.linalg.kronecker import is_diagonal
+from kfacopt.linalg.kronecker import diagonal_of
 from kfacopt.optim.statistics.moments import Moments
 
-State = dict[str, Any]
+State = dict[str, Any]  # of one parameter
+States = MutableMapping[Tensor, Any]
+
+FACTORS = ("input_factor", "grad_output_factor")
 
 # What is known of a layer's factors: their total weight, how many updates were tried, how many of
 # these were skipped as not finite, and the step of the last that was not.
@@ -24,7 +27,7 @@ def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a layer's running factors by their key in the state."""
     return {
         name: (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
-        for name, side in (("input_factor", layer.d_in), ("grad_output_factor", layer.d_out))
+        for name, side in zip(FACTORS, (layer.d_in, layer.d_out), strict=True)
     }
 
 
@@ -32,22 +35,16 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
     """Give a layer's state empty running factors if it has none.
 
     Their shapes follow from the parameters, as `torch.distributed.checkpoint` needs it.
-
-    Args:
-        state: The optimizer's state of the layer's anchor parameter.
-        layer: The layer.
-        form: How factors are formed.
     """
-    dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
-    shapes = factor_shapes(layer, form)
     if "factor_weight" in state:
         return
-    for name, shape in shapes.items():
+    dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
+    for name, shape in factor_shapes(layer, form).items():
         state[name] = torch.zeros(shape, dtype=form.stored_dtype or dtype, device=device)
     state["factor_weight"] = torch.zeros((), dtype=dtype, device=device)
     state["factor_updates"] = 0
-    state["skipped_updates"] = torch.zeros((), dtype=torch.int64, device=device)
-    state["factor_step"] = torch.zeros((), dtype=torch.int64, device=device)
+    for name in ("skipped_updates", "factor_step"):
+        state[name] = torch.zeros((), dtype=torch.int64, device=device)
 
 
 def is_free_to_read(value: Tensor) -> bool:
@@ -101,10 +98,9 @@ def fold_factors(
         step: The number of the step, to be remembered.
     """
     initialise_factors(state, layer, form)
-    A, G = moments.take_factors()
-    values = {"input_factor": A, "grad_output_factor": G}
+    values = dict(zip(FACTORS, moments.take_factors(), strict=True))
     # Sums of squares: |Σ x_i x_j|² ≤ Σ x_i² Σ x_j², so that the diagonals tell.
-    checked = [x if is_diagonal(x) else x.diagonal(dim1=-2, dim2=-1) for x in values.values()]
+    checked = [diagonal_of(x) for x in values.values()]
     folded = _fold_finite(state, "factor_weight", values, checked, moments.terms, ema_decay)
     state["factor_updates"] += 1
     state["skipped_updates"] += ~folded

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from kfacopt.optim.settings import Groups
+from kfacopt.optim.state.initial import momentum_buffer
+from kfacopt.optim.state.running_averages import States
 from kfacopt.optim.steps.kl_clip import kl_clip_scale
-from kfacopt.optim.steps.update import apply_step
+from kfacopt.optim.steps.update import ByParameter, apply_step
 
 
 class ClippedStep:
@@ -29,10 +31,10 @@ class ClippedStep:
 
     def step(
         self,
-        states: MutableMapping[Tensor, Any],
-        groups: Sequence[dict[str, Any]],
-        gradients: Mapping[Parameter, Tensor],
-        directions: Mapping[Parameter, Tensor],
+        states: States,
+        groups: Groups,
+        gradients: ByParameter,
+        directions: ByParameter,
         objective: Callable[[], Any],
     ) -> bool:
         """Update parameters in place.
@@ -60,25 +62,12 @@ class ClippedStep:
         for group in groups:
             own = [p for p in group["params"] if p in directions]
             if own:
-                momentum = group["momentum"]
-                apply_step(
-                    own,
-                    [directions[p] for p in own],
-                    [_momentum_buffer(states[p], p) for p in own] if momentum else [],
-                    momentum=momentum,
-                    nesterov=group["nesterov"],
-                    decay=group["lr"] * group["weight_decay"],
-                    foreach=group["foreach"],
-                )
+                steps, decay = [directions[p] for p in own], group["lr"] * group["weight_decay"]
+                options = {name: group[name] for name in ("momentum", "nesterov", "foreach")}
+                buffers = [momentum_buffer(states[p], p) for p in own if options["momentum"]]
+                apply_step(own, steps, buffers, decay=decay, **options)
         return True
 
     def scalars(self) -> dict[str, float]:
         """Return what is to be logged of the last step."""
         return {"kl_clip_scale": 1.0 if self.scale is None else float(self.scale)}
-
-
-def _momentum_buffer(state: dict[str, Any], p: Parameter) -> Tensor:
-    if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    buffer: Tensor = state["momentum_buffer"]
-    return buffer

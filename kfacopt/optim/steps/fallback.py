@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, MutableMapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
+from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.initial import initialise_moments
+from kfacopt.optim.state.running_averages import States
 from kfacopt.optim.steps.update import can_be_fused
 
 BETAS = (0.9, 0.999)
@@ -23,38 +25,10 @@ def embeddings(modules: Iterable[nn.Module]) -> set[int]:
     return {id(p) for m in modules if isinstance(m, kinds) for p in m.parameters()}
 
 
-def by_learning_rate(
-    params: Iterable[Parameter], given: float | None, embedded: set[int], vector_lr: float
-) -> dict[float, list[Parameter]]:
-    """Return parameters by AdamW's learning rate for them, before schedules.
-
-    Args:
-        params: The parameters.
-        given: A group's `fallback_lr`; `None` lets the rate follow from the kind of a parameter.
-        embedded: The `id`s of embeddings.
-        vector_lr: The rate of vectors and embeddings.
-    """
-    found: dict[float, list[Parameter]] = {}
-    for p in params:
-        by_kind = vector_lr if p.ndim < 2 or id(p) in embedded else MATRIX_LR
-        found.setdefault(by_kind if given is None else given, []).append(p)
-    return found
-
-
 def adamw_step(
-    params: Sequence[Parameter],
-    states: MutableMapping[Tensor, Any],
-    group: dict[str, Any],
-    lr: float,
+    params: Sequence[Parameter], states: States, group: dict[str, Any], lr: float
 ) -> None:
-    """Update parameters by torch's AdamW, with a rate that is scaled as the group's `lr` was.
-
-    Args:
-        params: Parameters with gradients.
-        states: The optimizer's state.
-        group: Their parameter group.
-        lr: AdamW's learning rate before schedules.
-    """
+    """Update parameters by torch's AdamW, with a rate that is scaled as the group's `lr` was."""
     own: list[Tensor] = list(params)
     for p in params:
         initialise_moments(states[p], p)
@@ -62,49 +36,43 @@ def adamw_step(
     averages, squares = [[states[p][key] for p in own] for key in ("exp_avg", "exp_avg_sq")]
     fused = group["foreach"] is None and can_be_fused(own, grads, averages, squares)
     ratio = group["lr"] / group["base_lr"] if group["base_lr"] else float(group["lr"] > 0)
+    steps: list[Tensor] = [states[p]["step"] for p in own]
+    tensors = (own, grads, averages, squares, list[Tensor](), steps)
     adamw(
-        own,
-        grads,
-        averages,
-        squares,
-        [],
-        [states[p]["step"] for p in own],
+        *tensors,
         amsgrad=False,
         beta1=BETAS[0],
         beta2=BETAS[1],
         lr=lr * ratio,
-        weight_decay=group["weight_decay"],
         eps=EPS,
-        foreach=group["foreach"],
         fused=True if fused else None,
-        maximize=group["maximize"],
+        **{name: group[name] for name in ("weight_decay", "foreach", "maximize")},
     )
 
 
 def fallback_step(
-    states: MutableMapping[Tensor, Any],
-    groups: Sequence[dict[str, Any]],
+    states: States,
+    groups: Groups,
     covered: Container[Parameter],
     embedded: set[int],
     vector_lr: float,
 ) -> int:
     """Update all parameters with a gradient that have no direction.
 
-    Args:
-        states: The optimizer's state.
-        groups: The parameter groups.
-        covered: The parameters that have one.
-        embedded: The `id`s of embeddings.
-        vector_lr: The rate of vectors and embeddings.
+    Where a group has no `fallback_lr`, the rate follows from the kind of a parameter.
 
     Returns:
         How many parameters that were.
     """
     count = 0
     for group in groups:
-        rest = [p for p in group["params"] if p.grad is not None and p not in covered]
-        count += len(rest)
-        given = (group["fallback_lr"], embedded, vector_lr)
-        for lr, own in by_learning_rate(rest, *given).items():
+        by_lr: dict[float, list[Parameter]] = {}
+        for p in group["params"]:
+            if p.grad is not None and p not in covered:
+                by_kind = vector_lr if p.ndim < 2 or id(p) in embedded else MATRIX_LR
+                given = group["fallback_lr"]
+                by_lr.setdefault(by_kind if given is None else given, []).append(p)
+        for lr, own in by_lr.items():
             adamw_step(own, states, group, lr)
+            count += len(own)
     return count

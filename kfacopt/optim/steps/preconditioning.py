@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.kfac.layers import Block
-from kfacopt.linalg.kronecker import KroneckerEigendecomposition, KroneckerProduct
+from kfacopt.linalg.kronecker import KroneckerMatrix, KroneckerProduct
+from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.curvature_state import CurvatureState
+from kfacopt.optim.steps.update import ByParameter
 
 
-def gradients_of(groups: Sequence[Mapping[str, Any]]) -> dict[Parameter, Tensor]:
-    """Return what to descend along: the gradients, with their sign changed to maximise.
-
-    Args:
-        groups: The parameter groups.
-    """
+def gradients_of(groups: Groups) -> dict[Parameter, Tensor]:
+    """Return what to descend along: the gradients, with their sign changed to maximise."""
     return {
         p: -p.grad if group["maximize"] else p.grad
         for group in groups
@@ -30,8 +27,8 @@ def gradients_of(groups: Sequence[Mapping[str, Any]]) -> dict[Parameter, Tensor]
 
 def preconditioned(
     curvature: CurvatureState,
-    gradients: Mapping[Parameter, Tensor],
-    groups: Sequence[Mapping[str, Any]],
+    gradients: ByParameter,
+    groups: Groups,
     without_inverse: Callable[[Block], None],
 ) -> dict[Parameter, Tensor]:
     """Return the preconditioned gradients of the parameters in layers.
@@ -62,9 +59,7 @@ def preconditioned(
 
 
 def precondition(
-    inverse: KroneckerProduct | KroneckerEigendecomposition,
-    block: Block,
-    grads: Sequence[Tensor | None],
+    inverse: KroneckerMatrix, block: Block, grads: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """Return the damped inverse times the gradients of a block's parameters.
 

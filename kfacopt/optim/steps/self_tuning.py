@@ -21,7 +21,7 @@ without a search for a second damping γ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,12 +33,14 @@ from torch.nn import Parameter
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.linalg.precision import round_off
 from kfacopt.optim.messages import missing_statistics
-from kfacopt.optim.settings import StepSettings
+from kfacopt.optim.settings import Groups, StepSettings
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
+from kfacopt.optim.state.running_averages import States
 from kfacopt.optim.steps.clipped_step import ClippedStep
 from kfacopt.optim.steps.closures import ClosureLoss, closure_loss
 from kfacopt.optim.steps.quadratic_model import QuadraticModel, evaluate, quadratic_model
 from kfacopt.optim.steps.replay import coarsest_dtype
+from kfacopt.optim.steps.update import ByParameter
 from kfacopt.optim.watch.loss_scale import calling_loss_scale
 from kfacopt.optim.watch.recorded_calls import Term
 
@@ -110,6 +112,61 @@ class Objective:
     loss_scale: float
     over_ranks: Callable[[Tensor], Tensor]
 
+    def model(
+        self,
+        grads: ByParameter,
+        directions: Sequence[ByParameter],
+        damping: Mapping[Parameter, float],
+    ) -> QuadraticModel:
+        """Return the quadratic model of the losses; see `quadratic_model` for the arguments."""
+        evaluated = (self.loss_scale, self.over_ranks)
+        return quadratic_model(self.terms, grads, directions, damping, *evaluated)
+
+    def completed(
+        self, model: QuadraticModel, grads: ByParameter, damping: Mapping[Parameter, float]
+    ) -> tuple[QuadraticModel, Callable[[], float]]:
+        """Return the model of the whole objective, and what evaluates that.
+
+        The losses are all of it where their slopes along the directions are those of the gradient,
+        or in a fixed proportion to them: then the gradient was clipped, and the losses' own slopes
+        count. Otherwise the closure evaluates the objective.
+        """
+        dtype = coarsest_dtype(self.terms)
+        _check_replay(model, dtype)
+        eps = float(torch.finfo(dtype).eps)
+        replayed = partial(evaluate, self.terms, list(damping), self.loss_scale, self.over_ranks)
+        if model.is_complete(eps**0.5):
+            return model, replayed
+        unclipped = replace(model, slopes=model.loss_slopes)
+        if self.closure is not None:
+            if _same(self.closure.value, model.loss, dtype):
+                return unclipped, replayed
+            return replace(model, loss=self.closure.value), self.closure.evaluate
+        if self._is_clipped(model, grads, damping, eps**0.5):
+            return unclipped, replayed
+        raise RuntimeError(
+            'lr="auto": the objective has terms besides the losses that were recognised (its slope '
+            f"along the step is {model.slopes[0]:.4g}, theirs {model.loss_slopes[0]:.4g}), or uses "
+            "parameters outside of the forward pass of the module that owns them. Give step a "
+            "closure that returns all of the objective (or set weight_decay=, for a penalty on "
+            "the weights); or give lr a number."
+        )
+
+    def _is_clipped(
+        self,
+        model: QuadraticModel,
+        grads: ByParameter,
+        damping: Mapping[Parameter, float],
+        tolerance: float,
+    ) -> bool:
+        """Tell, by one more direction, whether the gradient is a multiple of the losses'."""
+        if model.loss_slopes[0] == 0 or model.slopes[0] / model.loss_slopes[0] <= 0:
+            return False
+        factor = model.slopes[0] / model.loss_slopes[0]
+        probe = {p: g * _alternating_signs(g) for p, g in grads.items()}
+        other = self.model(grads, [probe], damping)
+        return model.is_complete(tolerance, factor) and other.is_complete(tolerance, factor)
+
 
 def objective_of(
     terms: Sequence[Term],
@@ -119,13 +176,6 @@ def objective_of(
     over_ranks: Callable[[Tensor], Tensor],
 ) -> Objective:
     """Return the objective of a step.
-
-    Args:
-        terms: Its losses that were recognised.
-        closure: What `step` was given.
-        loss: What the closure returned.
-        params: The optimizer's parameters.
-        over_ranks: Averages numbers over all processes.
 
     Raises:
         RuntimeError: If there are no losses.
@@ -145,15 +195,14 @@ class SelfTuning:
     """
 
     def __init__(self) -> None:
-        """Start without a step."""
         self.statistics = TuningStatistics()
 
     def step(
         self,
-        states: MutableMapping[Tensor, Any],
-        groups: Sequence[dict[str, Any]],
-        gradients: Mapping[Parameter, Tensor],
-        preconditioned: Mapping[Parameter, Tensor],
+        states: States,
+        groups: Groups,
+        gradients: ByParameter,
+        preconditioned: ByParameter,
         make_objective: Callable[[], Objective],
     ) -> bool:
         """Update parameters in place and adapt the groups' damping.
@@ -190,13 +239,11 @@ class SelfTuning:
         directions = [proposal, *_last_step(states, settings, params)]
         grads = {p: p.grad for p in params if p.grad is not None}
         damping = {p: float(settings[p]["damping"]) for p in params}
-        evaluated = (objective.loss_scale, objective.over_ranks)
-        model = quadratic_model(objective.terms, grads, directions, damping, *evaluated)
+        model = objective.model(grads, directions, damping)
         record.loss, record.damping = model.loss, groups[0]["damping"]
         if not all(math.isfinite(x) for x in model.scalars()):
             return False
-        losses = _Losses(objective.terms, params, *evaluated)
-        model, new_loss = losses.completed(model, grads, damping, objective.closure)
+        model, new_loss = objective.completed(model, grads, damping)
         record.loss = model.loss
         before = [p.detach().clone() for p in params]
         try:
@@ -215,14 +262,13 @@ class SelfTuning:
 
     def scalars(self) -> dict[str, float]:
         """Return what is to be logged of the last step; there is no clip."""
-        tuned = vars(self.statistics).items()
-        numbers = {name: math.nan if x is None else float(x) for name, x in tuned}
-        return {"kl_clip_scale": 1.0} | numbers
+        tuned = {name: float(x) for name, x in vars(self.statistics).items()}
+        return {"kl_clip_scale": 1.0} | tuned
 
     def _attempt(
         self,
-        groups: Sequence[dict[str, Any]],
-        directions: Sequence[Mapping[Parameter, Tensor]],
+        groups: Groups,
+        directions: Sequence[ByParameter],
         before: Sequence[Tensor],
         model: QuadraticModel,
         new_loss: Callable[[], float],
@@ -236,9 +282,8 @@ class SelfTuning:
                 steps = [x.to(p.dtype) for p, x in direction.items()]
                 torch._foreach_add_(list(direction), steps, alpha=c)
             record.change = new_loss() - record.loss
-            if record.change <= 0 or _same(
-                record.change + record.loss, record.loss, before[0].dtype
-            ):
+            dtype = before[0].dtype
+            if record.change <= 0 or _same(record.change + record.loss, record.loss, dtype):
                 return coefficients
             _put_back(params, before)
             record.rejected_steps += 1
@@ -247,9 +292,7 @@ class SelfTuning:
         record.damping = groups[0]["damping"]
         return None
 
-    def _learn(
-        self, groups: Sequence[dict[str, Any]], model: QuadraticModel, coefficients: list[float]
-    ) -> None:
+    def _learn(self, groups: Groups, model: QuadraticModel, coefficients: list[float]) -> None:
         """Take note of a step, and adapt the damping to how well the model predicted it."""
         record = self.statistics
         record.step_size, record.momentum = (*coefficients, 0.0)[:2]
@@ -272,82 +315,17 @@ def step_rule(settings: StepSettings) -> ClippedStep | SelfTuning:
 
 
 def _last_step(
-    states: MutableMapping[Tensor, Any],
-    settings: Mapping[Parameter, dict[str, Any]],
-    params: Sequence[Parameter],
+    states: States, settings: Mapping[Parameter, dict[str, Any]], params: Sequence[Parameter]
 ) -> list[dict[Parameter, Tensor]]:
     """Return the last step d₀ of the parameters that move and have momentum, if there was one."""
-    known = [
-        p
-        for p in params
-        if states[p].get(HAS_PREVIOUS) and settings[p]["momentum"] and settings[p]["lr"]
-    ]
+    moving = [p for p in params if settings[p]["momentum"] and settings[p]["lr"]]
+    known = [p for p in moving if states[p].get(HAS_PREVIOUS)]
     return [{p: p.detach() - states[p][PREVIOUS] for p in known}] if known else []
 
 
 def _put_back(params: Sequence[Parameter], values: Sequence[Tensor]) -> None:
     for p, value in zip(params, values, strict=True):
         p.copy_(value)
-
-
-@dataclass(frozen=True)
-class _Losses:
-    """The losses that were recognised, with what it takes to evaluate them."""
-
-    terms: Sequence[Term]
-    params: Sequence[Parameter]
-    loss_scale: float
-    over_ranks: Callable[[Tensor], Tensor]
-
-    def completed(
-        self,
-        model: QuadraticModel,
-        grads: Mapping[Parameter, Tensor],
-        damping: Mapping[Parameter, float],
-        closure: ClosureLoss | None,
-    ) -> tuple[QuadraticModel, Callable[[], float]]:
-        """Return the model of the whole objective, and what evaluates that.
-
-        The losses are all of it where their slopes along the directions are those of the gradient,
-        or in a fixed proportion to them: then the gradient was clipped, and the losses' own slopes
-        count. Otherwise a closure evaluates the objective.
-        """
-        dtype = coarsest_dtype(self.terms)
-        _check_replay(model, dtype)
-        eps = float(torch.finfo(dtype).eps)
-        replayed = partial(evaluate, self.terms, self.params, self.loss_scale, self.over_ranks)
-        if model.is_complete(eps**0.5):
-            return model, replayed
-        unclipped = replace(model, slopes=model.loss_slopes)
-        if closure is not None:
-            if _same(closure.value, model.loss, dtype):
-                return unclipped, replayed
-            return replace(model, loss=closure.value), closure.evaluate
-        if self._is_clipped(model, grads, damping, eps**0.5):
-            return unclipped, replayed
-        raise RuntimeError(
-            'lr="auto": the objective has terms besides the losses that were recognised (its slope '
-            f"along the step is {model.slopes[0]:.4g}, theirs {model.loss_slopes[0]:.4g}), or uses "
-            "parameters outside of the forward pass of the module that owns them. Give step a "
-            "closure that returns all of the objective (or set weight_decay=, for a penalty on "
-            "the weights); or give lr a number."
-        )
-
-    def _is_clipped(
-        self,
-        model: QuadraticModel,
-        grads: Mapping[Parameter, Tensor],
-        damping: Mapping[Parameter, float],
-        tolerance: float,
-    ) -> bool:
-        """Tell, by one more direction, whether the gradient is a multiple of the losses'."""
-        if model.loss_slopes[0] == 0 or model.slopes[0] / model.loss_slopes[0] <= 0:
-            return False
-        factor = model.slopes[0] / model.loss_slopes[0]
-        probe = {p: g * _alternating_signs(g) for p, g in grads.items()}
-        settings = (damping, self.loss_scale, self.over_ranks)
-        other = quadratic_model(self.terms, grads, [probe], *settings)
-        return model.is_complete(tolerance, factor) and other.is_complete(tolerance, factor)
 
 
 def _alternating_signs(tensor: Tensor) -> Tensor:

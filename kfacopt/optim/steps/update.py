@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.sgd import sgd
+
+ByParameter = Mapping[Parameter, Tensor]
 
 
 def are_finite(grads: Sequence[Tensor]) -> bool:
-    """Tell whether gradients are finite; their device is asked once where they are.
-
-    Args:
-        grads: The gradients, of any shapes, dtypes and devices.
-    """
+    """Tell whether gradients are finite; their device is asked once where they are."""
     if not grads:
         return True
     sums = [g.sum() for g in grads]
@@ -65,7 +64,7 @@ def apply_step(
     Args:
         params: θ.
         steps: s, of the same shapes; may be changed.
-        momentum_buffers: m, changed in place; unused if `momentum` is 0.
+        momentum_buffers: m, changed in place; none if `momentum` is 0.
         momentum: μ.
         nesterov: Whether momentum is Nesterov's, as in Sutskever et al. (2013), section 2.1.
         decay: d, the learning rate times the weight decay λ.
@@ -77,12 +76,12 @@ def apply_step(
     elif decay:
         for p in params:
             p.mul_(1 - decay)
-    buffers = momentum_buffers if momentum else []
-    fused = foreach is None and can_be_fused(params, steps, *([buffers] if momentum else []))
+    buffers = [momentum_buffers] if momentum else []
+    fused = foreach is None and can_be_fused(params, steps, *buffers)
     sgd(
         list(params),
         list(steps),
-        [*buffers] or [None] * len(params),
+        [*momentum_buffers] or [None] * len(params),
         foreach=foreach is not False and not fused,
         fused=fused,
         weight_decay=0.0,
