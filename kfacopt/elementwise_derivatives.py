@@ -106,8 +106,8 @@ def _exp(z: Tensor) -> Derivatives:
 
 
 def _pow(z: Tensor, exponent: float) -> Derivatives:
-    if not exponent >= 2:
-        raise NotImplementedError(f"input_derivatives: powers are known from 2 on, got {exponent}.")
+    if isinstance(exponent, Tensor) or exponent in (0, 1):  # 0 z⁻¹ would not be 0 at 0
+        raise NotImplementedError(f"input_derivatives: a power of {exponent}. Leave it out.")
     p = exponent
     return z**p, p * z ** (p - 1), p * (p - 1) * z ** (p - 2)
 
@@ -120,11 +120,13 @@ ELEMENTWISE: dict[str, Rule] = {
     "leaky_relu": _leaky_relu,
     "mish": _mish,
     "pow": _pow,
+    "reciprocal": lambda z: _pow(z, -1.0),
     "relu": lambda z: _leaky_relu(z, 0.0),
     "sigmoid": _sigmoid,
     "silu": lambda z: _times(z, _sigmoid(z)),
     "sin": _sin,
     "softplus": _softplus,
+    "sqrt": lambda z: _pow(z, 0.5),
     "square": lambda z: _pow(z, 2.0),
     "tanh": _tanh,
 }

@@ -19,10 +19,12 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 from torch.nn import functional as F
 
 from kfacopt.elementwise_derivatives import ELEMENTWISE, name_of
@@ -54,8 +56,8 @@ def input_derivatives(
     The model may apply, in any order, linear layers, activations (tanh, sigmoid, SiLU, GELU,
     softplus, ELU, Mish, ReLU, leaky ReLU, sin, cos, exp and those of
     `register_elementwise_derivatives`), sums, differences and products of what depends on the input
-    with each other and with anything else, division by what does not, powers from 2 on,
-    matrix products, slices of features `x[:, i:j]`, `torch.cat` of features and dropout.
+    with each other and with anything else, quotients, powers, matrix products, slices of features
+    `x[:, i:j]`, `torch.cat` of features and dropout, none of it in place.
     Compiled models run eagerly.
 
     >>> model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -119,7 +121,10 @@ def _at_points(x: Tensor, weights: Tensor) -> Jet:
 
 
 def _uncompiled() -> AbstractContextManager[None]:
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
+    # Where nothing is compiled, the import would take seconds; in compiled code it is an error.
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return nullcontext()
+    if eval_frame.get_eval_frame_callback():
         return nullcontext()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
@@ -154,24 +159,31 @@ class Jet:
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Apply a function of torch by its rule."""
-        name = name_of(func)
-        jets = [x for x in _flat(args) if isinstance(x, Jet)]
-        if jets and jets[0].tracked != torch.is_grad_enabled():
+        name, options = name_of(func), dict(kwargs or {})
+        if "input" in options:
+            args = (options.pop("input"), *args)
+        jet = next(x for x in _flat((*args, *options.values())) if isinstance(x, Jet))
+        if jet.tracked != torch.is_grad_enabled():
             raise NotImplementedError(
                 "input_derivatives: the model switches gradients on or off on its way (no_grad, or "
                 f"a custom autograd.Function), in which {name} is applied. Leave that out."
             )
-        if name in ELEMENTWISE and isinstance(args[0], Jet):
-            options = {k: v for k, v in (kwargs or {}).items() if k != "inplace"}
-            return args[0].elementwise(*ELEMENTWISE[name](args[0].rows[:, 0], *args[1:], **options))
-        rule = _RULES.get(name)
-        result = NotImplemented if rule is None else rule(*args, **(kwargs or {}))
+        if options.pop("inplace", False) or func.__name__ == f"{name}_" or name in _IN_PLACE:
+            raise NotImplementedError(
+                f"input_derivatives: {name} in place{_calling_module()}. Set inplace=False, or "
+                "write x = x + ... instead of x += ..."
+            )
+        if name in ELEMENTWISE and args[0] is jet:
+            return jet.elementwise(*ELEMENTWISE[name](jet.rows[:, 0], *args[1:], **options))
+        result = _RULES[name](*args, **options) if name in _RULES else NotImplemented
         if result is NotImplemented:
-            raise NotImplementedError(_no_rule(name, rule is not None))
+            raise NotImplementedError(_no_rule(func, name))
         return result
 
     def __getattr__(self, name: str) -> Any:
-        """Return a method of tensors."""
+        """Return a method of tensors, or an attribute that a jet has in common with its rows."""
+        if name in ("dtype", "device"):
+            return getattr(self.rows, name)
         method = None if name.startswith("_") else getattr(Tensor, name, None)
         if not inspect.isroutine(method):
             raise AttributeError(f"input_derivatives: the model asks for {name!r} of its input.")
@@ -181,6 +193,14 @@ class Jet:
     def shape(self) -> torch.Size:
         """The shape of the tensor that it stands for."""
         return self.rows[:, 0].shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of its axes."""
+        return 2
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @property
     def constants(self) -> Tensor:
@@ -224,26 +244,35 @@ class Jet:
     __mul__ = __rmul__ = _operator(torch.mul)
     __truediv__, __matmul__ = _operator(torch.div), _operator(torch.matmul)
     __pow__, __getitem__ = _operator(torch.pow), _operator(Tensor.__getitem__)
+    __rtruediv__ = _operator(Tensor.__rtruediv__)
+    __iadd__, __isub__ = _operator(Tensor.__iadd__), _operator(Tensor.__isub__)
+    __imul__, __itruediv__ = _operator(Tensor.__imul__), _operator(Tensor.__itruediv__)
 
 
 def _flat(args: Sequence[Any]) -> list[Any]:
     return [x for arg in args for x in (arg if isinstance(arg, list | tuple) else (arg,))]
 
 
-def _no_rule(name: str, known: bool) -> str:
-    """Say that a function has no rule, where it is, and the way out."""
-    frame, place = sys._getframe(1), ""
-    while frame is not None and not place:
+def _calling_module() -> str:
+    """Say in which module a function is applied, if in one."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module):
-            place = f" in {type(module).__name__}"
-        frame = frame.f_back  # type: ignore[assignment]
-    how = " with these arguments" if known else ""
+            return f" in {type(module).__name__}"
+        frame = frame.f_back
+    return ""
+
+
+def _no_rule(function: Callable[..., Any], name: str) -> str:
+    """Say that a function has no rule, where it is, and the way out."""
+    how = " with these arguments" if name in _RULES or name in ELEMENTWISE else ""
+    place = getattr(function, "__module__", None) or "torch"
     return (
-        f"input_derivatives: no rule for {name}{how}{place}. If it acts on each entry by itself, "
-        f"give its derivatives with kfacopt.register_elementwise_derivatives(torch.{name}, rule); "
-        "known are linear layers, sums, products, slices and concatenations of features, and "
-        f"{', '.join(sorted(ELEMENTWISE))}."
+        f"input_derivatives: no rule for {name}{how}{_calling_module()}. Known are linear layers, "
+        "sums, products, quotients, matrix products, slices x[:, i:j] and torch.cat of features, "
+        f"dropout, and {', '.join(sorted(ELEMENTWISE))}. If it acts on each entry by itself, say "
+        f"kfacopt.register_elementwise_derivatives({place}.{name}, rule)."
     )
 
 
@@ -289,7 +318,7 @@ def _multiply(left: Any, right: Any) -> Any:
 
 
 def _divide(left: Any, right: Any) -> Any:
-    return NotImplemented if isinstance(right, Jet) else _multiply(left, 1 / right)
+    return _multiply(left, right**-1 if isinstance(right, Jet) else 1 / right)
 
 
 def _matmul(left: Any, right: Any) -> Any:
@@ -325,6 +354,7 @@ def _flatten(jet: Jet, start_dim: int = 0, end_dim: int = -1) -> Any:
     return jet if start_dim in (1, -1) and end_dim in (1, -1) else NotImplemented
 
 
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "idiv", "ipow"}
 _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("add", "radd"), _add),
     **dict.fromkeys(("sub", "subtract"), _subtract),
@@ -333,6 +363,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("matmul", "mm"), _matmul),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     "rsub": lambda left, right: _add(-left, right),
+    "rdiv": lambda left, right: _divide(right, left),
+    "neg": Jet.__neg__,
     "linear": _linear,
     "getitem": _take,
     "dropout": _dropout,
