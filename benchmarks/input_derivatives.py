@@ -1,6 +1,7 @@
 """K-FAC on what `kfacopt.input_derivatives` returns, beside tuned Adam and L-BFGS, in equal time.
 
-    python -m benchmarks.input_derivatives [--quick] [--seconds 20] [--seeds 3] [--output FILE]
+    python -m benchmarks.input_derivatives [Poisson heat Burgers] [--quick] [--seconds 20]
+        [--seeds 3] [--output FOLDER]
 
 Poisson's, the heat and Burgers' equation with known solutions, an ordinary `nn.Sequential` of
 `nn.Linear` and `nn.Tanh`. All optimizers see the same loss, made of the helper's outputs on all
@@ -243,28 +244,26 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the comparison."""
+    """Run the comparison, and print the table of what the folder then has."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("equations", nargs="*", help="some of Poisson, heat, Burgers; all if none")
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds")
     parser.add_argument("--seconds", type=float, default=20.0, help="of CPU time, for each run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS / "input_derivatives.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "input_derivatives")
     arguments = parser.parse_args()
     seconds, seeds = (0.05, 1) if arguments.quick else (arguments.seconds, arguments.seeds)
     torch.set_num_threads(1)
     warnings.simplefilter("error", KFACWarning)
-    results = {}
-    for name, equation in EQUATIONS.items():
-        print(f"{name}: {equation.text}", flush=True)
-        results[name] = compare(equation, seconds, seeds)
-        written = {
-            "environment": environment("cpu"),
-            "seconds": seconds,
-            "problems": {key: EQUATIONS[key].text for key in results},
-            "results": results,
-        }
-        arguments.output.write_text(json.dumps(written, indent=1) + "\n")
-    print(table(results))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.equations or EQUATIONS:
+        print(f"{name}: {EQUATIONS[name].text}", flush=True)
+        results = compare(EQUATIONS[name], seconds, seeds)
+        about = {"environment": environment("cpu"), "problem": EQUATIONS[name].text}
+        written = {**about, "seconds": seconds, "results": results}
+        (arguments.output / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
+    files = {name: arguments.output / f"{name}.json" for name in EQUATIONS}
+    print(table({k: json.loads(f.read_text())["results"] for k, f in files.items() if f.exists()}))
 
 
 if __name__ == "__main__":
