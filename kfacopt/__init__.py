@@ -6,6 +6,7 @@ from kfacopt.curvature.fisher import FisherMCLinearOperator
 from kfacopt.curvature.ggn import GGNLinearOperator
 from kfacopt.curvature.hessian import HessianLinearOperator
 from kfacopt.curvature.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
+from kfacopt.elementwise_derivatives import register_elementwise_derivatives
 from kfacopt.estimators.diagonal import HutchinsonDiagonalEstimator
 from kfacopt.estimators.spectrum import (
     LanczosApproximateLogSpectrumCached,
@@ -26,6 +27,7 @@ from kfacopt.linalg.neumann_series import NeumannConvergenceWarning
 from kfacopt.linalg.structured import IdentityLinearOperator, SubmatrixLinearOperator
 from kfacopt.optim.kfac import KFACOptimizer
 from kfacopt.optim.messages import KFACWarning
+from kfacopt.taylor_mode import input_derivatives
 
 __version__ = "0.1.0.dev0"
 
@@ -53,6 +55,8 @@ __all__ = [
     "SubmatrixLinearOperator",
     "TransposedJacobianLinearOperator",
     "experimental",
+    "input_derivatives",
     "lanczos_approximate_log_spectrum",
     "lanczos_approximate_spectrum",
+    "register_elementwise_derivatives",
 ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Generator
 
+from benchmarks import input_derivatives as pinns
 from benchmarks.problems import PROBLEMS
 from benchmarks.problems.pinns import FIRST, OPERATOR, SECOND, VALUE, TaylorNetwork, _border
 
@@ -67,3 +68,40 @@ def test_border_points_lie_on_the_sides(initial):
     on_side = [points[:, i] == value for i in (0, 1) for value in (0, 1)]
     assert bool(torch.stack(on_side).any(0).all())
     assert [bool(side.any()) for side in on_side] == [True, True, True, not initial]
+
+
+@pytest.mark.parametrize("name", pinns.EQUATIONS)
+def test_equations_have_their_solutions(name, monkeypatch):
+    """The operator takes the solution to the source: by autograd, in the equation's own domain."""
+
+    def by_autograd(solution, points, second="laplacian"):
+        x = points.requires_grad_()
+        u = solution(x)
+        (first,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        rows = [torch.autograd.grad(first[:, i].sum(), x, retain_graph=True)[0] for i in (0, 1)]
+        weights = torch.ones(2).to(x) if isinstance(second, str) else second.to(x)
+        return (
+            u[:, None],
+            first[:, None],
+            (weights[0] * rows[0][:, :1] + weights[1] * rows[1][:, 1:]),
+        )
+
+    monkeypatch.setattr(pinns, "input_derivatives", by_autograd)
+    equation = pinns.EQUATIONS[name]
+    points = equation.points(torch.rand(50, 2, dtype=torch.float64))
+    found = equation.residual(equation.solution, points)
+    # Burgers' solution is a quotient of quadratures, of round-off 1e-9 after two derivatives.
+    torch.testing.assert_close(found, equation.source(points), rtol=0, atol=1e-7)
+    if name == "Burgers":
+        start = torch.tensor([[-1.0, 0.5], [0.3, 0.0], [1.0, 1.0]], dtype=torch.float64)
+        wanted = -(math.pi * start[:, 0]).sin() * (start[:, 1] == 0)
+        torch.testing.assert_close(equation.solution(start), wanted, rtol=0, atol=1e-9)
+
+
+def test_the_comparison_on_input_derivatives_in_quick_form():
+    contestant = pinns.contestants()['KFACOptimizer(lr="auto")']["defaults"]
+    result = pinns.run(pinns.EQUATIONS["heat"], contestant, 0, 0.01)
+    assert result["steps"] >= 1
+    assert 0 < result["error"] < 10
+    found = {"setting": "defaults", "tried": {"defaults": 1.0}, "runs": [result]}
+    assert f"{result['error']:.1e}" in pinns.table({"heat": {"K-FAC": found}})

@@ -18,8 +18,10 @@ ALLOWED = {
     "likelihoods": BASE | {"linalg"},
     "data": BASE | {"linalg"},
     "module_search": set(),
+    "elementwise_derivatives": set(),
+    "taylor_mode": {"elementwise_derivatives"},
     "curvature": BASE | {"linalg", "likelihoods", "data", "module_search"},
-    "kfac": BASE | {"linalg", "likelihoods", "data"},
+    "kfac": BASE | {"linalg", "likelihoods", "data", "taylor_mode"},
     "optim": BASE | {"linalg", "likelihoods", "data", "module_search", "kfac"},
     "experimental": {"curvature"},
 }

@@ -17,6 +17,7 @@ from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.interface import LayerFamily
 from kfacopt.kfac.layers.registry import family_of
 from kfacopt.likelihoods import FisherType, Likelihood
+from kfacopt.taylor_mode import Jet
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,8 @@ class LayerUse:
             activation behind the layer and keeps no memory alive.
         version: The input's version counter at the call.
         input_edge: The gradient edge of the input, if it has one.
+        constants: The input of a bias at each position, `[S]`, where it is not 1 at all of them:
+            0 at positions of derivatives, see `kfacopt.taylor_mode`.
     """
 
     layer: Layer
@@ -39,6 +42,7 @@ class LayerUse:
     edge: GradientEdge
     version: int
     input_edge: GradientEdge | None
+    constants: Tensor | None = None
 
     @property
     def family(self) -> LayerFamily:
@@ -57,6 +61,20 @@ class LayerUse:
         """Return the input of a bias: 1, or 0 if the module, which may share W alone, lacks it."""
         return float(self.module._parameters.get("bias") is bias)
 
+    def bias_inputs(self, bias: Parameter | None, rows: Tensor) -> Tensor:
+        """Return the input of a bias `[B, N, S, 1]` beside rows `[B, N, S, d]`.
+
+        Args:
+            bias: The bias.
+            rows: The inputs of W, or gradients; where S is 1 they may stand for all positions, and
+                the bias's input is the mean over these.
+        """
+        column = rows.new_full((*rows.shape[:-1], 1), self.adds(bias))
+        if self.constants is None:
+            return column
+        constants = self.constants.to(rows)
+        return column * (constants.mean() if rows.shape[2] == 1 else constants.unsqueeze(-1))
+
     def checked_input(self) -> Tensor:
         """Return the input, or raise if it was changed in place after the call."""
         if self.input._version != self.version:
@@ -68,7 +86,7 @@ class LayerUse:
 
 
 def record_use(
-    layer: Layer, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Tensor
+    layer: Layer, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any
 ) -> LayerUse | None:
     """Return the record of a call of `module`, or `None` if no gradient can reach it.
 
@@ -77,14 +95,17 @@ def record_use(
     """
     if torch._C._are_functorch_transforms_active():
         return None
+    x: Any = args[0] if args else kwargs.get("input")
+    constants = None
+    if isinstance(x, Jet) and isinstance(output, Jet):
+        x, output, constants = x.rows, output.rows, x.constants
     if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
         return None
     if all(p is not layer.anchor for p in module._parameters.values()):
         return None
-    x = args[0] if args else kwargs["input"]
-    detached = x.detach()
+    detached, edge = x.detach(), get_gradient_edge(output)
     before = get_gradient_edge(x) if x.requires_grad else None
-    return LayerUse(layer, module, detached, get_gradient_edge(output), detached._version, before)
+    return LayerUse(layer, module, detached, edge, detached._version, before, constants)
 
 
 @contextmanager

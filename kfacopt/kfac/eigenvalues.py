@@ -48,7 +48,7 @@ def block_second_moments(
         if block.weight is not None:
             a = input_rows(block.layer, use)
         else:
-            a = g.new_full((*g.shape[:-1], 1), use.adds(block.bias))
+            a = use.bias_inputs(block.bias, g)
         inputs.append(a)
         outputs.append(g)
     if len({g.shape[1] for g in outputs}) == 1:  # else the uses have no data in common

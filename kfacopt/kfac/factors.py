@@ -105,7 +105,7 @@ def input_rows(layer: Layer, use: LayerUse) -> Tensor:
     """Return a layer's input in one use, `[B, N, S, d_in]`, with the constant of a joint bias."""
     a, _ = use.inputs(factor_dtype(layer.anchor.dtype))
     if layer.joint:
-        a = torch.cat([a, a.new_full((*a.shape[:-1], 1), use.adds(layer.bias))], dim=-1)
+        a = torch.cat([a, use.bias_inputs(layer.bias, a)], dim=-1)
     return a
 
 
@@ -128,6 +128,9 @@ def _rows_moment(
     count = a.shape[1] * a.shape[2]
     if not layer.joint:
         return second_moment(a, diagonal), count
+    if any(use.constants is not None for use in uses):  # not the same at all positions
+        columns = [w * u.bias_inputs(layer.bias, a) for u, w in zip(uses, weights, strict=True)]
+        return second_moment(torch.cat([a, _total(columns)], dim=-1), diagonal), count
     constant = sum(w * u.adds(layer.bias) for u, w in zip(uses, weights, strict=True))
     if diagonal:
         squares = second_moment(a, True)
@@ -141,10 +144,20 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
 
     Returns:
         The sum `[B, d_in, d_in]` (or its diagonal), and how many vectors it sums.
+
+    Raises:
+        NotImplementedError: If the positions of derivatives by the input, where a bias does not
+            act, would count in a bias's own block.
     """
     dtype = factor_dtype(layer.anchor.dtype)
     if layer.weight is None:
         return torch.ones(layer.groups, 1, 1, dtype=dtype, device=layer.anchor.device), 1
+    derivatives = any(use.constants is not None for use in uses)
+    if derivatives and layer.bias is not None and not layer.joint:
+        raise NotImplementedError(
+            f"layer {layer.name!r}: W and b have G in common, and b does not act on derivatives by "
+            "the input (input_derivatives); set separate_weight_and_bias=False."
+        )
     diagonal = form.diagonal(layer.d_in)
     if not form.reduce:
         moments = [_expanded_moment(layer, use, diagonal) for use in uses]
@@ -168,6 +181,9 @@ def grad_output_moment(
     """Return Σ g gᵀ `[B, d_out, d_out]` (or its diagonal), of a gradient for each of some uses."""
     dtype, diagonal = factor_dtype(layer.anchor.dtype), form.diagonal(layer.d_out)
     grads = [g.to(dtype) for g in grads]
+    if layer.weight is None:  # a bias acts on values alone, not on derivatives by the input
+        pairs = zip(uses, grads, strict=True)
+        grads = [g if u.constants is None else g * u.constants.to(g)[:, None] for u, g in pairs]
     if form.reduce:
         rows = [use.grad_rows(g).sum(2, keepdim=True) for use, g in zip(uses, grads, strict=True)]
         if len({g.shape[1] for g in rows}) == 1:

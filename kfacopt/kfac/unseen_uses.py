@@ -101,7 +101,7 @@ def is_undercounted(
             if param is layer.weight:
                 a, _ = use.inputs(wide)
             else:
-                a = g.new_full((*g.shape[:-1], 1), use.adds(param))
+                a = use.bias_inputs(param, g)
             rows += g.shape[1] * g.shape[2]
             for total, left, right in ((explained, g, a), (bound, g.abs(), a.abs())):
                 product = torch.einsum("bnso,bnsi->boi", left, right)

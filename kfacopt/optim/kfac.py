@@ -23,6 +23,7 @@ from kfacopt.optim.messages import (
     Notices,
     log_new_layer,
     skipped_step,
+    used_otherwise,
     without_curvature,
     without_layers,
 )
@@ -314,9 +315,12 @@ class KFACOptimizer(Optimizer):
         if waiting:
             log_new_layer(block.layer)
             return
-        otherwise = block.layer in self._statistics.undercounted
-        message = without_curvature(block.layer, otherwise)
-        self._notices.warn(f"uncaptured {block.layer.name}", message)
+        otherwise = self._statistics.undercounted
+        if block.layer in otherwise:  # all at once
+            message = used_otherwise(otherwise)
+            self._notices.warn(message, message)
+        else:
+            self._notices.warn(f"uncaptured {block.layer.name}", without_curvature(block.layer))
 
     def _clip_and_move(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -94,24 +94,29 @@ def stale_factors(layer: Layer) -> str:
     )
 
 
-def without_curvature(layer: Layer, used_otherwise: bool) -> str:
-    """Say that a layer never had any curvature, and why.
-
-    Args:
-        layer: The layer.
-        used_otherwise: Whether its module is called, but its parameters are used otherwise, too.
-    """
-    if used_otherwise:
-        return (
-            f"layer {layer.name!r}: the loss depends on its parameters in other ways, too, than by "
-            "calls of the module (F.linear(x, layer.weight), layer.forward(x), a derivative of the "
-            "model by its input), which its factors would lack; it gets the AdamW fallback update. "
-            "Call the module wherever its weight is used to have it preconditioned."
-        )
+def without_curvature(layer: Layer) -> str:
+    """Say that a layer never had any curvature, and what may be the reason."""
     return (
         f"layer {layer.name!r} has a gradient but no curvature was captured (its forward pass runs "
         "outside the hooks, its weight is used without a call of the module, the loss on it was "
         "not recognised, or was not finite); it gets the AdamW fallback update."
+    )
+
+
+def used_otherwise(layers: Iterable[Layer]) -> str:
+    """Say that layers have no curvature, as not all uses of their parameters were seen.
+
+    Args:
+        layers: Layers whose modules are called, but whose parameters are used otherwise, too.
+    """
+    names = sorted(repr(layer.name) for layer in layers)
+    kind, whose = ("layer", "its") if len(names) == 1 else ("layers", "their")
+    return (
+        f"{kind} {', '.join(names)}: the loss depends on {whose} parameters in other ways, too, "
+        "than by calls of the module (F.linear(x, layer.weight), layer.forward(x), a derivative of "
+        f"the model by its input), which {whose} factors would lack; the AdamW fallback updates "
+        "them. To have them preconditioned, take derivatives by the input with "
+        "kfacopt.input_derivatives(model, x), and call the module wherever its weight is used."
     )
 
 
