@@ -26,8 +26,6 @@ class InputsFirst(nn.Module):
 
 
 class InputsFirstFamily(Linear):
-    kind = InputsFirst
-
     def matrix_shape(self, shape, groups):
         return super().matrix_shape(shape[::-1], groups)
 
@@ -42,7 +40,8 @@ class InputsFirstFamily(Linear):
 
 @pytest.fixture
 def twins(monkeypatch):
-    monkeypatch.setattr(registry, "FAMILIES", (*registry.FAMILIES, InputsFirstFamily()))
+    entry = registry.Entry(InputsFirst, InputsFirstFamily(), default=True)
+    monkeypatch.setattr(registry, "ENTRIES", [*registry.ENTRIES, entry])
     torch.manual_seed(0)
     turned = nn.Sequential(InputsFirst(4, 5), nn.Tanh(), InputsFirst(5, 3))
     plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))

@@ -15,7 +15,6 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.interface import LayerFamily
-from kfacopt.kfac.layers.registry import family_of
 from kfacopt.likelihoods import FisherType, Likelihood
 
 
@@ -26,36 +25,39 @@ class LayerUse:
     Attributes:
         layer: The layer.
         module: The module that was called.
-        input: What it was called with, without a graph.
+        call: What the layer's family keeps of the module in this call; the module itself for most.
+        input: What it was called with, or what the family made of it, without a graph.
         edge: The gradient edge of its output. Unlike the tensor, it survives an in-place
             activation behind the layer and keeps no memory alive.
         version: The input's version counter at the call.
-        input_edge: The gradient edge of the input, if it has one.
+        input_edges: The gradient edges of what it was called with.
     """
 
     layer: Layer
     module: nn.Module
+    call: Any
     input: Tensor
     edge: GradientEdge
     version: int
-    input_edge: GradientEdge | None
+    input_edges: tuple[GradientEdge, ...]
 
     @property
     def family(self) -> LayerFamily:
         """What the module computes."""
-        return family_of(self.module)
+        return self.layer.family
 
     def inputs(self, dtype: torch.dtype, reduce: bool = False) -> tuple[Tensor, int]:
         """Return a `[B, N, S, d_in]` in a dtype, and S before positions are averaged."""
-        return self.family.inputs(self.module, self.checked_input().to(dtype), reduce)
+        return self.family.inputs(self.call, self.checked_input().to(dtype), reduce)
 
     def grad_rows(self, g: Tensor) -> Tensor:
         """Return the gradient by the module's output as `[B, N, S, d_out]`."""
-        return self.family.grad_outputs(self.module, g)
+        return self.family.grad_outputs(self.call, g)
 
     def adds(self, bias: Parameter | None) -> float:
         """Return the input of a bias: 1, or 0 if the module, which may share W alone, lacks it."""
-        return float(self.module._parameters.get("bias") is bias)
+        own = self.family.bias_name
+        return float(own is not None and self.module._parameters.get(own) is bias)
 
     def checked_input(self) -> Tensor:
         """Return the input, or raise if it was changed in place after the call."""
@@ -81,10 +83,14 @@ def record_use(
         return None
     if all(p is not layer.anchor for p in module._parameters.values()):
         return None
-    x = args[0] if args else kwargs["input"]
-    detached = x.detach()
-    before = get_gradient_edge(x) if x.requires_grad else None
-    return LayerUse(layer, module, detached, get_gradient_edge(output), detached._version, before)
+    kept = layer.family.record(module, args, kwargs, output)
+    if kept is None:
+        return None
+    call, x = kept
+    detached, edge = x.detach(), get_gradient_edge(output)
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+    before = tuple(map(get_gradient_edge, tensors))
+    return LayerUse(layer, module, call, detached, edge, detached._version, before)
 
 
 @contextmanager

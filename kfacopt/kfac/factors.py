@@ -112,7 +112,7 @@ def input_rows(layer: Layer, use: LayerUse) -> Tensor:
 def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int]:
     """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
     dtype = factor_dtype(layer.anchor.dtype)
-    known = None if diagonal else use.family.input_moment(use.module, use.checked_input().to(dtype))
+    known = None if diagonal else use.family.input_moment(use.call, use.checked_input().to(dtype))
     if known is None:
         return _rows_moment(layer, use.inputs(dtype)[0], diagonal, [use], [1.0])
     moment, sums, count = known

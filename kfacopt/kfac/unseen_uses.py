@@ -48,17 +48,16 @@ def _nodes_past(outputs: Iterable[Tensor], uses: Iterable[LayerUse]) -> set[Any]
     behind: dict[Any, list[Any]] = {}  # from the node of a use's output to that of its input
     for use in uses:
         if not isinstance(use.edge.node, BackwardCFunction):
-            behind.setdefault(use.edge.node, [])
-            if use.input_edge is not None:
-                behind[use.edge.node].append(use.input_edge.node)
+            following = [edge.node for edge in use.input_edges]
+            behind.setdefault(use.edge.node, []).extend(following)
     waiting: list[Any] = [z.grad_fn for z in outputs if z.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        following = behind.get(node)
-        if following is None:
-            following = [n for n, _ in node.next_functions if n is not None]
-        for n in following:
+        ahead = behind.get(node)
+        if ahead is None:
+            ahead = [n for n, _ in node.next_functions if n is not None]
+        for n in ahead:
             if n not in seen:
                 seen.add(n)
                 waiting.append(n)

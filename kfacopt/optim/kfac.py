@@ -65,8 +65,9 @@ class KFACOptimizer(Optimizer):
             loss.backward()
             optimizer.step()
 
-    For every `nn.Linear` and `nn.Conv2d` layer with inputs a and output gradients g, F ≈ G ⊗ A (see
-    `kfacopt.KFACLinearOperator`); with Ā and Ḡ their running averages and ∇ the layer's gradient,
+    For every `nn.Linear`, `nn.Conv1d` to `nn.Conv3d` and `nn.ConvTranspose1d` to `3d` with inputs a
+    and output gradients g, F ≈ G ⊗ A (see `kfacopt.KFACLinearOperator`); with Ā and Ḡ their running
+    averages and ∇ the layer's gradient,
 
         Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr Δ,    θ ← (1 − lr λ) θ − (lr Δ + μ m),
 

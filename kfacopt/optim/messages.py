@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from kfacopt.kfac.factors import FactorForm
-from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers import Layer, default_kinds, described
 
 logger = logging.getLogger("kfacopt")
 
@@ -164,7 +164,7 @@ def skipped_step(names: Sequence[str]) -> str:
 def without_layers() -> str:
     """Say that there is no curvature at all."""
     return (
-        "none of the parameters is in a layer that K-FAC knows (nn.Linear, nn.Conv2d); "
+        f"none of the parameters is in a layer that K-FAC knows ({described(default_kinds())}); "
         "all are trained by the AdamW fallback."
     )
 

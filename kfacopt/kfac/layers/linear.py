@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -18,17 +20,18 @@ def _rows(x: Tensor) -> Tensor:
 class Linear(LayerFamily):
     """z = W a + b for a `[N, ..., d_in]`."""
 
-    kind, datum_axes = nn.Linear, 1
+    datum_axes = 1
 
-    def computes(self, module: nn.Module) -> bool:
+    def computes(self, module: nn.Module, kind: type[nn.Module]) -> bool:
         """Exclude the output projection of `nn.MultiheadAttention`, which is never called."""
-        return super().computes(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        called = not isinstance(module, NonDynamicallyQuantizableLinear)
+        return called and super().computes(module, kind)
 
-    def inputs(self, module: nn.Linear, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
+    def inputs(self, module: Any, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
         """Flatten the positions of `[N, ..., d_in]`."""
         rows = _rows(x)
         return (rows.mean(1, keepdim=True) if reduce else rows).unsqueeze(0), rows.shape[1]
 
-    def grad_outputs(self, module: nn.Linear, g: Tensor) -> Tensor:
+    def grad_outputs(self, module: Any, g: Tensor) -> Tensor:
         """Flatten the positions of `[N, ..., d_out]`."""
         return _rows(g).unsqueeze(0)
