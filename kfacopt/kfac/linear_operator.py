@@ -66,7 +66,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     Args:
         model_func: The network, made of modules. `nn.Linear` with any number of shared axes,
             `nn.Conv1d` to `nn.Conv3d` and `nn.ConvTranspose1d` to `nn.ConvTranspose3d` (stride,
-            padding, dilation, groups) are supported.
+            padding, dilation, groups) are supported, and what `kfacopt.register_layer` was told of.
         loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
             log-probabilities.
         params: The parameters of F's rows and columns: any subset of the supported layers', in

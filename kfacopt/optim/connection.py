@@ -111,7 +111,8 @@ def connect(
         ranks: Is told when a forward pass reaches a layer.
     """
     refuse_pipeline_stages(module for _, module in modules)
-    layers = find_layers(modules, params, settings.separate_weight_and_bias, default_kinds())
+    kinds = default_kinds() if settings.layers is None else settings.layers
+    layers = find_layers(modules, params, settings.separate_weight_and_bias, kinds)
     names = parameter_names(modules, params)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)

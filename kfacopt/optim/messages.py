@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from kfacopt.kfac.factors import FactorForm
-from kfacopt.kfac.layers import Layer, default_kinds, described
+from kfacopt.kfac.layers import Kinds, Layer, default_kinds, described
 
 logger = logging.getLogger("kfacopt")
 
@@ -161,10 +161,16 @@ def skipped_step(names: Sequence[str]) -> str:
     )
 
 
-def without_layers() -> str:
-    """Say that there is no curvature at all."""
+def without_layers(layers: Kinds | None) -> str:
+    """Say that there is no curvature at all.
+
+    Args:
+        layers: Which kinds of modules are preconditioned, if that was set.
+    """
+    kinds = default_kinds() if layers is None else layers
+    which = "a layer that K-FAC knows" if layers is None else "what layers= names"
     return (
-        f"none of the parameters is in a layer that K-FAC knows ({described(default_kinds())}); "
+        f"none of the parameters is in {which} ({described(kinds) or 'nothing'}); "
         "all are trained by the AdamW fallback."
     )
 

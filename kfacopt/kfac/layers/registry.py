@@ -8,7 +8,7 @@ from torch import nn
 
 from kfacopt.kfac.layers.convolution import Convolution
 from kfacopt.kfac.layers.interface import LayerFamily
-from kfacopt.kfac.layers.linear import Linear
+from kfacopt.kfac.layers.linear import LinearFamily
 from kfacopt.kfac.layers.transposed_convolution import TransposedConvolution
 
 Kinds = tuple[type[nn.Module], ...]
@@ -28,10 +28,15 @@ class Entry:
     family: LayerFamily
     default: bool
 
+    @property
+    def matrix(self) -> tuple[type[nn.Module], str, str | None]:
+        """Which matrix of which modules it is."""
+        return self.kind, self.family.weight_name, self.family.bias_name
+
 
 # Later ones go first. The one place that says what is preconditioned by default.
 ENTRIES: list[Entry] = [
-    Entry(nn.Linear, Linear(), default=True),
+    Entry(nn.Linear, LinearFamily(), default=True),
     Entry(nn.Conv1d, Convolution(1), default=True),
     Entry(nn.Conv2d, Convolution(2), default=True),
     Entry(nn.Conv3d, Convolution(3), default=True),
@@ -41,13 +46,61 @@ ENTRIES: list[Entry] = [
 ]
 
 
+def register_layer(kind: type[nn.Module], family: LayerFamily, default: bool = True) -> None:
+    """Let K-FAC know a kind of modules: the operators, and optimizers that are made from then on.
+
+    A kind may have several matrices [W | b]: register one family for each, with other names of
+    parameters. What is registered goes before what was known of a module, and replaces what was
+    registered for the same kind and parameters.
+
+    Args:
+        kind: The class of modules; subclasses count that do not override `forward`.
+        family: How inputs and output gradients become a and g, and which parameters W and b are.
+        default: Whether `KFACOptimizer` preconditions them if it has no `layers=`.
+
+    Raises:
+        ValueError: If `kind` is not a class of modules, or `family` not a `LayerFamily`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from kfacopt import KFACLinearOperator, LinearFamily
+        >>> class Squares(nn.Module):  # z = W [x, x²], with W under another name
+        ...     def __init__(self, d_in, d_out):
+        ...         super().__init__()
+        ...         self.kernel = nn.Parameter(torch.randn(d_out, 2 * d_in))
+        ...     def forward(self, x):
+        ...         return torch.cat([x, x.square()], dim=-1) @ self.kernel.mT
+        >>> class SquaresFamily(LinearFamily):
+        ...     def inputs(self, module, x, reduce):
+        ...         return super().inputs(module, torch.cat([x, x.square()], dim=-1), reduce)
+        >>> register_layer(Squares, SquaresFamily(weight_name="kernel", bias_name=None))
+        >>> model, data = Squares(3, 2), [(torch.rand(8, 3), torch.rand(8, 2))]
+        >>> K = KFACLinearOperator(model, nn.MSELoss(), list(model.parameters()), data)
+        >>> K.factors("kernel").input_factor.shape
+        torch.Size([6, 6])
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"kind must be a class of nn.Module, got {kind!r}.")
+    if not isinstance(family, LayerFamily):
+        raise ValueError(f"family must be a LayerFamily, made, got {family!r}.")
+    new = Entry(kind, family, default)
+    ENTRIES[:] = [entry for entry in ENTRIES if entry.matrix != new.matrix] + [new]
+
+
 def all_kinds() -> Kinds:
     """Return all kinds of modules that K-FAC knows."""
     return tuple(dict.fromkeys(entry.kind for entry in ENTRIES))
 
 
 def default_kinds() -> Kinds:
-    """Return those that `KFACOptimizer` preconditions by default."""
+    """Return those that `KFACOptimizer` preconditions unless it is told which.
+
+    Example:
+        >>> from torch import nn
+        >>> nn.Linear in default_kinds()
+        True
+    """
     return tuple(dict.fromkeys(entry.kind for entry in ENTRIES if entry.default))
 
 
