@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.interface import LayerFamily
+from kfacopt.kfac.layers.sparse_rows import SparseRows
 from kfacopt.likelihoods import FisherType, Likelihood
 
 
@@ -49,6 +50,10 @@ class LayerUse:
     def inputs(self, dtype: torch.dtype, reduce: bool = False) -> tuple[Tensor, int]:
         """Return a `[B, N, S, d_in]` in a dtype, and S before positions are averaged."""
         return self.family.inputs(self.call, self.checked_input().to(dtype), reduce)
+
+    def sparse_inputs(self) -> SparseRows | None:
+        """Return a by its entries that are not 0, or `None` unless these are few."""
+        return self.family.sparse_inputs(self.call, self.checked_input())
 
     def grad_rows(self, g: Tensor) -> Tensor:
         """Return the gradient by the module's output as `[B, N, S, d_out]`."""

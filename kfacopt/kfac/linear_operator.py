@@ -238,8 +238,12 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         return self._factors
 
     def _compute_factors(self) -> dict[Layer, KroneckerProduct]:
-        inputs = {layer: _zeros(layer, layer.d_in) for layer, _ in self._layers}
-        grads = {layer: _zeros(layer, layer.d_out) for layer, _ in self._layers}
+        inputs, grads = {}, {}
+        for layer, _ in self._layers:
+            dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
+            inputs[layer], grads[layer] = (
+                torch.zeros(shape, dtype=dtype, device=device) for shape in self._form.shapes(layer)
+            )
         rows = dict.fromkeys(inputs, 0)
         counts = []
         for X, y, output, uses, gradients in self._passes("K-FAC factors"):
@@ -285,11 +289,6 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             found: dict[LayerUse, Tensor] = {}
             backward.run(vector.to(output.dtype), found.__setitem__)
             yield {use: found[use] for use in uses if use in found}
-
-
-def _zeros(layer: Layer, side: int) -> Tensor:
-    dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
-    return torch.zeros(layer.groups, side, side, dtype=dtype, device=device)
 
 
 def _own_parameters(

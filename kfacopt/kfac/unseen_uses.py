@@ -8,6 +8,7 @@ pass multiplies by the weights again, are paths from a parameter to the output p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,17 +90,31 @@ def is_undercounted(output: Tensor, uses: Sequence[LayerUse], param: Parameter) 
             continue
         for use in own:
             g = use.grad_rows(arrived[use].to(wide))
-            if param is layer.weight:
-                a, _ = use.inputs(wide)
-            else:
-                a = g.new_full((*g.shape[:-1], 1), use.adds(param))
             rows += g.shape[1] * g.shape[2]
-            for total, left, right in ((explained, g, a), (bound, g.abs(), a.abs())):
-                product = torch.einsum("bnso,bnsi->boi", left, right)
+            for total, product in zip((explained, bound), _products(use, g, param), strict=True):
                 total += layer.family.from_matrix(product, param.shape)
     dtypes = {output.dtype, param.dtype, *(g.dtype for g in arrived.values())}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)  # autocast's, too
     return not bool(((whole - explained).abs() <= _ROUND_OFFS * eps * rows**0.5 * bound).all())
+
+
+def _products(use: LayerUse, g: Tensor, param: Parameter) -> tuple[Tensor, Tensor]:
+    """Return Σ g aᵀ and Σ |g| |a|ᵀ `[B, d_out, columns]` of one use, for W or b.
+
+    Args:
+        use: The use.
+        g: The gradient by its output, `[B, N, S, d_out]`.
+        param: W or b.
+    """
+    is_weight = param is use.layer.weight
+    sparse = use.sparse_inputs() if is_weight else None
+    if sparse is not None:
+        return sparse.products(g), replace(sparse, value=sparse.value.abs()).products(g.abs())
+    a = g.new_full((*g.shape[:-1], 1), use.adds(param)) if not is_weight else use.inputs(g.dtype)[0]
+    first, second = (
+        torch.einsum("bnso,bnsi->boi", left, right) for left, right in ((g, a), (g.abs(), a.abs()))
+    )
+    return first, second
 
 
 def refuse_unseen_uses(

@@ -53,7 +53,8 @@ def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorFor
     )
     for layer in layers:
         for side, width in (("input", layer.d_in), ("grad_output", layer.d_out)):
-            if form.diagonal(width):
+            always = side == "input" and layer.diagonal_input
+            if form.diagonal(width) and not always:
                 logger.warning(
                     "layer %r: its %s factor is kept as a diagonal, %d > max_factor_dim = %s",
                     layer.name,

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Size, Tensor, nn
 
+from kfacopt.kfac.layers.sparse_rows import SparseRows
+
 KFACApprox = Literal["expand", "reduce"]
 KFAC_APPROXES: tuple[KFACApprox, ...] = ("expand", "reduce")
 
@@ -27,11 +29,13 @@ class LayerFamily(ABC):
         datum_axes: How many axes the input of a single datum has, without an axis N.
         weight_name: Which parameter of a module W is.
         bias_name: Which one b is; `None` if there is none.
+        diagonal_input: Whether A is kept as its diagonal, however small it is.
     """
 
     datum_axes: int
     weight_name: str = "weight"
     bias_name: str | None = "bias"
+    diagonal_input: bool = False
 
     def computes(self, module: nn.Module, kind: type[nn.Module]) -> bool:
         """Tell whether a module of a kind, or a subclass, computes what the kind does."""
@@ -78,6 +82,13 @@ class LayerFamily(ABC):
     @abstractmethod
     def grad_outputs(self, module: Any, g: Tensor) -> Tensor:
         """Bring the gradient by a module's output, whose axis N may lack, to `[B, N, S, d_out]`."""
+
+    def sparse_inputs(self, module: Any, x: Tensor) -> SparseRows | None:
+        """Return a by its entries that are not 0; `None` unless these are few.
+
+        Sums over a are then made of these; it needs `diagonal_input`, and no bias.
+        """
+        return None
 
     def input_moment(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
         """Return Σ a aᵀ `[B, d_in, d_in]`, Σ a `[B, d_in]` and the number of summands.

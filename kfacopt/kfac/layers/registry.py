@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kfacopt.kfac.layers.convolution import Convolution
+from kfacopt.kfac.layers.embedding import Embedding, EmbeddingBag
 from kfacopt.kfac.layers.interface import LayerFamily
 from kfacopt.kfac.layers.linear import LinearFamily
 from kfacopt.kfac.layers.transposed_convolution import TransposedConvolution
@@ -43,6 +44,8 @@ ENTRIES: list[Entry] = [
     Entry(nn.ConvTranspose1d, TransposedConvolution(1), default=True),
     Entry(nn.ConvTranspose2d, TransposedConvolution(2), default=True),
     Entry(nn.ConvTranspose3d, TransposedConvolution(3), default=True),
+    Entry(nn.Embedding, Embedding(), default=False),
+    Entry(nn.EmbeddingBag, EmbeddingBag(), default=False),
 ]
 
 

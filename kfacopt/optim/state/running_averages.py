@@ -22,10 +22,7 @@ RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
 
 def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a layer's running factors by their key in the state."""
-    return {
-        name: (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
-        for name, side in (("input_factor", layer.d_in), ("grad_output_factor", layer.d_out))
-    }
+    return dict(zip(("input_factor", "grad_output_factor"), form.shapes(layer), strict=True))
 
 
 def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
