@@ -16,6 +16,8 @@ from kfacopt.estimators.spectrum import (
 )
 from kfacopt.estimators.trace import HutchinsonTraceEstimator, HutchPPTraceEstimator
 from kfacopt.kfac.ekfac_operator import EKFACLinearOperator
+from kfacopt.kfac.layers import LayerFamily, LinearFamily, register_layer
+from kfacopt.kfac.layers import default_kinds as default_layers
 from kfacopt.kfac.linear_operator import KFACLinearOperator
 from kfacopt.linalg.conjugate_gradients import NotPositiveDefiniteError
 from kfacopt.linalg.inverses import (
@@ -49,14 +51,18 @@ __all__ = [
     "KFACWarning",
     "LanczosApproximateLogSpectrumCached",
     "LanczosApproximateSpectrumCached",
+    "LayerFamily",
+    "LinearFamily",
     "NeumannConvergenceWarning",
     "NeumannInverseLinearOperator",
     "NotPositiveDefiniteError",
     "SubmatrixLinearOperator",
     "TransposedJacobianLinearOperator",
+    "default_layers",
     "experimental",
     "input_derivatives",
     "lanczos_approximate_log_spectrum",
     "lanczos_approximate_spectrum",
     "register_elementwise_derivatives",
+    "register_layer",
 ]

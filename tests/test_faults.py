@@ -389,6 +389,24 @@ def test_a_head_of_50_000_outputs_has_a_diagonal_side(fisher_type, options, capl
     assert optimizer.factors("2").grad_output_factor.shape == (outputs,)
 
 
+@pytest.mark.parametrize("options", KINDS, ids=lambda o: o["preconditioner"])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_vocabulary_of_50_000_has_a_diagonal_side_and_no_one_hots(kind, options, caplog):
+    words, width = 50_000, 16
+    model = nn.Sequential(kind(words, width), nn.Flatten(), nn.LazyLinear(3))
+    tokens, y = torch.randint(words, (6, 20)), torch.randint(3, (6,))
+    model.float()(tokens)
+    layers = [nn.Linear, kind]
+    optimizer = KFACOptimizer(model.parameters(), layers=layers, **EVERY_STEP, **options)
+    assert "is kept as a diagonal" not in caplog.text  # it always is
+    with LargestTensor() as largest:
+        step(model, optimizer, tokens, y)
+    assert optimizer.statistics()["fallback_parameters"] == 0.0
+    assert largest.bytes <= 4 * words * width * 2
+    assert optimizer.factors("0").input_factor.shape == (words,)
+    assert optimizer.factors("0").grad_output_factor.shape == (width, width)
+
+
 # Layers without statistics ------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.interface import LayerFamily
-from kfacopt.kfac.layers.registry import family_of
+from kfacopt.kfac.layers.sparse_rows import SparseRows
 from kfacopt.likelihoods import FisherType, Likelihood
 from kfacopt.taylor_mode import Jet
 
@@ -27,39 +27,46 @@ class LayerUse:
     Attributes:
         layer: The layer.
         module: The module that was called.
-        input: What it was called with, without a graph.
+        call: What the layer's family keeps of the module in this call; the module itself for most.
+        input: What it was called with, or what the family made of it, without a graph.
         edge: The gradient edge of its output. Unlike the tensor, it survives an in-place
             activation behind the layer and keeps no memory alive.
         version: The input's version counter at the call.
-        input_edge: The gradient edge of the input, if it has one.
+        input_edges: The gradient edges of what it was called with.
         constants: The input of a bias at each position, `[S]`, where it is not 1 at all of them:
             0 at positions of derivatives, see `kfacopt.taylor_mode`.
     """
 
     layer: Layer
     module: nn.Module
+    call: Any
     input: Tensor
     edge: GradientEdge
     version: int
-    input_edge: GradientEdge | None
+    input_edges: tuple[GradientEdge, ...]
     constants: Tensor | None = None
 
     @property
     def family(self) -> LayerFamily:
         """What the module computes."""
-        return family_of(self.module)
+        return self.layer.family
 
     def inputs(self, dtype: torch.dtype, reduce: bool = False) -> tuple[Tensor, int]:
         """Return a `[B, N, S, d_in]` in a dtype, and S before positions are averaged."""
-        return self.family.inputs(self.module, self.checked_input().to(dtype), reduce)
+        return self.family.inputs(self.call, self.checked_input().to(dtype), reduce)
+
+    def sparse_inputs(self) -> SparseRows | None:
+        """Return a by its entries that are not 0, or `None` unless these are few."""
+        return self.family.sparse_inputs(self.call, self.checked_input())
 
     def grad_rows(self, g: Tensor) -> Tensor:
         """Return the gradient by the module's output as `[B, N, S, d_out]`."""
-        return self.family.grad_outputs(self.module, g)
+        return self.family.grad_outputs(self.call, g)
 
     def adds(self, bias: Parameter | None) -> float:
         """Return the input of a bias: 1, or 0 if the module, which may share W alone, lacks it."""
-        return float(self.module._parameters.get("bias") is bias)
+        own = self.family.bias_name
+        return float(own is not None and self.module._parameters.get(own) is bias)
 
     def bias_inputs(self, bias: Parameter | None, rows: Tensor) -> Tensor:
         """Return the input of a bias `[B, N, S, 1]` beside rows `[B, N, S, d]`.
@@ -98,14 +105,19 @@ def record_use(
     x: Any = args[0] if args else kwargs.get("input")
     constants = None
     if isinstance(x, Jet) and isinstance(output, Jet):
-        x, output, constants = x.rows, output.rows, x.constants
+        args, output, constants = (x.rows,), output.rows, x.constants
     if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
         return None
     if all(p is not layer.anchor for p in module._parameters.values()):
         return None
+    kept = layer.family.record(module, args, kwargs, output)
+    if kept is None:
+        return None
+    call, x = kept
     detached, edge = x.detach(), get_gradient_edge(output)
-    before = get_gradient_edge(x) if x.requires_grad else None
-    return LayerUse(layer, module, detached, edge, detached._version, before, constants)
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+    before = tuple(map(get_gradient_edge, tensors))
+    return LayerUse(layer, module, call, detached, edge, detached._version, before, constants)
 
 
 @contextmanager

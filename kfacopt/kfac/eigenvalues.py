@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.kfac.capture import LayerUse
-from kfacopt.kfac.factors import factor_dtype, input_rows
+from kfacopt.kfac.factors import factor_dtype, input_rows, sparse_rows
 from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kronecker import multiply_left, multiply_right
 
@@ -42,15 +42,21 @@ def block_second_moments(
         bases: Q_G `[B, d_out, d_out]` and Q_A `[B, d_in, d_in]`; `None` is the identity.
     """
     dtype = factor_dtype(block.anchor.dtype)
-    inputs, outputs = [], []
-    for use, grad in zip(uses, grads, strict=True):
-        g = use.grad_rows(grad.to(dtype))
+    inputs: list[Tensor] = []
+    outputs = [use.grad_rows(grad.to(dtype)) for use, grad in zip(uses, grads, strict=True)]
+    sparse = sparse_rows(uses) if block.weight is not None else []
+    if sparse:
+        if len(sparse) == 1:
+            outputs = [torch.cat(outputs, dim=2)]
+        pairs = zip(sparse, outputs, strict=True)
+        squares = [rows.gradient_squares(_rotated(g, bases[0])) for rows, g in pairs]
+        return torch.stack(squares).sum(0)
+    for use, g in zip(uses, outputs, strict=True):
         if block.weight is not None:
             a = input_rows(block.layer, use)
         else:
             a = use.bias_inputs(block.bias, g)
         inputs.append(a)
-        outputs.append(g)
     if len({g.shape[1] for g in outputs}) == 1:  # else the uses have no data in common
         inputs, outputs = [torch.cat(inputs, dim=2)], [torch.cat(outputs, dim=2)]
     moments = [gradient_second_moments(g, a, bases) for g, a in zip(outputs, inputs, strict=True)]

@@ -115,7 +115,8 @@ class EKFACLinearOperator(KFACLinearOperator):
             bases[block] = (spectrum_g[1], spectrum_a[1])
             null_g, null_a = null_directions(*spectrum_g), null_directions(*spectrum_a)
             null[block] = null_g.unsqueeze(-1) | null_a.unsqueeze(-2)
-            moments[block] = torch.zeros_like(sides[0][..., :1] @ sides[1][..., :1, :])
+            shape = (block.layer.groups, block.layer.d_out, block.d_in)
+            moments[block] = sides[0].new_zeros(shape)
             own_blocks.setdefault(block.layer, []).append(block)
         for *_, gradients in self._passes("EKFAC eigenvalues"):
             for by_use in gradients:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.kfac.layers import KFACApprox, Layer
+from kfacopt.kfac.layers.sparse_rows import SparseRows, side_by_side
 from kfacopt.linalg.gram import gram
 
 
@@ -64,8 +65,21 @@ class FactorForm:
         return self.kfac_approx == "reduce"
 
     def diagonal(self, side: int) -> bool:
-        """Whether a factor with this side is kept as its diagonal."""
+        """Whether a factor with this side is too wide to be kept but as its diagonal."""
         return self.max_factor_dim is not None and side > self.max_factor_dim
+
+    def diagonals(self, layer: Layer) -> tuple[bool, bool]:
+        """Whether a layer's A, and its G, are kept as their diagonals."""
+        return layer.diagonal_input or self.diagonal(layer.d_in), self.diagonal(layer.d_out)
+
+    def shapes(self, layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of a layer's A and G."""
+        B, sides = layer.groups, (layer.d_in, layer.d_out)
+        A, G = (
+            (B, side) if diagonal else (B, side, side)
+            for side, diagonal in zip(sides, self.diagonals(layer), strict=True)
+        )
+        return A, G
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -112,7 +126,7 @@ def input_rows(layer: Layer, use: LayerUse) -> Tensor:
 def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int]:
     """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
     dtype = factor_dtype(layer.anchor.dtype)
-    known = None if diagonal else use.family.input_moment(use.module, use.checked_input().to(dtype))
+    known = None if diagonal else use.family.input_moment(use.call, use.checked_input().to(dtype))
     if known is None:
         return _rows_moment(layer, use.inputs(dtype)[0], diagonal, [use], [1.0])
     moment, sums, count = known
@@ -139,6 +153,14 @@ def _rows_moment(
     return bordered(partial(gram, a.flatten(1, 2)), a.sum((1, 2)), count, constant), count
 
 
+def sparse_rows(uses: Sequence[LayerUse]) -> list[SparseRows]:
+    """Return a layer's inputs by their entries, those of the same data as one; else nothing."""
+    found = [rows for rows in (use.sparse_inputs() for use in uses) if rows is not None]
+    if found and len({rows.shape[0] for rows in found}) == 1:
+        return [side_by_side(found)]
+    return found
+
+
 def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tuple[Tensor, int]:
     """Return Σ a aᵀ and the number of summands, over the uses of a layer in one forward pass.
 
@@ -158,7 +180,11 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
             f"layer {layer.name!r}: W and b have G in common, and b does not act on derivatives by "
             "the input (input_derivatives); set separate_weight_and_bias=False."
         )
-    diagonal = form.diagonal(layer.d_in)
+    diagonal, _ = form.diagonals(layer)
+    sparse = sparse_rows(uses)
+    if sparse:
+        squares = [rows.squares(form.reduce) for rows in sparse]
+        return _total([values for values, _ in squares]), sum(count for _, count in squares)
     if not form.reduce:
         moments = [_expanded_moment(layer, use, diagonal) for use in uses]
     else:
@@ -179,7 +205,7 @@ def grad_output_moment(
     layer: Layer, uses: Sequence[LayerUse], grads: Sequence[Tensor], form: FactorForm
 ) -> Tensor:
     """Return Σ g gᵀ `[B, d_out, d_out]` (or its diagonal), of a gradient for each of some uses."""
-    dtype, diagonal = factor_dtype(layer.anchor.dtype), form.diagonal(layer.d_out)
+    dtype, (_, diagonal) = factor_dtype(layer.anchor.dtype), form.diagonals(layer)
     grads = [g.to(dtype) for g in grads]
     if layer.weight is None:  # a bias acts on values alone, not on derivatives by the input
         pairs = zip(uses, grads, strict=True)

@@ -17,10 +17,11 @@ from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
 from kfacopt.kfac.factors import FactorForm, Factors, factor_dtype, grad_output_moment, input_moment
 from kfacopt.kfac.layers import (
     KFAC_APPROXES,
-    SUPPORTED_MODULES,
     Block,
     KFACApprox,
     Layer,
+    all_kinds,
+    described,
     find_layers,
 )
 from kfacopt.kfac.loss_fisher import LossFisher
@@ -47,8 +48,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     operator.
 
     Args:
-        model_func: The network, made of modules. `nn.Linear` with any number of shared axes and
-            `nn.Conv2d` (stride, padding, dilation, groups) are supported.
+        model_func: The network, made of modules. `nn.Linear` with any number of shared axes,
+            `nn.Conv1d` to `nn.Conv3d` and `nn.ConvTranspose1d` to `nn.ConvTranspose3d` (stride,
+            padding, dilation, groups) are supported, and what `kfacopt.register_layer` was told of.
         loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
             log-probabilities.
         params: The parameters of F's rows and columns: any subset of the supported layers', in
@@ -101,7 +103,6 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     """
 
     _SUPPORTED_LOSSES = SUPPORTED_LOSSES
-    _SUPPORTED_MODULES = SUPPORTED_MODULES
 
     def __init__(
         self,
@@ -216,8 +217,12 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             return self._compute_factors()
 
     def _compute_factors(self) -> dict[Layer, KroneckerProduct]:
-        inputs = {layer: _zeros(layer, layer.d_in) for layer, _ in self._layers}
-        grads = {layer: _zeros(layer, layer.d_out) for layer, _ in self._layers}
+        inputs, grads = {}, {}
+        for layer, _ in self._layers:
+            dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
+            inputs[layer], grads[layer] = (
+                torch.zeros(shape, dtype=dtype, device=device) for shape in self._form.shapes(layer)
+            )
         rows = dict.fromkeys(inputs, 0)
         counts = []
         for X, y, output, uses, gradients in self._passes("K-FAC factors"):
@@ -265,11 +270,6 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             yield {use: found[use] for use in uses if use in found}
 
 
-def _zeros(layer: Layer, side: int) -> Tensor:
-    dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
-    return torch.zeros(layer.groups, side, side, dtype=dtype, device=device)
-
-
 def _own_parameters(
     model: nn.Module, params: list[Parameter] | Mapping[str, Parameter]
 ) -> list[Parameter]:
@@ -293,7 +293,6 @@ def _layers_of(
     layers = find_layers(model.named_modules(), params, separate_weight_and_bias)
     covered = {id(p) for layer, _ in layers for p in (layer.weight, layer.bias)}
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    known = " and ".join(f"nn.{kind.__name__}" for kind in SUPPORTED_MODULES)
     for i, p in enumerate(params):
         if not p.requires_grad:
             raise ValueError(f"params[{i}] ({names.get(id(p))}) does not require gradients.")
@@ -301,7 +300,7 @@ def _layers_of(
             raise ValueError(f"params[{i}] is not a parameter of model_func.")
         if id(p) not in covered:
             raise NotImplementedError(
-                f"params: {names[id(p)]!r} is in an unsupported layer; K-FAC knows {known}. Leave "
-                "it out of params."
+                f"params: {names[id(p)]!r} is in an unsupported layer; K-FAC knows "
+                f"{described(all_kinds())}. Leave it out of params."
             )
     return layers

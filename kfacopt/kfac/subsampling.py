@@ -13,7 +13,7 @@ from kfacopt.kfac.capture import LayerUse
 
 def data_count(use: LayerUse) -> int | None:
     """Return N of a use's input; `None` if it is a single datum without an axis N."""
-    return None if use.input.ndim == use.family.datum_axes else use.input.shape[0]
+    return None if use.family.is_single(use.call, use.input) else use.input.shape[0]
 
 
 def draw_subset(count: int, fraction: float, generator: Generator) -> Tensor:

@@ -8,6 +8,7 @@ pass multiplies by the weights again, are paths from a parameter to the output p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,17 +50,16 @@ def _nodes_past(outputs: Iterable[GradientEdge], uses: Iterable[LayerUse]) -> se
     behind: dict[Any, list[Any]] = {}  # from the node of a use's output to that of its input
     for use in uses:
         if not isinstance(use.edge.node, BackwardCFunction):
-            behind.setdefault(use.edge.node, [])
-            if use.input_edge is not None:
-                behind[use.edge.node].append(use.input_edge.node)
+            following = [edge.node for edge in use.input_edges]
+            behind.setdefault(use.edge.node, []).extend(following)
     waiting: list[Any] = list(dict.fromkeys(edge.node for edge in outputs))
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        following = behind.get(node)
-        if following is None:
-            following = [n for n, _ in node.next_functions if n is not None]
-        for n in following:
+        ahead = behind.get(node)
+        if ahead is None:
+            ahead = [n for n, _ in node.next_functions if n is not None]
+        for n in ahead:
             if n not in seen:
                 seen.add(n)
                 waiting.append(n)
@@ -98,17 +98,31 @@ def is_undercounted(
             continue
         for use in own:
             g = use.grad_rows(arrived[use].to(wide))
-            if param is layer.weight:
-                a, _ = use.inputs(wide)
-            else:
-                a = use.bias_inputs(param, g)
             rows += g.shape[1] * g.shape[2]
-            for total, left, right in ((explained, g, a), (bound, g.abs(), a.abs())):
-                product = torch.einsum("bnso,bnsi->boi", left, right)
+            for total, product in zip((explained, bound), _products(use, g, param), strict=True):
                 total += layer.family.from_matrix(product, param.shape)
     dtypes = {*(z.dtype for z in values), param.dtype, *(g.dtype for g in arrived.values())}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)  # autocast's, too
     return not bool(((whole - explained).abs() <= _ROUND_OFFS * eps * rows**0.5 * bound).all())
+
+
+def _products(use: LayerUse, g: Tensor, param: Parameter) -> tuple[Tensor, Tensor]:
+    """Return Σ g aᵀ and Σ |g| |a|ᵀ `[B, d_out, columns]` of one use, for W or b.
+
+    Args:
+        use: The use.
+        g: The gradient by its output, `[B, N, S, d_out]`.
+        param: W or b.
+    """
+    is_weight = param is use.layer.weight
+    sparse = use.sparse_inputs() if is_weight else None
+    if sparse is not None:
+        return sparse.products(g), replace(sparse, value=sparse.value.abs()).products(g.abs())
+    a = use.inputs(g.dtype)[0] if is_weight else use.bias_inputs(param, g)
+    first, second = (
+        torch.einsum("bnso,bnsi->boi", left, right) for left, right in ((g, a), (g.abs(), a.abs()))
+    )
+    return first, second
 
 
 def refuse_unseen_uses(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from kfacopt.kfac.layers import find_layers
+from kfacopt.kfac.layers import default_kinds, find_layers
 from kfacopt.optim.distributed import Ranks
 from kfacopt.optim.messages import log_layers
 from kfacopt.optim.settings import Settings
@@ -104,7 +104,8 @@ def connect(
         ranks: Is told when a forward pass reaches a layer.
     """
     refuse_pipeline_stages(module for _, module in modules)
-    layers = find_layers(modules, params, settings.separate_weight_and_bias)
+    kinds = default_kinds() if settings.layers is None else settings.layers
+    layers = find_layers(modules, params, settings.separate_weight_and_bias, kinds)
     names = parameter_names(modules, params)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)

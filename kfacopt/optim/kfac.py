@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -67,8 +67,9 @@ class KFACOptimizer(Optimizer):
             loss.backward()
             optimizer.step()
 
-    For every `nn.Linear` and `nn.Conv2d` layer with inputs a and output gradients g, F ≈ G ⊗ A (see
-    `kfacopt.KFACLinearOperator`); with Ā and Ḡ their running averages and ∇ the layer's gradient,
+    For every `nn.Linear`, `nn.Conv1d` to `nn.Conv3d` and `nn.ConvTranspose1d` to `3d` with inputs a
+    and output gradients g, F ≈ G ⊗ A (see `kfacopt.KFACLinearOperator`); with Ā and Ḡ their running
+    averages and ∇ the layer's gradient,
 
         Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr Δ,    θ ← (1 − lr λ) θ − (lr Δ + μ m),
 
@@ -126,6 +127,9 @@ class KFACOptimizer(Optimizer):
         kl_clip: κ > 0, about twice the KL divergence by which a step without momentum may move the
             model's predictions; steps are as long as √κ. `None` switches it off.
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
+        layers: Which kinds of modules are preconditioned, as a list of classes, of those in
+            docs/layers.md and those given to `kfacopt.register_layer`; AdamW trains what is in
+            others. `None`: `kfacopt.default_layers()`.
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
         factor_dtype: The dtype that Ā, Ḡ and Λ are kept in; `None` is the parameters', at least
             float32. Sums and decompositions are computed in at least float32.
@@ -205,6 +209,7 @@ class KFACOptimizer(Optimizer):
         inverse_update_interval: int | None = None,
         kl_clip: float | None = 5e-5,
         separate_weight_and_bias: bool = False,
+        layers: Collection[type[nn.Module]] | None = None,
         max_factor_dim: int | None = 8192,
         factor_dtype: torch.dtype | None = None,
         inverse_dtype: torch.dtype | None = None,
@@ -457,7 +462,7 @@ class KFACOptimizer(Optimizer):
         self._connection, self._connected = connection, True
         self._set_watching(True)
         if params and not self._curvature.layers:
-            self._notices.warn("no-layers", without_layers())
+            self._notices.warn("no-layers", without_layers(self._settings.layers))
 
     def _reconnect_if_frozen(self) -> bool:
         """Find the layers anew where parameters were frozen or unfrozen since; tell of new ones."""

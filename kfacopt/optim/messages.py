@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from kfacopt.kfac.factors import FactorForm
-from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers import Kinds, Layer, default_kinds, described
 
 logger = logging.getLogger("kfacopt")
 
@@ -53,7 +53,8 @@ def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorFor
     )
     for layer in layers:
         for side, width in (("input", layer.d_in), ("grad_output", layer.d_out)):
-            if form.diagonal(width):
+            always = side == "input" and layer.diagonal_input
+            if form.diagonal(width) and not always:
                 logger.warning(
                     "layer %r: its %s factor is kept as a diagonal, %d > max_factor_dim = %s",
                     layer.name,
@@ -163,10 +164,16 @@ def skipped_step(names: Sequence[str]) -> str:
     )
 
 
-def without_layers() -> str:
-    """Say that there is no curvature at all."""
+def without_layers(layers: Kinds | None) -> str:
+    """Say that there is no curvature at all.
+
+    Args:
+        layers: Which kinds of modules are preconditioned, if that was set.
+    """
+    kinds = default_kinds() if layers is None else layers
+    which = "a layer that K-FAC knows" if layers is None else "what layers= names"
     return (
-        "none of the parameters is in a layer that K-FAC knows (nn.Linear, nn.Conv2d); "
+        f"none of the parameters is in {which} ({described(kinds) or 'nothing'}); "
         "all are trained by the AdamW fallback."
     )
 

@@ -25,7 +25,7 @@ from kfacopt.argument_checks import (
     check_range,
 )
 from kfacopt.kfac.factors import FactorForm
-from kfacopt.kfac.layers import KFAC_APPROXES
+from kfacopt.kfac.layers import KFAC_APPROXES, Kinds, all_kinds, described
 from kfacopt.likelihoods import FISHER_TYPES, FisherType, Likelihood, likelihood_of
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 
@@ -132,6 +132,7 @@ class Settings:
     schedule: Schedule
     steps: StepSettings
     separate_weight_and_bias: bool
+    layers: Kinds | None
     seed: int
 
 
@@ -167,6 +168,18 @@ def _number(*bounds: float, **options: Any) -> Check:
 
 
 _KEPT_DTYPES = (None, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_kinds(name: str, kinds: Any) -> None:
+    known = all_kinds()
+    if not isinstance(kinds, list | tuple | set | frozenset):
+        raise ValueError(f"{name} must be None or a list of classes of modules, got {kinds!r}.")
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, known)):
+            raise ValueError(
+                f"{name} must be None or classes of modules that K-FAC knows, got {kind!r}; it "
+                f"knows {described(known)}, and what register_layer is told of."
+            )
 
 
 def _check_model(name: str, model: Any) -> None:
@@ -207,6 +220,7 @@ WHOLE_SETTINGS: dict[str, Check] = {
     "kl_clip": _or_none(partial(check_range, lower=0, lower_open=True)),
     "max_factor_dim": _or_none(check_count),
     "separate_weight_and_bias": check_flag,
+    "layers": _or_none(_check_kinds),
     "model": _check_model,
     "seed": check_integer,
     "loss_func": _or_none(lambda _, value: check_loss(value)),
@@ -269,6 +283,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
         Schedule(float(values["ema_decay"]), *intervals),
         StepSettings(tuned, values["kl_clip"], defaults.fallback_lr),
         values["separate_weight_and_bias"],
+        None if values["layers"] is None else tuple(values["layers"]),
         values["seed"],
     )
     if tuned:

@@ -5,5 +5,11 @@ from kfacopt.kfac.layers.blocks import Layer as Layer
 from kfacopt.kfac.layers.finding import find_layers as find_layers
 from kfacopt.kfac.layers.interface import KFAC_APPROXES as KFAC_APPROXES
 from kfacopt.kfac.layers.interface import KFACApprox as KFACApprox
-from kfacopt.kfac.layers.registry import SUPPORTED_MODULES as SUPPORTED_MODULES
+from kfacopt.kfac.layers.interface import LayerFamily as LayerFamily
+from kfacopt.kfac.layers.linear import LinearFamily as LinearFamily
+from kfacopt.kfac.layers.registry import Kinds as Kinds
+from kfacopt.kfac.layers.registry import all_kinds as all_kinds
+from kfacopt.kfac.layers.registry import default_kinds as default_kinds
+from kfacopt.kfac.layers.registry import described as described
 from kfacopt.kfac.layers.registry import is_supported as is_supported
+from kfacopt.kfac.layers.registry import register_layer as register_layer

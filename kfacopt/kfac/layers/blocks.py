@@ -65,6 +65,11 @@ class Layer:
         return any(p is key or (isinstance(key, str) and names[id(p)] == key) for p in owned)
 
     @property
+    def diagonal_input(self) -> bool:
+        """Whether A is kept as its diagonal, whatever its side."""
+        return self.weight is not None and self.family.diagonal_input
+
+    @property
     def d_in(self) -> int:
         """The side of A in one group."""
         if self.weight is None:

@@ -1,6 +1,8 @@
-"""`nn.Conv2d`: groups, positions and layout; what its kernel sees is in `patches`."""
+"""`nn.Conv1d` to `nn.Conv3d`: groups, positions, layout; what the kernel sees is in `patches`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,40 +12,46 @@ from kfacopt.linalg.gram import gram
 
 
 class Convolution(LayerFamily):
-    """A linear layer on patches, `[N, C/B KH KW]` at each of OH OW positions, of B groups."""
+    """A linear layer on patches, `[N, C/B K]` at each of the output's positions, of B groups.
 
-    kind, datum_axes = nn.Conv2d, 3
+    Args:
+        dims: The number of spatial axes.
+    """
 
-    def computes(self, module: nn.Module) -> bool:
+    def __init__(self, dims: int) -> None:
+        self.dims, self.datum_axes = dims, dims + 1
+
+    def computes(self, module: nn.Module, kind: type[nn.Module]) -> bool:
         """Tell whether neither the forward pass nor what it calls is overridden."""
-        same = getattr(type(module), "_conv_forward", None) is nn.Conv2d._conv_forward
-        return super().computes(module) and same
+        own, known = (getattr(c, "_conv_forward", None) for c in (type(module), kind))
+        return super().computes(module, kind) and own is known
 
-    def groups(self, module: nn.Conv2d) -> int:
+    def groups(self, module: Any) -> int:
         """Return the convolution's groups."""
-        return module.groups
+        return int(module.groups)
 
-    def inputs(self, module: nn.Conv2d, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
-        """Bring `[N, C, H, W]` to patches, or their means."""
+    def inputs(self, module: Any, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
+        """Bring `[N, C, *spatial]` to patches, or their means."""
         if reduce:
             sums, positions = patch_sums(module, x)
             means = (sums / positions).unflatten(1, (module.groups, -1))
             return means.flatten(2).transpose(0, 1).unsqueeze(2), positions
-        kernel_sees = patches(module, x)
-        positions = kernel_sees.shape[2] * kernel_sees.shape[3]
-        # [N, C, OH, OW, KH, KW] -> [B, C/B KH KW, N, OH OW], d in the order of the weight's
-        # entries; S comes last in memory, as long runs are fast to copy.
-        grouped = kernel_sees.unflatten(1, (module.groups, -1)).permute(1, 2, 5, 6, 0, 3, 4)
-        return grouped.flatten(5).flatten(1, 3).permute(0, 2, 3, 1), positions
+        kernel_sees, dims = patches(module, x), self.dims
+        positions = kernel_sees.shape[2 : 2 + dims].numel()
+        # [N, C, *O, *K] -> [B, C/B K, N, O], d in the order of the weight's entries; S comes last
+        # in memory, as long runs are fast to copy.
+        outputs, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+        grouped = kernel_sees.unflatten(1, (module.groups, -1)).permute(1, 2, *kernel, 0, *outputs)
+        return grouped.flatten(3 + dims).flatten(1, 1 + dims).permute(0, 2, 3, 1), positions
 
-    def grad_outputs(self, module: nn.Conv2d, g: Tensor) -> Tensor:
-        """Flatten the positions of `[N, C, OH, OW]`."""
-        g = g.unsqueeze(0) if g.ndim == 3 else g
+    def grad_outputs(self, module: Any, g: Tensor) -> Tensor:
+        """Flatten the positions of `[N, C, *O]`."""
+        g = g.unsqueeze(0) if g.ndim == self.dims + 1 else g
         positions = g.shape[2:].numel()  # N may be 0, where -1 could not be inferred
         channels = g.reshape(g.shape[0], module.groups, g.shape[1] // module.groups, positions)
         return channels.permute(1, 0, 3, 2)
 
-    def input_moment(self, module: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    def input_moment(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
         """Sum over the rows of the input, not over patches, where the kernel moves by rows."""
         moment = patch_moment(module, x)
         if moment is None:
@@ -52,12 +60,12 @@ class Convolution(LayerFamily):
         return moment, sums.sum(0).reshape(module.groups, -1), positions * sums.shape[0]
 
     def grad_output_moment(self, g: Tensor, groups: int) -> Tensor | None:
-        """Sum without a copy of g `[N, C, OH, OW]`.
+        """Sum without a copy of g `[N, C, *O]`.
 
         One product for each datum; where these have more entries than g, a transposed copy is
         cheaper.
         """
-        if g.ndim != 4:
+        if g.ndim != self.dims + 2:
             return None
         channels: Tensor = g.unflatten(1, (groups, g.shape[1] // groups)).flatten(
             3

@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from torch import nn
 
 from kfacopt.kfac.layers.blocks import Layer
-from kfacopt.kfac.layers.registry import family_of, is_supported
+from kfacopt.kfac.layers.interface import LayerFamily
+from kfacopt.kfac.layers.registry import Kinds, all_kinds, families_of
 
 
 def find_layers(
     named_modules: Iterable[tuple[str, nn.Module]],
     params: Iterable[nn.Parameter],
     separate_weight_and_bias: bool,
+    kinds: Kinds | None = None,
 ) -> list[tuple[Layer, list[nn.Module]]]:
     """Find the supported layers that own any of the parameters.
 
@@ -26,35 +28,69 @@ def find_layers(
         named_modules: Candidate modules with their names.
         params: The parameters to look for.
         separate_weight_and_bias: Whether W and b get blocks of their own.
+        kinds: Which kinds of modules are layers; by default all that are known.
 
     Returns:
         Each layer with the modules that call it, in the order of the modules.
     """
-    modules_by_name = list(named_modules)
+    chosen = all_kinds() if kinds is None else kinds
+    candidates = [
+        (name, module, families_of(module) if isinstance(module, chosen) else [])
+        for name, module in named_modules
+    ]
     own = [p for p in params if p.requires_grad and p.is_floating_point() and p.numel()]
-    wanted = {id(p) for p in own}
-    for _, module in modules_by_name:
-        # Tied to a supported layer, for instance an embedding; but a list of parameters uses none.
-        if not (is_supported(module) or isinstance(module, nn.ParameterList | nn.ParameterDict)):
-            wanted -= {id(p) for p in module._parameters.values()}
+    wanted = {id(p) for p in own} - _used_in_several_ways(candidates)
     layers: dict[int, tuple[Layer, list[nn.Module]]] = {}
-    for name, module in modules_by_name:
-        if not is_supported(module):
-            continue
-        weight, bias = (
-            p if p is not None and id(p) in wanted else None
-            for p in (module._parameters.get("weight"), module._parameters.get("bias"))
-        )
-        anchor = weight if weight is not None else bias
-        if anchor is None:
-            continue
-        if id(anchor) in layers:
-            modules = layers[id(anchor)][1]
-            if all(module is not m for m in modules):
-                modules.append(module)
-            continue
-        joint = not separate_weight_and_bias and weight is not None and bias is not None
-        family = family_of(module)
-        layer = Layer(name, weight, bias, family.groups(module), joint, family)
-        layers[id(anchor)] = (layer, [module])
+    for name, module, families in candidates:
+        for family in families:
+            weight, bias = (
+                p if p is not None and id(p) in wanted else None for p in _matrix_of(module, family)
+            )
+            anchor = weight if weight is not None else bias
+            if anchor is None:
+                continue
+            if id(anchor) in layers:
+                modules = layers[id(anchor)][1]
+                if all(module is not m for m in modules):
+                    modules.append(module)
+                continue
+            joint = not separate_weight_and_bias and weight is not None and bias is not None
+            own_name = name if len(families) == 1 else _parameter_name(name, module, anchor)
+            layer = Layer(own_name, weight, bias, family.groups(module), joint, family)
+            layers[id(anchor)] = (layer, [module])
     return list(layers.values())
+
+
+def _matrix_of(module: nn.Module, family: LayerFamily) -> list[nn.Parameter | None]:
+    """Return a module's W and b of a family."""
+    names = (family.weight_name, family.bias_name)
+    return [None if name is None else module._parameters.get(name) for name in names]
+
+
+def _parameter_name(module_name: str, module: nn.Module, parameter: nn.Parameter) -> str:
+    key = next(name for name, p in module._parameters.items() if p is parameter)
+    return f"{module_name}.{key}" if module_name else key
+
+
+def _used_in_several_ways(
+    candidates: Iterable[tuple[str, nn.Module, list[LayerFamily]]],
+) -> set[int]:
+    """Return the `id`s of parameters of which modules make other matrices, or none that is known.
+
+    For instance that of an embedding that is a linear layer's, too.
+    """
+    found: set[int] = set()
+    ways: dict[int, tuple[LayerFamily, int, int]] = {}
+    for _, module, families in candidates:
+        if isinstance(module, nn.ParameterList | nn.ParameterDict):
+            continue  # they use none
+        known: set[int] = set()
+        for family in families:
+            for place, p in enumerate(_matrix_of(module, family)):
+                if p is not None:
+                    way = (family, family.groups(module), place)
+                    known.add(id(p))
+                    if ways.setdefault(id(p), way) != way:
+                        found.add(id(p))
+        found |= {id(p) for p in module._parameters.values()} - known
+    return found

@@ -3,29 +3,64 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from torch import Size, Tensor, nn
+
+from kfacopt.kfac.layers.sparse_rows import SparseRows
 
 KFACApprox = Literal["expand", "reduce"]
 KFAC_APPROXES: tuple[KFACApprox, ...] = ("expand", "reduce")
 
 
+def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """Return what a module was called with, by place or by name."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
+
+
 class LayerFamily(ABC):
-    """From a use of a weight W to a and g, and from its layout to a matrix.
+    """From the calls of a kind of module to a and g, and from its parameters to a matrix [W | b].
+
+    A module is of one family for each such matrix that it has.
 
     Attributes:
-        kind: The family's class of modules.
         datum_axes: How many axes the input of a single datum has, without an axis N.
+        weight_name: Which parameter of a module W is.
+        bias_name: Which one b is; `None` if there is none.
+        diagonal_input: Whether A is kept as its diagonal, however small it is.
     """
 
-    kind: ClassVar[type[nn.Module]]
-    datum_axes: ClassVar[int]
+    datum_axes: int
+    weight_name: str = "weight"
+    bias_name: str | None = "bias"
+    diagonal_input: bool = False
 
-    def computes(self, module: nn.Module) -> bool:
-        """Tell whether a module of this kind, or a subclass, computes what the kind does."""
+    def computes(self, module: nn.Module, kind: type[nn.Module]) -> bool:
+        """Tell whether a module of a kind, or a subclass, computes what the kind does."""
         # A scripted module has no forward of its class, and takes no hooks.
-        return getattr(type(module), "forward", None) is self.kind.forward
+        return getattr(type(module), "forward", None) is kind.forward
+
+    def record(
+        self, module: Any, args: Sequence[Any], kwargs: dict[str, Any], output: Tensor
+    ) -> tuple[Any, Tensor] | None:
+        """Return what is kept of a call: what other methods get as `module` and as `x`.
+
+        By default, the module and the first argument. `None` is for calls that the family does not
+        cover; their parameters are then known to be used in ways that K-FAC does not see.
+
+        Args:
+            module: A module of this family.
+            args: What it was called with.
+            kwargs: What it was called with by name.
+            output: What it returned.
+        """
+        return module, first_argument(args, kwargs)
+
+    def is_single(self, module: Any, x: Tensor) -> bool:
+        """Tell whether an input is that of a single datum, without an axis N."""
+        return x.ndim == self.datum_axes
 
     def groups(self, module: Any) -> int:
         """Return the number B of blocks that W is made of."""
@@ -36,8 +71,8 @@ class LayerFamily(ABC):
         """Bring a module's input to `[B, N, S, d_in]`.
 
         Args:
-            module: A module of this family.
-            x: Its input; the axis N may lack.
+            module: A module of this family, or what `record` kept of it.
+            x: Its input, or what `record` made of it; the axis N may lack.
             reduce: Whether to average over the positions, which leaves S = 1.
 
         Returns:
@@ -47,6 +82,13 @@ class LayerFamily(ABC):
     @abstractmethod
     def grad_outputs(self, module: Any, g: Tensor) -> Tensor:
         """Bring the gradient by a module's output, whose axis N may lack, to `[B, N, S, d_out]`."""
+
+    def sparse_inputs(self, module: Any, x: Tensor) -> SparseRows | None:
+        """Return a by its entries that are not 0; `None` unless these are few.
+
+        Sums over a are then made of these; it needs `diagonal_input`, and no bias.
+        """
+        return None
 
     def input_moment(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
         """Return Σ a aᵀ `[B, d_in, d_in]`, Σ a `[B, d_in]` and the number of summands.

@@ -175,7 +175,8 @@ def _check_entry(
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"{where} must be a tensor of shape {shape}, got {got}. Use the same model, "
-            "frozen parameters, separate_weight_and_bias and max_factor_dim as when it was saved."
+            "frozen parameters, layers, separate_weight_and_bias and max_factor_dim as when it was "
+            "saved."
         )
     if is_complex and value.is_complex():  # moments of real and imaginary parts
         value = torch.view_as_real(value)

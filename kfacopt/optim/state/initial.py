@@ -99,7 +99,6 @@ def state_shapes(
         factors = factor_shapes(layer, form)
         shapes[layer.anchor] |= factors | {"factor_weight": ()}
         for block in layer.blocks:
-            d_in = sum(p[0].numel() for p in block.parameters)
             constant = (layer.groups, 1, 1)  # a bias's input
             sides = {
                 "grad_output": factors["grad_output_factor"],
@@ -107,7 +106,7 @@ def state_shapes(
             }
             entries: dict[str, tuple[int, ...]] = {"second_moment_weight": ()}
             for name in ("inverse_eigenvalues", "second_moments"):
-                entries[name] = (layer.groups, layer.d_out, d_in)
+                entries[name] = (layer.groups, layer.d_out, block.d_in)
             for side, shape in sides.items():
                 entries |= {f"{side}_inverse": shape, f"{side}_basis": shape}
             shapes[block.anchor] |= entries

@@ -25,10 +25,7 @@ RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
 
 def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a layer's running factors by their key in the state."""
-    return {
-        name: (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
-        for name, side in zip(FACTORS, (layer.d_in, layer.d_out), strict=True)
-    }
+    return dict(zip(FACTORS, form.shapes(layer), strict=True))
 
 
 def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:

@@ -39,8 +39,8 @@ def average_moments(
         dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
         own = pending.get(layer, Moments())
         pieces = []
-        for value, side in ((own.input_sum, layer.d_in), (own.grad_output_sum, layer.d_out)):
-            shape = (layer.groups, side) if form.diagonal(side) else (layer.groups, side, side)
+        sums = (own.input_sum, own.grad_output_sum)
+        for value, shape in zip(sums, form.shapes(layer), strict=True):
             zeros = torch.zeros(shape, dtype=dtype, device=device)
             pieces.append(zeros + value)
         numbers = (own.rows, own.terms)

@@ -82,6 +82,6 @@ def precondition(
     if isinstance(inverse, KroneckerProduct):
         pieces = block.from_columns(inverse.apply_columns(block.to_columns(filled)))
     else:
-        columns = block.from_matrix(inverse.apply(block.to_matrix(filled)))
-        pieces = [x.contiguous() for x in columns]  # fused kernels take nothing else
-    return [piece.to(p.dtype) for piece, p in zip(pieces, block.parameters, strict=True)]
+        pieces = block.from_matrix(inverse.apply(block.to_matrix(filled)))
+    pairs = zip(pieces, block.parameters, strict=True)
+    return [piece.contiguous().to(p.dtype) for piece, p in pairs]  # as fused kernels need it

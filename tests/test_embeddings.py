@@ -1,0 +1,276 @@
+"""Embeddings and bags: a diagonal A by token counts, against the dense GGN and dense one-hots."""
+
+import copy
+
+import pytest
+import torch
+from dense import block_mask
+from dense_curvature import ggn as dense_ggn
+from kfac_cases import Mean, to_dense
+from torch import nn
+from torch.nn import functional as F
+
+from kfacopt import EKFACLinearOperator, KFACLinearOperator, KFACOptimizer, default_layers
+from kfacopt.kfac.layers.sparse_rows import SparseRows, side_by_side
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+TOLERANCE = 1e-10
+V, WIDTH = 6, 4
+
+NETS = {
+    # name: (layers of a net that is linear in the embedding, shape of a datum, approximation)
+    "one-token": (lambda: [nn.Embedding(V, WIDTH), nn.Linear(WIDTH, 3)], (), "expand"),
+    "positions": (lambda: [nn.Embedding(V, WIDTH), nn.Linear(WIDTH, 3)], (5,), "expand"),
+    "padding": (
+        lambda: [nn.Embedding(V, WIDTH, padding_idx=2), nn.Linear(WIDTH, 3)],
+        (2, 3),
+        "expand",
+    ),
+    "mean": (lambda: [nn.Embedding(V, WIDTH), Mean(), nn.Linear(WIDTH, 3)], (5,), "reduce"),
+    "mean-with-padding": (
+        lambda: [nn.Embedding(V, WIDTH, padding_idx=0), Mean(), nn.Linear(WIDTH, 3)],
+        (5,),
+        "reduce",
+    ),
+    "bag-of-means": (lambda: [nn.EmbeddingBag(V, WIDTH), nn.Linear(WIDTH, 3)], (5,), "expand"),
+    "bag-of-means-with-padding": (
+        lambda: [nn.EmbeddingBag(V, WIDTH, padding_idx=1), nn.Linear(WIDTH, 3)],
+        (5,),
+        "reduce",
+    ),
+    "bag-of-sums": (
+        lambda: [nn.EmbeddingBag(V, WIDTH, mode="sum"), nn.Linear(WIDTH, 3)],
+        (4,),
+        "expand",
+    ),
+}
+
+
+def case(name, between=()):
+    make, shape, approx = NETS[name]
+    embedding, *rest = make()
+    model = nn.Sequential(embedding, *between, *rest)
+    data = [(torch.randint(V, (n, *shape)), None) for n in (4, 7)]
+    return model, [(X, torch.rand_like(model(X))) for X, _ in data], approx
+
+
+def token_mask(params):
+    """Ones within a block, and for the embedding within a token: A is kept as its diagonal."""
+    mask = block_mask(params, range(len(params)))
+    size = params[0].numel()
+    mask[:size, :size] = torch.kron(torch.eye(V), torch.ones(WIDTH, WIDTH))
+    return mask
+
+
+@pytest.mark.parametrize("kind", [KFACLinearOperator, EKFACLinearOperator])
+@pytest.mark.parametrize("name", NETS)
+def test_type_2_is_the_ggn_of_linear_nets_token_by_token(name, kind):
+    model, data, approx = case(name)
+    params, loss = list(model.parameters()), nn.MSELoss()
+    options = {"fisher_type": "type-2", "kfac_approx": approx}
+    operator = kind(model, loss, params, data, **options)
+    ggn = dense_ggn(model, loss, params, data)
+    expected = ggn * token_mask(params)
+    torch.testing.assert_close(to_dense(operator), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    whole = ggn * block_mask(params, range(len(params)))
+    has_one_token_a_row = approx == "expand" and isinstance(model[0], nn.Embedding)
+    assert torch.allclose(expected, whole) == has_one_token_a_row
+    assert operator.factors("0").input_factor.shape == (V,)
+    for method in ("exact",) if kind is EKFACLinearOperator else ("exact", "factored"):
+        inverse = operator.inverse(0.1, method=method)
+        if method == "exact":
+            damped = to_dense(operator) + 0.1 * torch.eye(len(ggn))
+            assert torch.allclose(to_dense(inverse), torch.linalg.inv(damped), atol=TOLERANCE)
+        assert torch.allclose(inverse.trace(), to_dense(inverse).trace())
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("name", NETS)
+def test_ekfac_has_the_trace_of_the_exact_block_of_any_net(name, approx):
+    model, data, _ = case(name, [nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh()])
+    loss, params = nn.MSELoss(), [model[0].weight]
+    options = {"fisher_type": "type-2", "kfac_approx": approx}
+    ekfac = EKFACLinearOperator(model, loss, params, data, **options)
+    trace = dense_ggn(model, loss, params, data).trace()
+    torch.testing.assert_close(ekfac.trace(), trace, rtol=TOLERANCE, atol=0.0)
+
+
+class TwoTowers(nn.Module):
+    """One embedding for queries [N, 2] and documents [N, 3]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(V, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        query, document = self.embedding(x[:, :2]).mean(1), self.embedding(x[:, 2:]).mean(1)
+        return self.head(torch.tanh(query) * document)
+
+
+def test_uses_of_one_embedding_are_further_positions():
+    model, X, y = TwoTowers(), torch.randint(V, (6, 5)), torch.randint(2, (6,))
+    params, loss = [model.embedding.weight], nn.CrossEntropyLoss()
+    for approx in ("expand", "reduce"):
+        options = {"fisher_type": "type-2", "kfac_approx": approx}
+        ekfac = EKFACLinearOperator(model, loss, params, [(X, y)], **options)
+        trace = dense_ggn(model, loss, params, [(X, y)]).trace()
+        torch.testing.assert_close(ekfac.trace(), trace, rtol=TOLERANCE, atol=0.0)
+        A = ekfac.factors("embedding").input_factor
+        one_hots = F.one_hot(X, V).double()
+        rows = one_hots.mean(1) if approx == "reduce" else one_hots.flatten(0, 1)
+        torch.testing.assert_close(A, rows.square().mean(0))
+
+
+def random_rows(N, S, M):
+    places = [torch.randint(n, (M,)) for n in (N, S, V)]
+    return SparseRows(*places, torch.randn(M), (N, S, V))
+
+
+@pytest.mark.parametrize("count", [1, 12, 60])
+def test_sums_over_sparse_rows_are_those_of_dense_ones(count):
+    N, S = 4, 3
+    parts = [random_rows(N, S, count), random_rows(N, 2, count)]
+    rows, g = side_by_side(parts), torch.randn(1, N, S + 2, 5)
+    a = rows.dense()
+    torch.testing.assert_close(a, torch.cat([part.dense() for part in parts], dim=2))
+    gradients = torch.einsum("bnso,bnsi->bnoi", g, a)
+    torch.testing.assert_close(rows.products(g), gradients.sum(1))
+    torch.testing.assert_close(rows.gradient_squares(g), gradients.square().sum(1))
+    for reduce, expected in ((False, a.flatten(1, 2)), (True, a.mean(2))):
+        squares, number = rows.squares(reduce)
+        torch.testing.assert_close(squares, expected.square().sum(1))
+        assert number == expected.shape[1]
+
+
+# What is not covered -----------------------------------------------------------------------------
+
+
+class Bag(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(V, WIDTH, mode="sum"), nn.Linear(WIDTH, 2)
+        self.options = options
+
+    def forward(self, x):
+        if "offsets" in self.options:
+            return self.head(self.bag(x.flatten(), x.shape[1] * torch.arange(len(x))))
+        return self.head(self.bag(x, per_sample_weights=torch.rand(x.shape)))
+
+
+@pytest.mark.parametrize("way", ["offsets", "weights"])
+def test_bags_of_other_kinds_are_named_and_trained_by_adamw(way):
+    model, X, y = Bag(**{way: True}), torch.randint(V, (6, 5)), torch.rand(6, 2)
+    options = {"check_deterministic": False}
+    kfac = KFACLinearOperator(model, nn.MSELoss(), [model.bag.weight], [(X, y)], **options)
+    with pytest.raises(NotImplementedError, match=r"model_func uses 'bag\.weight' other than"):
+        kfac.trace()
+    optimizer = KFACOptimizer(model.parameters(), layers=[nn.Linear, nn.EmbeddingBag])
+    F.mse_loss(model(X), y).backward()
+    with pytest.warns(UserWarning, match="'bag' has a gradient but no curvature was captured"):
+        optimizer.step()
+    assert optimizer.statistics()["fallback_parameters"] == 1.0
+
+
+def test_maxima_of_bags_are_no_layer():
+    model = nn.Sequential(nn.EmbeddingBag(V, WIDTH, mode="max"))
+    data = [(torch.randint(V, (6, 5)), torch.rand(6, WIDTH))]
+    with pytest.raises(NotImplementedError, match="unsupported layer"):
+        KFACLinearOperator(model, nn.MSELoss(), list(model.parameters()), data)
+
+
+class TiedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(V, WIDTH), nn.Linear(WIDTH, V, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.embedding(x))
+
+
+def test_an_embedding_tied_to_a_head_has_no_layer():
+    model, X = TiedHead(), torch.randint(V, (6,))
+    with pytest.raises(NotImplementedError, match="unsupported layer"):
+        KFACLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, X)])
+
+
+# The optimizer -----------------------------------------------------------------------------------
+
+
+def text_model(**options):
+    return nn.Sequential(
+        nn.Embedding(V, WIDTH, **options), nn.Tanh(), nn.Flatten(), nn.Linear(5 * WIDTH, 3)
+    )
+
+
+@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac"])
+def test_a_step_is_the_operators_inverse_times_the_gradient(preconditioner):
+    model, X, y = text_model(padding_idx=1), torch.randint(V, (8, 5)), torch.randint(3, (8,))
+    kind = KFACLinearOperator if preconditioner == "kfac" else EKFACLinearOperator
+    params, loss = list(model.parameters()), nn.CrossEntropyLoss()
+    operator = kind(model, loss, params, [(X, y)], fisher_type="type-2")
+    gradient, _ = operator.gradient_and_loss()
+    expected = [p - d for p, d in zip(params, operator.inverse(1e-2) @ gradient, strict=True)]
+    optimizer = KFACOptimizer(
+        params,
+        lr=1.0,
+        momentum=0.0,
+        damping=1e-2,
+        kl_clip=None,
+        fisher_type="type-2",
+        separate_weight_and_bias=True,
+        preconditioner=preconditioner,
+        layers=[nn.Linear, nn.Embedding],
+    )
+    loss(model(X), y).backward()
+    optimizer.step()
+    for p, value in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), value.detach(), rtol=TOLERANCE, atol=TOLERANCE)
+    assert optimizer.statistics()["fallback_parameters"] == 0.0
+
+
+OPTIONS = {
+    "kfac": {},
+    "exact": {"damping_method": "exact"},
+    "ekfac": {"preconditioner": "ekfac"},
+    "reduce": {"kfac_approx": "reduce"},
+    "empirical": {"fisher_type": "empirical"},
+    "part": {"factor_batch_fraction": 0.5, "factor_update_interval": 1},
+    "auto": {"lr": "auto"},
+    "bfloat16-factors": {"factor_dtype": torch.bfloat16},
+    "wide": {"max_factor_dim": 3},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_and_resuming(name):
+    layers = [*default_layers(), nn.Embedding]
+    model, X, y = text_model(), torch.randint(V, (24, 5)), torch.randint(3, (24,))
+    optimizer = KFACOptimizer(model.parameters(), layers=layers, **OPTIONS[name])
+
+    def train(net, own, steps):
+        for _ in range(steps):
+            own.zero_grad()
+            loss = F.cross_entropy(net(X), y)
+            loss.backward()
+            own.step()
+        return loss.item()
+
+    first = train(model, optimizer, 1)
+    last = train(model, optimizer, 10)
+    assert last < 0.9 * first
+    assert optimizer.statistics()["fallback_parameters"] == 0.0
+    twin = copy.deepcopy(model)
+    resumed = KFACOptimizer(twin.parameters(), layers=layers, **OPTIONS[name])
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert train(model, optimizer, 3) == train(twin, resumed, 3)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_by_default_an_embedding_is_adamws():
+    model, X, y = text_model(), torch.randint(V, (8, 5)), torch.randint(3, (8,))
+    optimizer = KFACOptimizer(model.parameters())
+    F.cross_entropy(model(X), y).backward()
+    optimizer.step()
+    assert optimizer.statistics()["fallback_parameters"] == 1.0
