@@ -374,7 +374,7 @@ def test_bad_options(name):
 
 
 def test_bad_models_losses_and_parameters():
-    model = nn.Sequential(LINEAR(4, 5), nn.LayerNorm(5), LINEAR(5, 3))
+    model = nn.Sequential(LINEAR(4, 5), nn.PReLU(5), LINEAR(5, 3))
     params, data = list(model.parameters()), [(torch.rand(2, 4), torch.rand(2, 3))]
     mse = nn.MSELoss()
     with pytest.raises(NotImplementedError, match=r"'1\.weight' is in an unsupported layer"):

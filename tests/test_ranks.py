@@ -39,12 +39,16 @@ class Network(nn.Module):
         self.kind = kind
         if kind == "unused layer":
             self.third = nn.Linear(3, 3)
+        if kind == "embedding and norm":
+            self.embedding, self.norm = nn.Embedding(2, 8), nn.LayerNorm(8)
 
     def forward(self, X, y=None):
         if self.kind == "checkpoint":
             h = checkpoint(lambda x: torch.tanh(self.first(x)), X, use_reentrant=False)
         else:
             h = torch.tanh(self.first(X))
+        if self.kind == "embedding and norm":
+            h = self.norm(h + self.embedding((X > 0).long()).sum(1))
         z = self.second(h)
         if self.kind == "loss inside":
             return {"loss": F.cross_entropy(z, y)}
@@ -114,6 +118,7 @@ KINDS = {
     "micro-batches": TYPE_2,
     "checkpoint": TYPE_2,
     "unused layer": TYPE_2,
+    "embedding and norm": TYPE_2 | {"layers": [nn.Linear, nn.Embedding, nn.LayerNorm]},
     "empirical": {"fisher_type": "empirical"},
     "stated loss": TYPE_2 | {"loss_func": nn.CrossEntropyLoss()},
     "self-tuning": TYPE_2 | {"lr": "auto"},

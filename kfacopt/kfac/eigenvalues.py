@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.kfac.capture import LayerUse
-from kfacopt.kfac.factors import factor_dtype, input_rows, sparse_rows
+from kfacopt.kfac.factors import elementwise_moment, factor_dtype, input_rows, sparse_rows
 from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kronecker import multiply_left, multiply_right
 
@@ -41,6 +41,8 @@ def block_second_moments(
         grads: For each use the gradient by the layer's output.
         bases: Q_G `[B, d_out, d_out]` and Q_A `[B, d_in, d_in]`; `None` is the identity.
     """
+    if block.layer.family.elementwise:
+        return elementwise_moment(block.layer, uses, grads).unsqueeze(2)
     dtype = factor_dtype(block.anchor.dtype)
     inputs: list[Tensor] = []
     outputs = [use.grad_rows(grad.to(dtype)) for use, grad in zip(uses, grads, strict=True)]

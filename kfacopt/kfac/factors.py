@@ -70,7 +70,8 @@ class FactorForm:
 
     def diagonals(self, layer: Layer) -> tuple[bool, bool]:
         """Whether a layer's A, and its G, are kept as their diagonals."""
-        return layer.diagonal_input or self.diagonal(layer.d_in), self.diagonal(layer.d_out)
+        A = layer.diagonal_input or self.diagonal(layer.d_in)
+        return A, layer.family.elementwise or self.diagonal(layer.d_out)
 
     def shapes(self, layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of a layer's A and G."""
@@ -172,8 +173,8 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
             act, would count in a bias's own block.
     """
     dtype = factor_dtype(layer.anchor.dtype)
-    if layer.weight is None:
-        return torch.ones(layer.groups, 1, 1, dtype=dtype, device=layer.anchor.device), 1
+    if layer.weight is None or layer.family.elementwise:
+        return torch.ones(form.shapes(layer)[0], dtype=dtype, device=layer.anchor.device), 1
     derivatives = any(use.constants is not None for use in uses)
     if derivatives and layer.bias is not None and not layer.joint:
         raise NotImplementedError(
@@ -201,10 +202,30 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
     return _total([moment for moment, _ in moments]), sum(count for _, count in moments)
 
 
+def elementwise_moment(layer: Layer, uses: Sequence[LayerUse], grads: Sequence[Tensor]) -> Tensor:
+    """Return Σ_n (Σ_s g a)² `[B, 1]`, over the uses of a layer of B blocks of one entry.
+
+    Args:
+        layer: The layer.
+        uses: Its uses in one forward pass; one datum's gradient is the sum over all of them.
+        grads: For each use the gradient by the layer's output.
+    """
+    dtype = factor_dtype(layer.anchor.dtype)
+    gradients = [
+        (use.grad_rows(g.to(dtype)) * use.inputs(dtype)[0]).sum(2)
+        for use, g in zip(uses, grads, strict=True)
+    ]
+    if len({x.shape[1] for x in gradients}) == 1:  # else the uses have no data in common
+        gradients = [_total(gradients)]
+    return _total([x.square().sum(1) for x in gradients])
+
+
 def grad_output_moment(
     layer: Layer, uses: Sequence[LayerUse], grads: Sequence[Tensor], form: FactorForm
 ) -> Tensor:
     """Return Σ g gᵀ `[B, d_out, d_out]` (or its diagonal), of a gradient for each of some uses."""
+    if layer.family.elementwise:
+        return elementwise_moment(layer, uses, grads)
     dtype, (_, diagonal) = factor_dtype(layer.anchor.dtype), form.diagonals(layer)
     grads = [g.to(dtype) for g in grads]
     if layer.weight is None:  # a bias acts on values alone, not on derivatives by the input

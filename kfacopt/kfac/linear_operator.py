@@ -50,7 +50,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     Args:
         model_func: The network, made of modules. `nn.Linear` with any number of shared axes,
             `nn.Conv1d` to `nn.Conv3d` and `nn.ConvTranspose1d` to `nn.ConvTranspose3d` (stride,
-            padding, dilation, groups) are supported, and what `kfacopt.register_layer` was told of.
+            padding, dilation, groups), embeddings (A is diagonal), scale and shift of
+            normalisations (the exact diagonal of F) and what `kfacopt.register_layer` was told of:
+            see docs/layers.md.
         loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
             log-probabilities.
         params: The parameters of F's rows and columns: any subset of the supported layers', in

@@ -67,7 +67,8 @@ class Layer:
     @property
     def diagonal_input(self) -> bool:
         """Whether A is kept as its diagonal, whatever its side."""
-        return self.weight is not None and self.family.diagonal_input
+        own = self.family.diagonal_input or self.family.elementwise
+        return self.weight is not None and own
 
     @property
     def d_in(self) -> int:

@@ -30,12 +30,15 @@ class LayerFamily(ABC):
         weight_name: Which parameter of a module W is.
         bias_name: Which one b is; `None` if there is none.
         diagonal_input: Whether A is kept as its diagonal, however small it is.
+        elementwise: Whether all B blocks are 1 x 1. A is then 1, and G the mean squares of the
+            gradients of single data, which makes G ⊗ A exact.
     """
 
     datum_axes: int
     weight_name: str = "weight"
     bias_name: str | None = "bias"
     diagonal_input: bool = False
+    elementwise: bool = False
 
     def computes(self, module: nn.Module, kind: type[nn.Module]) -> bool:
         """Tell whether a module of a kind, or a subclass, computes what the kind does."""

@@ -10,6 +10,14 @@ from kfacopt.kfac.layers.convolution import Convolution
 from kfacopt.kfac.layers.embedding import Embedding, EmbeddingBag
 from kfacopt.kfac.layers.interface import LayerFamily
 from kfacopt.kfac.layers.linear import LinearFamily
+from kfacopt.kfac.layers.normalization import (
+    Scale,
+    Shift,
+    batch_normalized,
+    group_normalized,
+    layer_normalized,
+    rms_normalized,
+)
 from kfacopt.kfac.layers.transposed_convolution import TransposedConvolution
 
 Kinds = tuple[type[nn.Module], ...]
@@ -47,6 +55,15 @@ ENTRIES: list[Entry] = [
     Entry(nn.Embedding, Embedding(), default=False),
     Entry(nn.EmbeddingBag, EmbeddingBag(), default=False),
 ]
+
+for _normalized, _channels_last, _kinds in (
+    (layer_normalized, True, (nn.LayerNorm,)),
+    (rms_normalized, True, (nn.RMSNorm,)),
+    (group_normalized, False, (nn.GroupNorm,)),
+    (batch_normalized, False, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
+):
+    for _family in (Scale(_normalized, _channels_last), Shift(_normalized, _channels_last)):
+        ENTRIES += [Entry(_kind, _family, default=False) for _kind in _kinds]
 
 
 def register_layer(kind: type[nn.Module], family: LayerFamily, default: bool = True) -> None:
