@@ -22,11 +22,11 @@ from kfacopt.taylor_mode import Jet
 
 @dataclass(frozen=True, eq=False)
 class LayerUse:
-    """One call of a layer's module.
+    """One call of a layer's module, or one product with its matrix past that.
 
     Attributes:
         layer: The layer.
-        module: The module that was called.
+        module: The module that was called; `None` for a product.
         call: What the layer's family keeps of the module in this call; the module itself for most.
         input: What it was called with, or what the family made of it, without a graph.
         edge: The gradient edge of its output. Unlike the tensor, it survives an in-place
@@ -35,16 +35,18 @@ class LayerUse:
         input_edges: The gradient edges of what it was called with.
         constants: The input of a bias at each position, `[S]`, where it is not 1 at all of them:
             0 at positions of derivatives, see `kfacopt.taylor_mode`.
+        bias: What a product adds, if it is a parameter.
     """
 
     layer: Layer
-    module: nn.Module
+    module: nn.Module | None
     call: Any
     input: Tensor
     edge: GradientEdge
     version: int
     input_edges: tuple[GradientEdge, ...]
     constants: Tensor | None = None
+    bias: Parameter | None = None
 
     @property
     def family(self) -> LayerFamily:
@@ -66,6 +68,8 @@ class LayerUse:
     def adds(self, bias: Parameter | None) -> float:
         """Return the input of a bias: 1, or 0 if the module, which may share W alone, lacks it."""
         own = self.family.bias_name
+        if self.module is None:
+            return float(bias is not None and self.bias is bias)
         return float(own is not None and self.module._parameters.get(own) is bias)
 
     def bias_inputs(self, bias: Parameter | None, rows: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
-from kfacopt.kfac.layers.matrix import RowsOfOutputs
+from kfacopt.kfac.capture import LayerUse
+from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers.linear import LinearFamily
+from kfacopt.kfac.layers.matrix import Matrix, RowsOfOutputs
 
 # Of products x W: the operands' places among the node's inputs, and what has kept them.
 _PRODUCTS = {
@@ -206,6 +209,48 @@ def _vector(node: Any, size: int) -> Parameter | None:
     return variable
 
 
-def used_by_products_alone(uses: Sequence[MatrixUse], bias: Parameter) -> bool:
-    """Tell whether all of a matrix's products add a bias."""
-    return all(use.bias is bias for use in uses)
+@dataclass(frozen=True, eq=False)
+class MatrixLayout:
+    """How a matrix that no module's call uses is multiplied.
+
+    Attributes:
+        inputs_first: Whether W is kept as `[d_in, d_out]`.
+        bias: What all products with it add.
+    """
+
+    inputs_first: bool
+    bias: Parameter | None
+
+    @classmethod
+    def of(cls, uses: Sequence[MatrixUse]) -> MatrixLayout:
+        """Return what products have in common."""
+        bias = uses[0].bias if len({id(use.bias) for use in uses}) == 1 else None
+        return cls(uses[0].inputs_first, bias)
+
+    def layer(self, name: str, weight: Parameter, joint: bool) -> Layer:
+        """Return the layer that the matrix is.
+
+        Args:
+            name: The parameter's name.
+            weight: The parameter.
+            joint: Whether [W | b] is one matrix, if there is a bias.
+        """
+        has_bias = joint and self.bias is not None
+        bias = self.bias if has_bias else None
+        return Layer(name, weight, bias, 1, has_bias, Matrix(self.inputs_first))
+
+
+def fits(use: MatrixUse, layer: Layer) -> bool:
+    """Tell whether a product can count as a use of a layer."""
+    family = layer.family
+    if isinstance(family, Matrix):
+        return family.inputs_first == use.inputs_first
+    linear = type(family) is LinearFamily and family.inputs_first == use.inputs_first
+    return linear and use.outputs is None and layer.weight is use.weight
+
+
+def as_layer_use(use: MatrixUse, layer: Layer) -> LayerUse:
+    """Return a product as a use of its layer."""
+    a, version = use.input, use.input._version
+    edges = use.input_edges
+    return LayerUse(layer, None, use.outputs, a, use.edge, version, edges, None, use.bias)

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import CheckpointFunction
 
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
+from kfacopt.kfac.matrix_uses import MatrixUse, Parents, graph_parents, matrix_uses
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
 _ROUND_OFFS = 16
@@ -41,29 +42,42 @@ def unseen_parameters(
     Returns:
         The parameters that were found, in the order of `params`.
     """
-    found = {id(n.variable) for n in _nodes_past(outputs, uses) if hasattr(n, "variable")}
+    return _leaves(_nodes_past(outputs, uses), params)
+
+
+def _leaves(nodes: Iterable[Any], params: Iterable[Parameter]) -> list[Parameter]:
+    found = {id(n.variable) for n in nodes if hasattr(n, "variable")}
     return [p for p in params if id(p) in found]
 
 
-def _nodes_past(outputs: Iterable[GradientEdge], uses: Iterable[LayerUse]) -> set[Any]:
+def unseen_uses(
+    outputs: Sequence[GradientEdge],
+    uses: Sequence[LayerUse],
+    params: Iterable[Parameter],
+) -> tuple[list[Parameter], dict[Parameter, list[MatrixUse]]]:
+    """Return the parameters that `unseen_parameters` finds, and what their uses are.
+
+    Args:
+        outputs: Gradient edges.
+        uses: The uses of layers that were recorded in these graphs.
+        params: The parameters to look for.
+
+    Returns:
+        The parameters, and the products of those matrices that are used by products alone.
+    """
+    nodes = _nodes_past(outputs, uses)
+    unseen = _leaves(nodes, params)
+    return unseen, matrix_uses(nodes, unseen)
+
+
+def _nodes_past(outputs: Iterable[GradientEdge], uses: Iterable[LayerUse]) -> Parents:
     """Return the nodes of graphs; from the output of a use the walk goes on at its input."""
     behind: dict[Any, list[Any]] = {}  # from the node of a use's output to that of its input
     for use in uses:
         if not isinstance(use.edge.node, BackwardCFunction):
             following = [edge.node for edge in use.input_edges]
             behind.setdefault(use.edge.node, []).extend(following)
-    waiting: list[Any] = list(dict.fromkeys(edge.node for edge in outputs))
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        ahead = behind.get(node)
-        if ahead is None:
-            ahead = [n for n, _ in node.next_functions if n is not None]
-        for n in ahead:
-            if n not in seen:
-                seen.add(n)
-                waiting.append(n)
-    return seen
+    return graph_parents(outputs, behind)
 
 
 def is_undercounted(

@@ -474,6 +474,8 @@ class KFACOptimizer(Optimizer):
     def _set_watching(self, active: bool) -> None:
         """Get the hooks ready for the next step."""
         step = self._num_steps
+        groups = [group for group in self.param_groups if group["maximize"]]
+        self._statistics.maximised = {id(p) for group in groups for p in group["params"]}
         self._connection.watch_step(step, active, self._settings, self._curvature)
         self._labels.step, late = step, not self._settings.schedule.factors_due(step)
         drawn = self._statistics.collecting and late

@@ -75,6 +75,10 @@ class CandidateMoments:
         """Count the terms of a loss whose gradients reached a layer."""
         self._moments(layer).terms += terms
 
+    def count_terms_together(self, layer: Layer, terms: Tensor) -> None:
+        """Count the terms of an objective once, whose gradients reach a layer in several ways."""
+        self._moments(layer).terms = terms
+
     def share(self, terms: Tensor) -> Tensor | float:
         """Return what a backward pass's G counts in a step of several.
 

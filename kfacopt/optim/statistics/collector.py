@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from kfacopt.kfac.capture import group_by_layer
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.optim.settings import CurvatureSettings
@@ -25,7 +26,6 @@ from kfacopt.optim.statistics.objectives import (
     FoundCurvature,
     ObjectiveLog,
     curvature_of,
-    unseen_objective,
 )
 from kfacopt.optim.statistics.other_uses import layers_used_otherwise
 from kfacopt.optim.statistics.waiting import WaitingMoments
@@ -53,6 +53,7 @@ class Statistics:
         collecting: Whether statistics are due.
         reached: The layers whose gradients have been accumulated since the last step.
         exchange: As above.
+        maximised: The `id`s of parameters whose objective is to be maximised.
         undercounted: The layers whose parameters a loss of the last step with statistics depends on
             in other ways, too, than by calls of their modules. They got no statistics from it.
         objectives: What was differentiated so far, and which curvature was used for it.
@@ -69,6 +70,7 @@ class Statistics:
         self.exchange = exchange
         self.bases: Mapping[Block, Bases] = {}
         self.collecting = True
+        self.maximised: set[int] = set()
         self._task = -1  # of the user's backward pass that runs
         self.undercounted: set[Layer] = set()
         # Before the first label of a step and of a backward pass was drawn.
@@ -95,12 +97,12 @@ class Statistics:
         self._labels_of_task = None
         if self._confirmed:
             self._objective += self._candidate_terms
-        self._task, self._confirmed = task, False
+        self._task, self._confirmed, self._unseen = task, False, False
         self._candidate_terms: list[Term] = []
         drawn = (self._settings, self._labels.generator(), self.bases)
         self._candidates = CandidateMoments(*drawn)
         self._candidate_squares = CandidateMoments(*drawn)  # of whole objectives' gradients
-        self._empirical = EmpiricalPasses(task, self._candidates)
+        self._empirical = EmpiricalPasses(task, self._candidates, self._candidate_squares)
 
     def _begin_task(self) -> None:
         """Take note of the user's backward pass that runs, where it is a new one."""
@@ -140,34 +142,51 @@ class Statistics:
         self._begin_task()
         if not (self.collecting and any(p.uses for p in objective.passes)):
             return
+        uses = [use for p in objective.passes for use in p.uses]
+        layers = list(group_by_layer(uses))
+        maximised = {la for la in layers if id(la.anchor) in self.maximised}
+        for sign, own in ((1, set(layers) - maximised), (-1, maximised)):
+            if own:
+                self._count_objective(objective, sign * upstream, own)
+
+    def _count_objective(self, objective: Objective, upstream: Tensor, layers: set[Layer]) -> None:
+        """Collect moments of layers from what is to be minimised, but for its known losses."""
         with bookkeeping_kept([objective.edge]):
             found = curvature_of(objective, upstream, self._settings)
+        passes = objective.passes
+        if self._settings.fisher_type == "empirical":
+            # The gradients of known losses in the user's own pass are those of the whole objective.
+            passes = [p for p in passes if not p.recognised]
         if found.piece.derived:
-            self.objectives.derived = True
-        # The gradients of known losses in the user's own pass are those of the whole objective.
-        whole = self._settings.fisher_type == "empirical" and found.piece.recognised
-        if found.parts and not whole:
-            self._count_found(found, objective.passes)
+            self.objectives.note_derived(found.piece)
+        if found.parts:
+            self._count_found(found, passes, layers)
             term = found.term(objective, upstream)
             self._candidate_terms += [] if term is None else [term]
         elif found.piece.derived and not found.piece.recognised:
             # All curvature there is lies behind derivatives: none is counted, not a part.
             like = [torch.ones_like(upstream)]
-            self._also_used_otherwise |= layers_used_otherwise(
-                [objective.edge], like, objective.passes
-            )
+            self._also_used_otherwise |= layers_used_otherwise([objective.edge], like, passes)
 
     def arrive_at_output(
         self, output: ModelOutput, passes: list[ForwardPass], gradient: Tensor
     ) -> None:
         """Collect moments of an objective that was not seen; see `LossReceiver`."""
-        if torch._C._current_graph_task_id() == self._task:
-            return
-        self._begin_task()
-        if self.collecting and any(p.uses for p in passes):
-            self._count_found(unseen_objective(output, gradient), passes)
+        if torch._C._current_graph_task_id() != self._task:
+            self._begin_task()
+            self._unseen = True
+        if self._unseen and self.collecting and any(p.uses for p in passes):
+            self.objectives.note_unseen(output)
+            self._also_used_otherwise |= layers_used_otherwise(
+                [output.behind], [output.value], passes
+            )
+            self._empirical.add_unseen(output, passes)
 
-    def _count_found(self, found: FoundCurvature, passes: list[ForwardPass]) -> None:
+    def _count_found(
+        self, found: FoundCurvature, passes: list[ForwardPass], layers: set[Layer]
+    ) -> None:
+        if not any(p.uses for p in passes):
+            return
         self.objectives.note(found.piece.title, found.description())
         edges, generator = found.edges, self._labels.generator()
         self._also_used_otherwise |= layers_used_otherwise(edges, found.gradients, passes)
@@ -175,7 +194,7 @@ class Statistics:
             for empirical in (False, True):
                 vectors = found.vectors(empirical, self._settings, generator)
                 where = self._candidate_squares if empirical else self._candidates
-                count_would_be(where, edges, vectors, passes, found.terms)
+                count_would_be(where, edges, vectors, passes, found.terms, layers=layers)
 
     def _drop_what_was_reset(self) -> None:
         """Forget the statistics of gradients that others than `zero_grad` reset.

@@ -13,7 +13,7 @@ from kfacopt.kfac.capture import LayerUse, group_by_layer, in_would_be_pass
 from kfacopt.kfac.layers import Layer
 from kfacopt.likelihoods import widened
 from kfacopt.optim.statistics.backward_pass import CandidateMoments
-from kfacopt.optim.watch.forward_pass import ForwardPass
+from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
 from kfacopt.optim.watch.loss_calls import LossCall
 
 
@@ -51,6 +51,11 @@ class EmpiricalPass:
         key = (output.data_ptr(), output.shape)
         known = self._losses.get(key)
         self._losses[key] = (scale if known is None else known[0] + scale, terms)
+
+    @property
+    def of_losses(self) -> bool:
+        """Whether the losses are known; else κ is not, and taken for that of a mean."""
+        return bool(self._losses)
 
     def add_gradient(self, use: LayerUse, grad: Tensor) -> bool:
         """Take note of a gradient by a layer's output; tell whether it was the layer's last one."""
@@ -90,11 +95,13 @@ class EmpiricalPasses:
     Args:
         task: The number of that pass.
         candidates: Counts the gradients.
+        squares: Counts those of objectives of which nothing else is known.
     """
 
-    def __init__(self, task: int, candidates: CandidateMoments) -> None:
-        self._task, self._candidates = task, candidates
-        self._entries: list[EmpiricalPass] = []
+    def __init__(self, task: int, candidates: CandidateMoments, squares: CandidateMoments) -> None:
+        self._task, self._candidates, self._squares = task, candidates, squares
+        self._entries: dict[ForwardPass, EmpiricalPass] = {}
+        self._rows = 0
 
     def add_loss(self, call: LossCall, passes: list[ForwardPass], upstream: Tensor) -> None:
         """Take note of a loss, at which the backward pass has arrived.
@@ -110,15 +117,27 @@ class EmpiricalPasses:
         if likelihood.reduction == "mean":
             scale = scale / terms
         for p in passes:
-            entry = next((e for e in self._entries if e.forward_pass is p), None)
-            if entry is None:
-                entry = EmpiricalPass(p, self._take_gradient)
-                self._entries.append(entry)
-            entry.add_loss(call.output, scale, terms)
+            self._entry(p).add_loss(call.output, scale, terms)
+
+    def add_unseen(self, output: ModelOutput, passes: list[ForwardPass]) -> None:
+        """Take note of an objective that was not seen, whose gradient arrives at an output.
+
+        Args:
+            output: The output, whose rows are data.
+            passes: The forward passes that it depends on.
+        """
+        self._rows = max(self._rows, output.value.shape[0] if output.value.ndim else 1)
+        for p in passes:
+            self._entry(p)
+
+    def _entry(self, forward_pass: ForwardPass) -> EmpiricalPass:
+        if forward_pass not in self._entries:
+            self._entries[forward_pass] = EmpiricalPass(forward_pass, self._take_gradient)
+        return self._entries[forward_pass]
 
     def fold(self, layer: Layer) -> None:
         """Count a layer's gradients; uses that none has reached are left out."""
-        for entry in self._entries:
+        for entry in self._entries.values():
             self._fold(entry, layer)
 
     def _take_gradient(self, entry: EmpiricalPass, use: LayerUse, grad: Tensor) -> None:
@@ -133,9 +152,14 @@ class EmpiricalPasses:
         grads = entry.take_gradients(layer)
         if not grads:
             return
+        own, arrived = list(grads), list(grads.values())
+        if not entry.of_losses:
+            self._squares.count_gradients(layer, own, arrived, 1.0)
+            self._squares.count_terms_together(layer, torch.tensor(float(self._rows)))
+            self._squares.count_inputs(own)
+            return
         scale, terms = entry.scale_and_terms()
-        own = list(grads)
         share = self._candidates.share(terms) / scale
-        self._candidates.count_gradients(layer, own, list(grads.values()), share)
+        self._candidates.count_gradients(layer, own, arrived, share)
         self._candidates.count_terms(layer, terms)
         self._candidates.count_inputs(own)

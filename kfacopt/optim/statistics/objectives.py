@@ -17,7 +17,7 @@ from kfacopt.likelihoods.structure import KRYLOV_SAMPLES, find_parts
 from kfacopt.optim.messages import log_objective
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
-from kfacopt.optim.watch.objectives import Arrival, Objective, Piece
+from kfacopt.optim.watch.objectives import Objective, Piece
 from kfacopt.optim.watch.recorded_calls import ScalarTerm
 
 
@@ -61,14 +61,19 @@ class FoundCurvature:
             generator: Draws labels, or signs.
         """
         parts = [part for part in self.parts if part.empirical is empirical]
-        if not parts:
+        if empirical and parts:  # as they are: data are told apart at the layers
+            members = {k for part in parts for k in part.members}
+            yield [g if k in members else None for k, g in enumerate(self.gradients)]
             return
-        drawn = (len(self.gradients), settings.fisher_type, settings.mc_samples, generator)
-        for vectors in joint_vectors(parts, *drawn):
-            yield [
-                None if v is None else v.to(g.dtype)
-                for v, g in zip(vectors, self.gradients, strict=True)
-            ]
+        # Side by side they share passes; signs make their products vanish on average alone.
+        alone = settings.fisher_type == "type-2"
+        for own in [[part] for part in parts] if alone else [parts] if parts else []:
+            drawn = (len(self.gradients), settings.fisher_type, settings.mc_samples, generator)
+            for vectors in joint_vectors(own, *drawn):
+                yield [
+                    None if v is None else v.to(g.dtype)
+                    for v, g in zip(vectors, self.gradients, strict=True)
+                ]
 
     def product(self, vectors: Sequence[Tensor], loss_scale: float) -> list[Tensor]:
         """Return H⁺ v, one for each z, of the objective that was not multiplied.
@@ -103,9 +108,8 @@ class FoundCurvature:
         """Say what was found: the tensors z and the curvature of each part."""
         found = []
         for part in self.parts:
-            shapes = [("N", *self.gradients[k].shape[1:]) for k in part.members]
-            z = " and ".join(f"({', '.join(map(str, shape))})" for shape in shapes)
-            found.append(f"{part.kind} at {z}")
+            shapes = [self.gradients[k].shape for k in part.members]
+            found.append(f"{part.kind} at {' and '.join(map(_shape_in_words, shapes))}")
         return ", ".join(dict.fromkeys(found)) + (f" ({self.note})" if self.note else "")
 
 
@@ -120,12 +124,24 @@ class ObjectiveLog:
     def __init__(self) -> None:
         """Start with nothing."""
         self.curvature: dict[str, str] = {}
+        self._logged: set[tuple[str, str]] = set()
         self.derived = False
 
+    def note_derived(self, piece: Piece) -> None:
+        """Take note of an objective that contains derivatives of the model."""
+        self.derived = True
+        self.note(f"{piece.title}, of derivatives of the model", "not counted")
+
+    def note_unseen(self, output: ModelOutput) -> None:
+        """Take note of an objective of which nothing but gradients by outputs is known."""
+        where = _shape_in_words(output.value.shape)
+        self.note("unseen", f"empirical at {where} (between it and z tensors lost their kind)")
+
     def note(self, title: str, curvature: str) -> None:
-        """Take note of an objective and its curvature, and log where that is new."""
-        if self.curvature.get(title) != curvature:
-            self.curvature[title] = curvature
+        """Take note of an objective and its curvature, and log what was not logged before."""
+        self.curvature[title] = curvature
+        if (title, curvature) not in self._logged:
+            self._logged.add((title, curvature))
             log_objective(title, curvature)
 
 
@@ -155,26 +171,13 @@ def curvature_of(
     return found
 
 
-def unseen_objective(output: ModelOutput, gradient: Tensor) -> FoundCurvature:
-    """Return the curvature of an objective of which nothing but a gradient by an output is known.
-
-    Args:
-        output: z.
-        gradient: ∂L/∂z.
-    """
-    arrival = Arrival(output.edge, output.behind, output.value)
-    piece = Piece(output.edge, [arrival], [], [], "unseen")
-    parts = find_parts([output.value], [gradient], None)
-    return FoundCurvature(piece, [0], [gradient], parts, "between it and z tensors lost their kind")
-
-
 def _curvature_at(piece: Piece, upstream: Tensor, settings: CurvatureSettings) -> FoundCurvature:
     edges = [arrival.edge for arrival in piece.arrivals]
     if not edges:
         return FoundCurvature(piece, [], [], [])
     note, samples = "", settings.mc_samples
     twice = settings.fisher_type != "empirical"
-    cut = [*piece.recognised, *(edge.node for edge in piece.derived)]
+    cut = [*piece.recognised, *piece.ended, *(edge.node for edge in piece.derived)]
     try:
         graph = GraphPiece(piece.edge, edges, upstream, cut, twice)
     except (RuntimeError, NotImplementedError) as error:
@@ -204,6 +207,10 @@ def _curvature_at(piece: Piece, upstream: Tensor, settings: CurvatureSettings) -
         note = _reason(error)
         parts = find_parts(values, gradients, None)
     return FoundCurvature(piece, numbers, gradients, parts, note)
+
+
+def _shape_in_words(shape: Sequence[int]) -> str:
+    return f"({', '.join(map(str, ('N', *shape[1:])))})"
 
 
 def _reason(error: Exception) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, loss_vectors
+from kfacopt.kfac.layers import Layer
 from kfacopt.likelihoods import widened
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.statistics.backward_pass import CandidateMoments
@@ -40,6 +41,7 @@ def count_would_be(
     passes: Sequence[ForwardPass],
     terms: Tensor,
     share: Tensor | float = 1.0,
+    layers: Collection[Layer] | None = None,
 ) -> None:
     """Count the gradients of a loss with drawn labels, or of its Hessian's columns.
 
@@ -52,10 +54,12 @@ def count_would_be(
         passes: The forward passes that the loss depends on.
         terms: The loss's number of terms.
         share: What their G counts.
+        layers: Which layers count; all of them if `None`.
     """
-    uses = [use for p in passes for use in p.uses]
+    counted = [[u for u in p.uses if layers is None or u.layer in layers] for p in passes]
+    uses = [use for own in counted for use in own]
     # A layer's uses in one forward pass count together.
-    groups = [own for p in passes for own in group_by_layer(p.uses).values()]
+    groups = [same for own in counted for same in group_by_layer(own).values()]
     group_of = {use: number for number, own in enumerate(groups) for use in own}
     reached: set[LayerUse] = set()
     arrived: dict[int, dict[LayerUse, Tensor]] = {}
@@ -77,7 +81,7 @@ def count_would_be(
         backward.run(vector, take)
         for number in list(arrived):  # other uses of these layers were not reached
             count(number)
-    for p in passes:
-        candidates.count_inputs([u for u in p.uses if u in reached])
+    for own in counted:
+        candidates.count_inputs([u for u in own if u in reached])
     for layer in group_by_layer(u for u in uses if u in reached):
         candidates.count_terms(layer, terms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,12 +41,15 @@ class PassObserver(Protocol):
             origin: Where it was computed, if calls are recorded.
         """
 
-    def observe_objective(self, root: Tensor, passes: list[ForwardPass], inputs: Any) -> list[Any]:
+    def observe_objective(
+        self, root: Tensor, passes: list[ForwardPass], others: Sequence[Tensor], inputs: Any
+    ) -> list[Any]:
         """Take note of a tensor that the user differentiates, until the handles are removed.
 
         Args:
             root: The tensor, plain while it is differentiated.
             passes: The forward passes that it depends on.
+            others: What is differentiated with it, plain tensors, too.
             inputs: What it is differentiated by; `None` for all parameters.
         """
 

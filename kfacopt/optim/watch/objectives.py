@@ -50,12 +50,15 @@ class Objective:
         passes: The forward passes that it depends on.
         value: Its value.
         source: Where it was computed, if calls are recorded.
+        others: What is differentiated with it: each counts on its own, also where this scalar
+            depends on it.
     """
 
     edge: GradientEdge
     passes: list[ForwardPass]
     value: Tensor | None = None
     source: Source | None = None
+    others: Sequence[GradientEdge] = ()
 
     def piece(self, through_outputs: bool = False) -> Piece:
         """Walk back from the scalar.
@@ -71,11 +74,15 @@ class Objective:
         recognised: list[Any] = []
         derived: list[GradientEdge] = []
         names: list[str] = []
+        others = {edge.node for edge in self.others} - {self.edge.node}
+        ended: list[Any] = []
         waiting = [(self.edge.node, self.edge.output_nr)]
         seen = set(waiting)
         for key in waiting:  # which grows
             node = key[0]
-            if losses and node_key(node) in losses:
+            if node in others:
+                ended.append(node)
+            elif losses and node_key(node) in losses:
                 recognised.append(node)
             elif derivatives and node_key(node) in derivatives:
                 derived.append(GradientEdge(*key))
@@ -89,7 +96,8 @@ class Objective:
                 new = [(n, nr) for n, nr in node.next_functions if n is not None]
                 waiting += [entry for entry in dict.fromkeys(new) if entry not in seen]
                 seen.update(new)
-        return Piece(self.edge, list(arrivals.values()), recognised, derived, _title(names))
+        found = (recognised, ended, derived)
+        return Piece(self.edge, list(arrivals.values()), *found, _title(names))
 
     def _outputs(self) -> dict[Any, Arrival]:
         """Return where the walk ends; not at a scalar, which is a loss that the model computed."""
@@ -104,9 +112,10 @@ class Objective:
         for p in self.passes:
             calls: Counter[nn.Module] = Counter()
             for use in p.uses:
-                number = calls[use.module]
-                calls[use.module] += 1
-                source = None if p.call is None else LayerSource(p.call, use.module, number)
+                source = None
+                if p.call is not None and use.module is not None:
+                    source = LayerSource(p.call, use.module, calls[use.module])
+                    calls[use.module] += 1
                 yield Arrival(use.edge, use.edge, None, source)
 
 
@@ -118,6 +127,7 @@ class Piece:
         edge: The scalar's gradient edge.
         arrivals: Where it ends.
         recognised: The nodes of known losses.
+        ended: The nodes of scalars that are differentiated, too.
         derived: Where derivatives that `torch.autograd.grad` took begin.
         title: Its first operations, the last of them first.
     """
@@ -125,6 +135,7 @@ class Piece:
     edge: GradientEdge
     arrivals: Sequence[Arrival]
     recognised: Sequence[Any]
+    ended: Sequence[Any]
     derived: Sequence[GradientEdge]
     title: str
 

@@ -166,10 +166,12 @@ def _differentiated(
     if func in _DIFFERENTIATIONS:
         roots = tree_flatten(args[0] if args else list(kwargs.values())[:1])[0]
         inputs = args[1] if func is torch.autograd.grad and len(args) > 1 else kwargs.get("inputs")
-        for root in probed:
-            if any(root is x for x in roots) and root.grad_fn is not None:
-                for observer, own in _by_observer(vars(root)["_passes"]):
-                    handles += observer.observe_objective(root, own, inputs)
+        given = {id(x): x for x in roots if isinstance(x, Tensor)}
+        for root in {id(x): x for x in probed if id(x) in given}.values():
+            others = [x for x in given.values() if x is not root]
+            for observer, own in _by_observer(vars(root)["_passes"]):
+                if root.grad_fn is not None:
+                    handles += observer.observe_objective(root, own, others, inputs)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ sum divided by the number of tokens.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -273,13 +273,16 @@ class Watch:
 
         loss.register_hook(on_backward)
 
-    def observe_objective(self, root: Tensor, passes: list[ForwardPass], inputs: Any) -> list[Any]:
+    def observe_objective(
+        self, root: Tensor, passes: list[ForwardPass], others: Sequence[Tensor], inputs: Any
+    ) -> list[Any]:
         """Tell the receiver when the user's backward pass starts; see `PassObserver`."""
         if self._settings.likelihood is not None or is_evaluating() or in_would_be_pass():
             return []
         foreign = inputs is not None and not self._any_parameter(inputs)
         source = vars(root).get("_source")
-        objective = Objective(get_gradient_edge(root), passes, root.detach(), source)
+        edges = [get_gradient_edge(other) for other in others if other.grad_fn is not None]
+        objective = Objective(get_gradient_edge(root), passes, root.detach(), source, edges)
         watch = weakref.ref(self)
 
         def on_backward(upstream: Tensor) -> None:
