@@ -37,6 +37,7 @@ _VIEWS = {
     )
     for number in (0, 1, 2)
 }
+_VECTOR_VIEWS = ("ToCopyBackward0", "ExpandBackward0")
 _TURNS = {"TBackward0"}
 
 Parents = dict[Any, list[tuple[Any, int]]]
@@ -79,6 +80,22 @@ def matrix_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter
         uses = None if leaf is None or p.ndim != 2 else _uses_of(p, leaf, parents)
         if uses and len({use.inputs_first for use in uses}) == 1:
             found[p] = uses
+    return found
+
+
+def vector_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter, int]:
+    """Return how many operations have each of some vectors, or a cast of one, as an operand."""
+    leaves = {id(n.variable): n for n in parents if hasattr(n, "variable")}
+    found = {}
+    for p in params:
+        if p.ndim == 1 and id(p) in leaves:
+            waiting, found[p] = [leaves[id(p)]], 0
+            for node in waiting:  # which grows
+                for parent, _ in parents[node]:
+                    if parent.name() in _VECTOR_VIEWS:
+                        waiting.append(parent)
+                    else:
+                        found[p] += 1
     return found
 
 
@@ -201,7 +218,7 @@ def _bias(node: Any, parents: Parents, size: int) -> Parameter | None:
 
 
 def _vector(node: Any, size: int) -> Parameter | None:
-    while node is not None and node.name() in ("ToCopyBackward0", "ExpandBackward0"):
+    while node is not None and node.name() in _VECTOR_VIEWS:
         node = node.next_functions[0][0]
     variable = getattr(node, "variable", None)
     if not isinstance(variable, Parameter) or variable.shape != torch.Size([size]):

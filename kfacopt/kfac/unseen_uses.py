@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import CheckpointFunction
 
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
-from kfacopt.kfac.matrix_uses import MatrixUse, Parents, graph_parents, matrix_uses
+from kfacopt.kfac.matrix_uses import MatrixUse, Parents, graph_parents, matrix_uses, vector_uses
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
 _ROUND_OFFS = 16
@@ -54,7 +54,7 @@ def unseen_uses(
     outputs: Sequence[GradientEdge],
     uses: Sequence[LayerUse],
     params: Iterable[Parameter],
-) -> tuple[list[Parameter], dict[Parameter, list[MatrixUse]]]:
+) -> tuple[list[Parameter], dict[Parameter, list[MatrixUse]], dict[Parameter, int]]:
     """Return the parameters that `unseen_parameters` finds, and what their uses are.
 
     Args:
@@ -63,11 +63,12 @@ def unseen_uses(
         params: The parameters to look for.
 
     Returns:
-        The parameters, and the products of those matrices that are used by products alone.
+        The parameters, the products of those matrices that are used by products alone, and how
+        often each vector is used.
     """
     nodes = _nodes_past(outputs, uses)
     unseen = _leaves(nodes, params)
-    return unseen, matrix_uses(nodes, unseen)
+    return unseen, matrix_uses(nodes, unseen), vector_uses(nodes, unseen)
 
 
 def _nodes_past(outputs: Iterable[GradientEdge], uses: Iterable[LayerUse]) -> Parents:

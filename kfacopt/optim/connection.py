@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import Parameter
 
-from kfacopt.kfac.layers import default_kinds, find_layers
+from kfacopt.kfac.layers import Layer, default_kinds, find_layers
+from kfacopt.kfac.matrix_uses import MatrixLayout
 from kfacopt.optim.distributed import Ranks
 from kfacopt.optim.messages import log_layers
 from kfacopt.optim.settings import Settings
@@ -71,13 +72,14 @@ class Connection:
         self, step: int, active: bool, settings: Settings, state: CurvatureState
     ) -> None:
         """Put hooks on the modules or take them off, and tell the statistics of the bases."""
-        active = active and bool(state.layers)
+        layers = bool(state.layers) or self.statistics.others.looks_on
+        active = active and layers
         if active and settings.inverse.corrected:
             # Where the next step changes the bases, its second moments wait for the new ones.
             stay = not settings.schedule.inverses_due(step)
             self.statistics.bases = state.bases() if stay else {}
         self.statistics.collecting = active
-        self.watch.active = active or (settings.steps.tuned and bool(state.layers))
+        self.watch.active = active or (settings.steps.tuned and layers)
 
 
 def placement_of(params: Sequence[Parameter]) -> list[tuple[torch.dtype, torch.device]]:
@@ -92,6 +94,7 @@ def connect(
     curvature: CurvatureState,
     labels: LabelDraws,
     ranks: Ranks,
+    matrices: Mapping[Parameter, MatrixLayout],
 ) -> Connection:
     """Find the layers of parameters, give them to the state, and put hooks on their modules.
 
@@ -102,14 +105,16 @@ def connect(
         curvature: Keeps the layers' curvature.
         labels: Says what labels are drawn from.
         ranks: Is told when a forward pass reaches a layer.
+        matrices: Matrices that are multiplied without a module's call, and how.
     """
     refuse_pipeline_stages(module for _, module in modules)
     kinds = default_kinds() if settings.layers is None else settings.layers
     layers = find_layers(modules, params, settings.separate_weight_and_bias, kinds)
     names = parameter_names(modules, params)
+    layers += _product_layers(matrices, layers, names, settings.separate_weight_and_bias)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)
-    statistics = Statistics(curvature.layers, settings.curvature, labels, exchange)
+    statistics = Statistics(curvature.layers, params, settings.curvature, labels, exchange)
     watch = Watch(layers, modules, settings.curvature, statistics, ranks.wrappers)
     covered = {id(p) for layer in curvature.layers for p in (layer.weight, layer.bias)}
     rest = [names[id(p)] for p in params if id(p) not in covered]
@@ -117,3 +122,23 @@ def connect(
     embedded = embeddings(module for _, module in modules)
     trained = [p.requires_grad for p in params]
     return Connection(watch, statistics, names, embedded, trained, placement_of(params))
+
+
+def _product_layers(
+    matrices: Mapping[Parameter, MatrixLayout],
+    layers: Sequence[tuple[Layer, list[nn.Module]]],
+    names: Mapping[int, str],
+    separate: bool,
+) -> list[tuple[Layer, list[nn.Module]]]:
+    """Return layers that no module has, for matrices that are still trained and in no other."""
+    taken = {p for layer, _ in layers for p in (layer.weight, layer.bias)}
+    found: list[tuple[Layer, list[nn.Module]]] = []
+    for p, layout in matrices.items():
+        if p.requires_grad and p not in taken:
+            bias = layout.bias
+            usable = bias is not None and bias.requires_grad and id(bias) in names
+            joint = usable and not separate and bias not in taken
+            layer = layout.layer(names[id(p)], p, joint)
+            taken |= {p, layer.bias}
+            found.append((layer, []))
+    return found

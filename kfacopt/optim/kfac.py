@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from kfacopt.kfac.factors import Factors
 from kfacopt.kfac.layers import Block, KFACApprox, Layer
+from kfacopt.kfac.matrix_uses import MatrixLayout
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
 from kfacopt.optim.connection import Connection, connect
@@ -43,6 +44,7 @@ from kfacopt.optim.state.conversions import restore_generator, store_generator
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.state.initial import is_initialisation
 from kfacopt.optim.state.loading import load_checked
+from kfacopt.optim.state.matrices import keep_layouts, kept_layouts
 from kfacopt.optim.statistics.collector import Statistics
 from kfacopt.optim.statistics.label_draws import LabelDraws
 from kfacopt.optim.statistics.moments import Moments
@@ -241,6 +243,7 @@ class KFACOptimizer(Optimizer):
         self._connected = False
         self._checked_settings: list[tuple[Any, ...]] = []
         self._skipped_steps = self._num_fallback = 0
+        self._matrices: dict[Parameter, MatrixLayout] = {}
         self._labels_before: Tensor | None = None
 
     # Steps -------------------------------------------------------------------------------------
@@ -350,7 +353,7 @@ class KFACOptimizer(Optimizer):
         """Get ready for the next step."""
         if self._labels_before is not None:  # layers that are new leave the others' labels alone
             self._labels.common.set_state(self._labels_before)
-        new = self._reconnect_if_frozen()
+        new = self._adopt_products() or self._reconnect_if_frozen()
         for group in self.param_groups:
             group["num_steps"] += 1
         self._set_watching(self._settings.schedule.factors_due(self._num_steps) or new or waiting)
@@ -455,13 +458,13 @@ class KFACOptimizer(Optimizer):
         if modules is None:  # of a group that is empty so far there are none
             model = None if self._model is None else self._model()
             modules = find_modules(params, model) if params else []
-        given = (self._settings, self._curvature, self._labels, self._ranks)
+        given = (self._settings, self._curvature, self._labels, self._ranks, self._matrices)
         connection = connect(params, modules, *given)
         if self._connected:
             self._watch.active = False
         self._connection, self._connected = connection, True
         self._set_watching(True)
-        if params and not self._curvature.layers:
+        if params and not (self._curvature.layers or self._statistics.others.looks_on):
             self._notices.warn("no-layers", without_layers(self._settings.layers))
 
     def _reconnect_if_frozen(self) -> bool:
@@ -470,6 +473,16 @@ class KFACOptimizer(Optimizer):
             return False
         self._connect(self._watch.living_modules())
         return not self._curvature.is_complete()
+
+    def _adopt_products(self) -> bool:
+        """Make layers of matrices that products past modules' calls were found to use."""
+        found = self._statistics.others.found
+        if not found:
+            return False
+        self._matrices |= found
+        keep_layouts(self.state, found, self._parameters())
+        self._connect(self._watch.living_modules())
+        return True
 
     def _set_watching(self, active: bool) -> None:
         """Get the hooks ready for the next step."""
@@ -562,6 +575,9 @@ class KFACOptimizer(Optimizer):
         store_generator(self.state, self._curvature.layers, self._labels.common)
 
     def _resume(self) -> None:
+        self._matrices |= kept_layouts(self.state, self._parameters())
+        if self._matrices:
+            self._connect(self._watch.living_modules())
         self._connection.forget()
         restore_generator(self.state, self._labels.common)
         due = self._settings.schedule.factors_due(self._num_steps)
@@ -570,7 +586,7 @@ class KFACOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles are made of, the modules included."""
         store_generator(self.state, self._curvature.layers, self._labels.common)
-        own = {name: getattr(self, name) for name in ("_settings", "_rule")}
+        own = {name: getattr(self, name) for name in ("_settings", "_rule", "_matrices")}
         return super().__getstate__() | own | {"_modules": self._watch.living_modules()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -580,11 +596,11 @@ class KFACOptimizer(Optimizer):
             super().__setstate__(state)
             self._curvature.entries = self.state
             return
-        rule = state["_rule"]
+        rule, matrices = state["_rule"], state["_matrices"]
         self._settings = state["_settings"]
         self._start(None)
         super().__setstate__(state)
-        self._rule, self._curvature.entries = rule, self.state
+        self._rule, self._curvature.entries, self._matrices = rule, self.state, matrices
         self._labels = LabelDraws(self._settings.seed, self._device, self._ranks.wrappers)
         self._connect(modules)
         self._resume()

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.nn import Parameter
 
-from kfacopt.kfac.capture import group_by_layer
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.optim.settings import CurvatureSettings
@@ -27,7 +27,7 @@ from kfacopt.optim.statistics.objectives import (
     ObjectiveLog,
     curvature_of,
 )
-from kfacopt.optim.statistics.other_uses import layers_used_otherwise
+from kfacopt.optim.statistics.other_uses import OtherUses
 from kfacopt.optim.statistics.waiting import WaitingMoments
 from kfacopt.optim.statistics.would_be import count_would_be, known_vectors
 from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
@@ -43,6 +43,7 @@ class Statistics:
 
     Args:
         layers: The layers.
+        params: All parameters.
         settings: Which curvature is collected.
         labels: Says what labels are drawn from.
         exchange: Is told of backward passes and gradients.
@@ -53,6 +54,7 @@ class Statistics:
         collecting: Whether statistics are due.
         reached: The layers whose gradients have been accumulated since the last step.
         exchange: As above.
+        others: Uses that no hook saw.
         maximised: The `id`s of parameters whose objective is to be maximised.
         undercounted: The layers whose parameters a loss of the last step with statistics depends on
             in other ways, too, than by calls of their modules. They got no statistics from it.
@@ -62,12 +64,13 @@ class Statistics:
     def __init__(
         self,
         layers: Sequence[Layer],
+        params: Sequence[Parameter],
         settings: CurvatureSettings,
         labels: LabelDraws,
         exchange: ExchangeWatch,
     ) -> None:
         self._layers, self._settings, self._labels = layers, settings, labels
-        self.exchange = exchange
+        self.exchange, self.others = exchange, OtherUses(layers, params)
         self.bases: Mapping[Block, Bases] = {}
         self.collecting = True
         self.maximised: set[int] = set()
@@ -87,7 +90,7 @@ class Statistics:
         self._labels_of_step = None
         self._pending = WaitingMoments()
         self.reached: set[Layer] = set()
-        self._also_used_otherwise: set[Layer] = set()
+        self.others.finish()
         self._objective: list[Term] = []
         self.exchange.forget()
 
@@ -121,7 +124,7 @@ class Statistics:
         self._begin_task()
         if self.collecting:
             edges = [get_gradient_edge(call.output)]
-            self._also_used_otherwise |= layers_used_otherwise(edges, [call.output], passes)
+            self.others.look(edges, [call.output], passes)
             self.objectives.note(type(call.likelihood).__name__, "known")
             if self._settings.fisher_type == "empirical":
                 self._empirical.add_loss(call, passes, upstream)
@@ -140,13 +143,11 @@ class Statistics:
     def arrive_at_objective(self, objective: Objective, upstream: Tensor) -> None:
         """Collect moments of what is no known loss; see `LossReceiver`."""
         self._begin_task()
-        if not (self.collecting and any(p.uses for p in objective.passes)):
+        if not self.collecting:
             return
-        uses = [use for p in objective.passes for use in p.uses]
-        layers = list(group_by_layer(uses))
-        maximised = {la for la in layers if id(la.anchor) in self.maximised}
-        for sign, own in ((1, set(layers) - maximised), (-1, maximised)):
-            if own:
+        maximised = {la for la in self._layers if id(la.anchor) in self.maximised}
+        for sign, own in ((1, {*self._layers} - maximised), (-1, maximised)):
+            if own or (sign == 1 and not self._layers):
                 self._count_objective(objective, sign * upstream, own)
 
     def _count_objective(self, objective: Objective, upstream: Tensor, layers: set[Layer]) -> None:
@@ -166,7 +167,7 @@ class Statistics:
         elif found.piece.derived and not found.piece.recognised:
             # All curvature there is lies behind derivatives: none is counted, not a part.
             like = [torch.ones_like(upstream)]
-            self._also_used_otherwise |= layers_used_otherwise([objective.edge], like, passes)
+            self.others.look([objective.edge], like, passes)
 
     def arrive_at_output(
         self, output: ModelOutput, passes: list[ForwardPass], gradient: Tensor
@@ -175,21 +176,19 @@ class Statistics:
         if torch._C._current_graph_task_id() != self._task:
             self._begin_task()
             self._unseen = True
-        if self._unseen and self.collecting and any(p.uses for p in passes):
+        if self._unseen and self.collecting:
             self.objectives.note_unseen(output)
-            self._also_used_otherwise |= layers_used_otherwise(
-                [output.behind], [output.value], passes
-            )
+            self.others.look([output.behind], [output.value], passes)
             self._empirical.add_unseen(output, passes)
 
     def _count_found(
         self, found: FoundCurvature, passes: list[ForwardPass], layers: set[Layer]
     ) -> None:
-        if not any(p.uses for p in passes):
+        if not passes:
             return
         self.objectives.note(found.piece.title, found.description())
         edges, generator = found.edges, self._labels.generator()
-        self._also_used_otherwise |= layers_used_otherwise(edges, found.gradients, passes)
+        self.others.look(edges, found.gradients, passes)
         with bookkeeping_kept(edges):
             for empirical in (False, True):
                 vectors = found.vectors(empirical, self._settings, generator)
@@ -241,7 +240,7 @@ class Statistics:
         """
         accumulated = bool(self._pending)
         pending = (self._pending or self._candidates_by_layer()).summed(loss_scale)
-        self.undercounted = self._also_used_otherwise
+        self.undercounted = self.others.finish()
         pending = {la: m for la, m in pending.items() if la not in self.undercounted}
         if pending:
             self._labels_of_step = None

@@ -122,7 +122,9 @@ class Watch:
         self._passes: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
         self.uncompiled: type[nn.Module] | None = None
         self._layers_of: dict[int, list[Layer]] = {}
+        self._layers: list[Layer] = []
         for layer, own in layers:
+            self._layers.append(layer)
             for module in own:
                 self._layers_of.setdefault(id(module), []).append(layer)
         self._modules = [(name, weakref.ref(module)) for name, module in modules]
@@ -140,7 +142,7 @@ class Watch:
     def active(self, active: bool) -> None:
         if active and not self._handles:
             modules = [module for _, module in self.living_modules()]
-            layers = {layer.anchor: layer for own in self._layers_of.values() for layer in own}
+            layers = {layer.anchor: layer for layer in self._layers}
             self._handles += module_hooks(modules, self._enter, self._leave)
             self._handles += gradient_hooks(layers, self._receiver.accumulate_gradient)
         elif not active:
@@ -234,7 +236,8 @@ class Watch:
         self._end_pass()
         self.forward_seen = True
         self.used = self.used or bool(forward_pass.uses)
-        if output is None or not (forward_pass.uses or parents or self._settings.recording):
+        wanted = self._receiver.collecting or self._settings.recording
+        if output is None or not (forward_pass.uses or parents or wanted):
             return None
         probed = probe(output, forward_pass, parents)
         own = [p for p in (*parents, forward_pass) if p.observer is self]
@@ -267,8 +270,6 @@ class Watch:
             alive = watch()
             if alive is None or in_would_be_pass():
                 return
-            if origin is None and not any(p.uses for p in passes):
-                return
             alive._receiver.arrive_at_loss(call, passes, upstream.detach(), origin)
 
         loss.register_hook(on_backward)
@@ -297,7 +298,8 @@ class Watch:
         return [root.register_hook(on_backward)]
 
     def _any_parameter(self, inputs: Any) -> bool:
-        own = {id(layer.anchor) for layers in self._layers_of.values() for layer in layers}
+        modules = (module for _, module in self.living_modules())
+        own = {id(p) for module in modules for p in module._parameters.values()}
         return any(id(x) in own for x in tree_flatten(inputs)[0])
 
 
