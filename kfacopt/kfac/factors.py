@@ -174,7 +174,7 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
     if layer.weight is None or layer.family.elementwise:
         return torch.ones(form.shapes(layer)[0], dtype=dtype, device=layer.anchor.device), 1
     diagonal, _ = form.diagonals(layer)
-    sparse = sparse_rows(uses)
+    sparse = sparse_rows(uses) if layer.diagonal_input else []
     if sparse:
         squares = [rows.squares(form.reduce) for rows in sparse]
         return _total([values for values, _ in squares]), sum(count for _, count in squares)
