@@ -77,13 +77,17 @@ def condition(inverse: KroneckerProduct | KroneckerEigendecomposition) -> float:
 
     Args:
         inverse: The damped inverse, which has the same condition; of several independent blocks
-            (groups of a convolution) the worst counts.
+            (groups of a convolution) the worst counts, of blocks of one number all together.
     """
     inverse = inverse.widened()
     if isinstance(inverse, KroneckerEigendecomposition):
         values = inverse.eigenvalues.flatten(1)
+        values = values.mT if values.shape[1] == 1 else values
         return float((values.amax(1) / values.amin(1)).max())
     sides = (inverse.grad_output_factor, inverse.input_factor)
     spectra = [eigendecomposition(side)[0] for side in sides]
+    if all(values.shape[1] == 1 for values in spectra):
+        numbers = spectra[0] * spectra[1]
+        return float(numbers.amax() / numbers.amin())
     ratios = [values.amax(1) / values.amin(1) for values in spectra]
     return float(torch.stack(ratios).prod(0).max())
