@@ -15,6 +15,7 @@ from kfacopt import (
     HessianLinearOperator,
     KFACLinearOperator,
     KFACOptimizer,
+    default_layers,
 )
 from kfacopt.linalg.gram import gram
 
@@ -32,7 +33,22 @@ MODELS = {
         torch.randint(11, (6, 7)),
         torch.randint(11, (6, 7)),
     ),
+    "other-layers": lambda: (
+        nn.Sequential(
+            nn.Embedding(11, 4),
+            nn.LayerNorm(4),
+            nn.Conv1d(7, 6, 3, padding="same"),
+            nn.BatchNorm1d(6),
+            nn.Tanh(),
+            nn.ConvTranspose1d(6, 4, 3, stride=2),
+            nn.Flatten(),
+            nn.Linear(36, 5),
+        ),
+        torch.randint(11, (12, 7)),
+        torch.randint(5, (12,)),
+    ),
 }
+OTHER_LAYERS = [*default_layers(), nn.Embedding, nn.LayerNorm, nn.BatchNorm1d]
 
 
 def loss_of(model, X, y):
@@ -60,6 +76,7 @@ def trained(model, X, y, device, steps=6, **settings):
 # Where a factor has an eigenvalue more than once, as 0 here, EKFAC's basis is not unique.
 STEPS = [(name, {"kfac_approx": approx}) for name in MODELS for approx in ("expand", "reduce")]
 STEPS += [("mlp", {"preconditioner": "ekfac"}), ("cnn", {"damping_method": "exact"})]
+STEPS += [("other-layers", {"layers": OTHER_LAYERS})]
 
 
 @pytest.mark.usefixtures("float64")

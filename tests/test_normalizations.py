@@ -180,6 +180,9 @@ def test_a_step_divides_by_the_damped_diagonal(name, preconditioner):
     optimizer.step()
     for p, value in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach(), value, rtol=TOLERANCE, atol=TOLERANCE)
+    damped = pieces[0] + damping
+    condition = next(v for k, v in optimizer.statistics().items() if k.endswith("weight/condition"))
+    assert condition == pytest.approx(float(damped.max() / damped.min()), rel=TOLERANCE)
 
 
 def test_part_of_a_batch_is_normalised_by_the_whole_of_it():

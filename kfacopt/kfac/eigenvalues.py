@@ -46,7 +46,8 @@ def block_second_moments(
     dtype = factor_dtype(block.anchor.dtype)
     inputs: list[Tensor] = []
     outputs = [use.grad_rows(grad.to(dtype)) for use, grad in zip(uses, grads, strict=True)]
-    sparse = sparse_rows(uses) if block.weight is not None else []
+    has_few = block.weight is not None and block.layer.diagonal_input
+    sparse = sparse_rows(uses) if has_few else []
     if sparse:
         if len(sparse) == 1:
             outputs = [torch.cat(outputs, dim=2)]

@@ -182,7 +182,7 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
             "the input (input_derivatives); set separate_weight_and_bias=False."
         )
     diagonal, _ = form.diagonals(layer)
-    sparse = sparse_rows(uses)
+    sparse = sparse_rows(uses) if layer.diagonal_input else []
     if sparse:
         squares = [rows.squares(form.reduce) for rows in sparse]
         return _total([values for values, _ in squares]), sum(count for _, count in squares)

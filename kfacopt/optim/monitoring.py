@@ -61,7 +61,7 @@ def condition(inverse: KroneckerMatrix) -> float:
 
     Args:
         inverse: The damped inverse, which has the same condition; of several independent blocks
-            (groups of a convolution) the worst counts.
+            (groups of a convolution) the worst counts, of blocks of one number all together.
     """
     inverse = inverse.widened()
     if isinstance(inverse, KroneckerProduct):
@@ -69,5 +69,8 @@ def condition(inverse: KroneckerMatrix) -> float:
         spectra = [eigendecomposition(side)[0] for side in sides]
     else:
         spectra = [inverse.eigenvalues.flatten(1)]
+    if all(values.shape[1] == 1 for values in spectra):  # one block for each entry
+        numbers = torch.stack(spectra).prod(0)
+        return float(numbers.amax() / numbers.amin())
     ratios = [values.amax(1) / values.amin(1) for values in spectra]
     return float(torch.stack(ratios).prod(0).max())
