@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 
-def positive_root(blocks: Tensor) -> Tensor:
+def positive_root(blocks: Tensor, share: float = 0.0) -> Tensor:
     """Return B with B Bᵀ the positive part of symmetric blocks `[R, C, C]`; NaN stays NaN.
 
     By Cholesky's method, to round-off, where a block has no negative part; it is much faster.
+
+    Args:
+        blocks: The blocks.
+        share: Of a block's largest eigenvalue, below which others count as 0 where some are
+            negative: what round-off makes of 0 is no positive part.
     """
     if not bool(blocks.isfinite().all()):
         return torch.full_like(blocks, torch.nan)
@@ -23,9 +28,9 @@ def positive_root(blocks: Tensor) -> Tensor:
     roots, failed = torch.linalg.cholesky_ex(shifted)
     rest = failed > 0
     if bool(rest.any()):
-        values, vectors = torch.linalg.eigh(blocks[rest])
+        values, vectors = eigenvalues_above(blocks[rest], share)
         roots[rest] = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
-    return roots
+    return roots * (size > 0).unsqueeze(-1)
 
 
 def lanczos_rows(
