@@ -66,10 +66,19 @@ class Probing:
         """Return what entries of products may be off by."""
         return self.round_off_share * max((_largest(x) for x in products), default=0.0)
 
-    def is_zero(self, k: int, product: Tensor) -> bool:
-        """Tell whether H v is 0, or all round-off of a gradient."""
+    def is_zero(self, k: int, product: Tensor, asymmetric: bool = False) -> bool:
+        """Tell whether H v is 0, or all round-off of a gradient.
+
+        Args:
+            k: Where H v is.
+            product: H v.
+            asymmetric: Whether H is: only then all of round-off counts. Else a mean square whose
+                targets are of size 10⁶ would look like 0.
+        """
         z, gradient = self.value(k), self.gradients[k]
-        return _largest(product) <= 1e-3 * self.eps * _largest(gradient) / (1 + _largest(z))
+        smallest = 1e-3 * min(self.eps, torch.finfo(torch.float32).eps)
+        share = self.round_off_share if asymmetric else smallest
+        return _largest(product) <= share * _largest(gradient) / (1 + _largest(z))
 
     def close(self, one: Tensor, other: Tensor, round_off: float | Tensor) -> bool:
         """Tell whether rows `[..., C]` are equal, but for what counts as 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -68,6 +69,50 @@ def lanczos_rows(
         safe = torch.where(beta > 0, beta, torch.ones_like(beta))
         V.append(torch.where(beta.unsqueeze(-1) > 0, w / safe.unsqueeze(-1), torch.zeros_like(w)))
     return torch.stack(V), T
+
+
+@dataclass(frozen=True, eq=False)
+class KrylovSpace:
+    """What Lanczos' method tells of the positive parts of many symmetric blocks H⁺.
+
+    Attributes:
+        basis: Orthonormal approximate eigenvectors Q, 0 where a space has ended, `[R, C, K]`.
+        eigenvalues: θ⁺, negative ones as 0, `[R, K]`.
+        rest: c `[R]`: what lies outside of the space has H⁺ = c I, with the trace that is left.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, V: Tensor, T: Tensor, share: float) -> KrylovSpace:
+        """Take `lanczos_rows`' results for a start of random signs.
+
+        Args:
+            V: `[K, R, C]`.
+            T: `[R, K, K]`.
+            share: As for `eigenvalues_above`.
+        """
+        values, Q = eigenvalues_above(T, share)
+        values = values.clamp(min=0)
+        C = V.shape[-1]
+        # ‖start‖² e₁ᵀ f(T) e₁ ≈ startᵀ f(H) start, tr f(H) on average over signs.
+        left = C * (Q[:, 0].square() * values).sum(-1) - values.sum(-1)
+        dimensions = C - V.square().sum((0, -1)).round()
+        rest = torch.where(dimensions > 0, left / dimensions.clamp(min=1), 0.0).clamp(min=0)
+        return cls(torch.einsum("krc,rkj->rcj", V, Q), values, rest)
+
+    def root_times_start(self, start: Tensor) -> Tensor:
+        """Return √H⁺ s for the vectors s `[R, C]` that the spaces were started with."""
+        inner = torch.einsum("rcj,rc->rj", self.basis, start)
+        return torch.einsum("rcj,rj->rc", self.basis, self.eigenvalues.sqrt() * inner)
+
+    def multiply(self, vectors: Tensor) -> Tensor:
+        """Return Q θ⁺ Qᵀ v + c (v − Q Qᵀ v) for vectors v `[R, C]`."""
+        inner = torch.einsum("rcj,rc->rj", self.basis, vectors)
+        c = self.rest.unsqueeze(-1)
+        return torch.einsum("rcj,rj->rc", self.basis, (self.eigenvalues - c) * inner) + c * vectors
 
 
 def eigenvalues_above(T: Tensor, share: float) -> tuple[Tensor, Tensor]:

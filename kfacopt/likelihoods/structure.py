@@ -31,7 +31,7 @@ from kfacopt.likelihoods.interface import widened
 from kfacopt.likelihoods.layouts import Layout
 from kfacopt.likelihoods.parts import CurvaturePart
 from kfacopt.likelihoods.probing import Probing, Product, separating_signs
-from kfacopt.likelihoods.roots import eigenvalues_above, lanczos_rows, positive_root
+from kfacopt.likelihoods.roots import KrylovSpace, lanczos_rows, positive_root
 from kfacopt.likelihoods.softmax_fit import softmax_fit
 
 # Blocks of at most this width are formed: of rows, and of all entries together.
@@ -140,13 +140,15 @@ class _Look:
         u, Hu, v, Hv = (join(x) for x in (self.u, self.Hu, self.v, self.Hv))
         if not bool(Hu.isfinite().all() & Hv.isfinite().all()):
             return self._not_finite()
-        pairs = zip(self.members * 2, [*self.Hu, *self.Hv], strict=True)
-        if all(self.probing.is_zero(k, product) for k, product in pairs):
+        pairs = [*zip(self.members * 2, [*self.Hu, *self.Hv], strict=True)]
+        if all(self.probing.is_zero(*pair) for pair in pairs):
             return _empirical(self.probing, self.members)
         asymmetry = (v * Hu - u * Hv).sum().abs()
         bound = (v * Hu).abs().sum() + (u * Hv).abs().sum()
         if bool(asymmetry > self.probing.tolerance * bound):
-            return _empirical(self.probing, self.members, "no true second derivative")
+            zero = all(self.probing.is_zero(*pair, asymmetric=True) for pair in pairs)
+            why = "" if zero else "no true second derivative"
+            return _empirical(self.probing, self.members, why)
         diagonal = self._is_diagonal()
         # In low precision the two are close where each row has many entries of about one size.
         if diagonal and self.probing.tolerance < _COARSE:
@@ -217,7 +219,7 @@ class _Look:
         fewest, most = KRYLOV_STEPS
         size = sum(x.numel() for x in self.u)
         steps = min(most, layout.width, MAX_KRYLOV_ENTRIES // max(size, 1))
-        likelihood: RowHessians
+        likelihood: RowHessians | KrylovRows
         if layout.width <= (MAX_BLOCK if alone else MAX_SINGLE_BLOCK):
             likelihood = self._formed(layout)
         elif steps >= fewest:
@@ -225,7 +227,7 @@ class _Look:
             name += f", {steps} Lanczos steps"
         else:
             return self._empirical_rows("too large")
-        if not bool((likelihood.roots != 0).any()):
+        if likelihood.is_zero:
             return self._empirical_rows("")
         z = layout.join([self.probing.value(k) for k in self.members])
         return CurvaturePart(self.members, layout, likelihood, z, z.new_ones(len(z)), name)
@@ -280,14 +282,11 @@ class _Look:
 
         like = layout.join(self.u)
         drawn: list[Tensor] = []
-        roots: list[Tensor] = []
+        spaces: list[KrylovSpace] = []
         for _ in range(samples):
             start = self.probing.signs(like.shape, like)
             V, T = lanczos_rows(multiply, start, steps)
-            values, Q = eigenvalues_above(T, self.probing.tolerance)
-            root = values.clamp(min=0).sqrt()
-            small = (Q * (root * Q[:, 0] * start.norm(dim=-1, keepdim=True)).unsqueeze(-2)).sum(-1)
-            drawn.append(torch.einsum("krc,rk->rc", V, small))
-            if not roots:
-                roots.append(torch.einsum("krc,rkj,rj->rcj", V, Q, root))
-        return KrylovRows("sum", roots[0], torch.stack(drawn))
+            space = KrylovSpace.of(V, T, self.probing.tolerance)
+            drawn.append(space.root_times_start(start))
+            spaces = spaces or [space]
+        return KrylovRows("sum", spaces[0], torch.stack(drawn))
