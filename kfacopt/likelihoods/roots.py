@@ -78,7 +78,7 @@ class KrylovSpace:
     Attributes:
         basis: Orthonormal approximate eigenvectors Q, 0 where a space has ended, `[R, C, K]`.
         eigenvalues: θ⁺, negative ones as 0, `[R, K]`.
-        rest: c `[R]`: what lies outside of the space has H⁺ = c I, with the trace that is left.
+        rest: c `[R]`, the median eigenvalue: what lies outside of the space is taken to have c I.
     """
 
     basis: Tensor
@@ -96,11 +96,11 @@ class KrylovSpace:
         """
         values, Q = eigenvalues_above(T, share)
         values = values.clamp(min=0)
-        C = V.shape[-1]
-        # ‖start‖² e₁ᵀ f(T) e₁ ≈ startᵀ f(H) start, tr f(H) on average over signs.
-        left = C * (Q[:, 0].square() * values).sum(-1) - values.sum(-1)
-        dimensions = C - V.square().sum((0, -1)).round()
-        rest = torch.where(dimensions > 0, left / dimensions.clamp(min=1), 0.0).clamp(min=0)
+        # The start's share of each eigenvector, squared, is how many eigenvalues are about θ.
+        order = values.argsort(-1)
+        density = Q[:, 0].square().gather(-1, order).cumsum(-1)
+        middle = (density < 0.5 * density[:, -1:]).sum(-1, keepdim=True)
+        rest = values.gather(-1, order.gather(-1, middle)).squeeze(-1)
         return cls(torch.einsum("krc,rkj->rcj", V, Q), values, rest)
 
     def root_times_start(self, start: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ def _fit(
         y = p[negative] - gradient[negative] / w[negative].unsqueeze(-1)
         error = round_off / models.abs().amax((0, -1)).clamp(min=torch.finfo(p.dtype).tiny)
         allowed = 4 * error[negative].unsqueeze(-1) + probing.tolerance
-        if not bool((torch.minimum(y.abs(), (1 - y).abs()) <= allowed).all()):
+        labels = y == y.amax(-1, keepdim=True)
+        if not bool(((y - labels.to(y)).abs() <= allowed).all()):
             return None
     return w.abs(), (fitted - Hu).square().sum()
 

@@ -147,7 +147,7 @@ class _Look:
         bound = (v * Hu).abs().sum() + (u * Hv).abs().sum()
         if bool(asymmetry > self.probing.tolerance * bound):
             zero = all(self.probing.is_zero(*pair, asymmetric=True) for pair in pairs)
-            why = "" if zero else "no true second derivative"
+            why = "" if zero else "second derivative not symmetric"
             return _empirical(self.probing, self.members, why)
         diagonal = self._is_diagonal()
         # In low precision the two are close where each row has many entries of about one size.
