@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from kfacopt.likelihoods.elementwise import Elementwise, drawn
 from kfacopt.likelihoods.interface import Likelihood
+from kfacopt.likelihoods.roots import KrylovSpace
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,11 @@ class RowHessians(_Rows):
 
     roots: Tensor
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether no block has a positive part."""
+        return not bool((self.roots != 0).any())
+
     def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
         yield from self.roots.unbind(-1)
 
@@ -91,20 +97,28 @@ class RowHessians(_Rows):
 
 
 @dataclass(frozen=True, eq=False)
-class KrylovRows(RowHessians):
+class KrylovRows(_Rows):
     """H is made of one block for each row, too wide to be formed.
 
     Attributes:
-        roots: B `[R, C, K]` with B Bᵀ = V T⁺ Vᵀ, V a basis of a row's Krylov space of H and T = Vᵀ
-            H V: H⁺ in this space.
+        space: H⁺ in a Krylov space of each row, and what it is outside of it on average.
         samples: √H⁺ ε of random signs ε, one for each label that is drawn, `[M, R, C]`.
     """
 
+    space: KrylovSpace
     samples: Tensor
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether no block has a positive part."""
+        return not bool((self.space.eigenvalues != 0).any())
 
     def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """Yield √H⁺ ε / √M: no root of H has few columns."""
         yield from self.samples / len(self.samples) ** 0.5
+
+    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        return self.space.multiply(vector)
 
 
 @dataclass(frozen=True, eq=False)

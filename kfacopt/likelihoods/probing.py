@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -16,7 +16,8 @@ Product = Callable[[list[Tensor]], list[Tensor]]
 # Among more tensors z nobody looks which of them see each other.
 _MAX_TENSORS = 8
 
-# What products may be off by, in units of round-off.
+# What products may be off by, in units of round-off; fewer in low precision, where so many would be
+# as large as the entries.
 ROUND_OFFS = 64
 
 
@@ -41,7 +42,7 @@ class Probing:
     @property
     def tolerance(self) -> float:
         """What is smaller than the rest of its row by this factor counts as 0."""
-        return min(ROUND_OFFS * math.exp(0.75 * math.log(self.eps)), 0.1)
+        return min(ROUND_OFFS * math.exp(0.75 * math.log(self.eps)), max(12 * self.eps, 1e-3))
 
     def probe(self, members: Sequence[int]) -> list[Tensor]:
         """Draw u, with entries of random sign between 1/2 and 3/2; 0 for other tensors."""
@@ -56,17 +57,31 @@ class Probing:
         """Draw random signs."""
         return 1 - 2 * torch.randint(2, tuple(shape), generator=self.draws).to(like)
 
+    @property
+    def round_off_share(self) -> float:
+        """What entries of products may be off by, as a share of the largest one."""
+        return min(ROUND_OFFS * self.eps, max(4 * self.eps, 1e-2))
+
     def round_off(self, *products: Tensor) -> float:
         """Return what entries of products may be off by."""
-        return ROUND_OFFS * self.eps * max((_largest(x) for x in products), default=0.0)
+        return self.round_off_share * max((_largest(x) for x in products), default=0.0)
 
-    def is_zero(self, k: int, product: Tensor) -> bool:
-        """Tell whether H v is 0, or all round-off of a gradient."""
+    def is_zero(self, k: int, product: Tensor, asymmetric: bool = False) -> bool:
+        """Tell whether H v is 0, or all round-off of a gradient.
+
+        Args:
+            k: Where H v is.
+            product: H v.
+            asymmetric: Whether H is: only then all of round-off counts. Else a mean square whose
+                targets are of size 10⁶ would look like 0.
+        """
         z, gradient = self.value(k), self.gradients[k]
-        return _largest(product) <= 1e-3 * self.eps * _largest(gradient) / (1 + _largest(z))
+        smallest = 1e-3 * min(self.eps, torch.finfo(torch.float32).eps)
+        share = self.round_off_share if asymmetric else smallest
+        return _largest(product) <= share * _largest(gradient) / (1 + _largest(z))
 
-    def close(self, one: Tensor, other: Tensor, round_off: float) -> bool:
-        """Tell whether rows `[R, C]` are equal, but for what counts as 0."""
+    def close(self, one: Tensor, other: Tensor, round_off: float | Tensor) -> bool:
+        """Tell whether rows `[..., C]` are equal, but for what counts as 0."""
         scale = torch.maximum(one.abs(), other.abs()).amax(-1, keepdim=True)
         return bool(((one - other).abs() <= self.tolerance * scale + round_off).all())
 
@@ -79,13 +94,13 @@ class Probing:
         Hu = self.product(u)
         if len(everything) == 1:
             return [(0,)], u, Hu
-        signs = [self.signs((), g) for g in self.gradients]
-        again = self.product([s * x for s, x in zip(signs, u, strict=True)])
-        alone = all(
-            self.close((s * x).reshape(1, -1), y.reshape(1, -1), 0.0)
-            for s, x, y in zip(signs, again, Hu, strict=True)
-        )
-        return ([(k,) for k in everything] if alone else [tuple(everything)]), u, Hu
+        for signs in separating_signs(len(everything)):
+            again = self.product([s * x for s, x in zip(signs, u, strict=True)])
+            triples = zip(signs, again, Hu, strict=True)
+            pairs = (((s * x).reshape(1, -1), y.reshape(1, -1)) for s, x, y in triples)
+            if not all(self.close(*pair, 0.0) for pair in pairs):
+                return [tuple(everything)], u, Hu
+        return [(k,) for k in everything], u, Hu
 
     def _groups_of_few(self) -> tuple[list[tuple[int, ...]], list[Tensor], list[Tensor]]:
         everything = range(len(self.gradients))
@@ -115,6 +130,12 @@ class Probing:
         """Return z, or zeros where it is unknown."""
         value = self.values[k]
         return torch.zeros_like(self.gradients[k]) if value is None else value
+
+
+def separating_signs(count: int) -> Iterator[list[int]]:
+    """Yield ⌈log₂ n⌉ times n signs; any two of the n differ in one of them: their numbers' bits."""
+    for bit in range(max(count - 1, 0).bit_length()):
+        yield [1 - 2 * (number >> bit & 1) for number in range(count)]
 
 
 def _largest(x: Tensor) -> float:

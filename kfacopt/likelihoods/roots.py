@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def positive_root(blocks: Tensor) -> Tensor:
+def positive_root(blocks: Tensor, share: float = 0.0) -> Tensor:
     """Return B with B Bᵀ the positive part of symmetric blocks `[R, C, C]`; NaN stays NaN.
 
     By Cholesky's method, to round-off, where a block has no negative part; it is much faster.
+
+    Args:
+        blocks: The blocks.
+        share: Of a block's largest eigenvalue, below which others count as 0 where some are
+            negative: what round-off makes of 0 is no positive part.
     """
     if not bool(blocks.isfinite().all()):
         return torch.full_like(blocks, torch.nan)
@@ -23,9 +29,9 @@ def positive_root(blocks: Tensor) -> Tensor:
     roots, failed = torch.linalg.cholesky_ex(shifted)
     rest = failed > 0
     if bool(rest.any()):
-        values, vectors = torch.linalg.eigh(blocks[rest])
+        values, vectors = eigenvalues_above(blocks[rest], share)
         roots[rest] = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
-    return roots
+    return roots * (size > 0).unsqueeze(-1)
 
 
 def lanczos_rows(
@@ -63,6 +69,50 @@ def lanczos_rows(
         safe = torch.where(beta > 0, beta, torch.ones_like(beta))
         V.append(torch.where(beta.unsqueeze(-1) > 0, w / safe.unsqueeze(-1), torch.zeros_like(w)))
     return torch.stack(V), T
+
+
+@dataclass(frozen=True, eq=False)
+class KrylovSpace:
+    """What Lanczos' method tells of the positive parts of many symmetric blocks H⁺.
+
+    Attributes:
+        basis: Orthonormal approximate eigenvectors Q, 0 where a space has ended, `[R, C, K]`.
+        eigenvalues: θ⁺, negative ones as 0, `[R, K]`.
+        rest: c `[R]`, the median eigenvalue: what lies outside of the space is taken to have c I.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, V: Tensor, T: Tensor, share: float) -> KrylovSpace:
+        """Take `lanczos_rows`' results for a start of random signs.
+
+        Args:
+            V: `[K, R, C]`.
+            T: `[R, K, K]`.
+            share: As for `eigenvalues_above`.
+        """
+        values, Q = eigenvalues_above(T, share)
+        values = values.clamp(min=0)
+        # The start's share of each eigenvector, squared, is how many eigenvalues are about θ.
+        order = values.argsort(-1)
+        density = Q[:, 0].square().gather(-1, order).cumsum(-1)
+        middle = (density < 0.5 * density[:, -1:]).sum(-1, keepdim=True)
+        rest = values.gather(-1, order.gather(-1, middle)).squeeze(-1)
+        return cls(torch.einsum("krc,rkj->rcj", V, Q), values, rest)
+
+    def root_times_start(self, start: Tensor) -> Tensor:
+        """Return √H⁺ s for the vectors s `[R, C]` that the spaces were started with."""
+        inner = torch.einsum("rcj,rc->rj", self.basis, start)
+        return torch.einsum("rcj,rj->rc", self.basis, self.eigenvalues.sqrt() * inner)
+
+    def multiply(self, vectors: Tensor) -> Tensor:
+        """Return Q θ⁺ Qᵀ v + c (v − Q Qᵀ v) for vectors v `[R, C]`."""
+        inner = torch.einsum("rcj,rc->rj", self.basis, vectors)
+        c = self.rest.unsqueeze(-1)
+        return torch.einsum("rcj,rj->rc", self.basis, (self.eigenvalues - c) * inner) + c * vectors
 
 
 def eigenvalues_above(T: Tensor, share: float) -> tuple[Tensor, Tensor]:

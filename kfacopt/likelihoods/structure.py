@@ -30,8 +30,9 @@ from kfacopt.likelihoods.found import KrylovRows, RowGradients, RowHessians, Sec
 from kfacopt.likelihoods.interface import widened
 from kfacopt.likelihoods.layouts import Layout
 from kfacopt.likelihoods.parts import CurvaturePart
-from kfacopt.likelihoods.probing import Probing, Product
-from kfacopt.likelihoods.roots import eigenvalues_above, lanczos_rows, positive_root
+from kfacopt.likelihoods.probing import Probing, Product, separating_signs
+from kfacopt.likelihoods.roots import KrylovSpace, lanczos_rows, positive_root
+from kfacopt.likelihoods.softmax_fit import softmax_fit
 
 # Blocks of at most this width are formed: of rows, and of all entries together.
 MAX_BLOCK = 32
@@ -39,6 +40,8 @@ MAX_SINGLE_BLOCK = 128
 # Lanczos steps, at least and at most, and how many entries its vectors may have in all.
 KRYLOV_STEPS = (4, 24)
 MAX_KRYLOV_ENTRIES = 2**25
+# Tolerances above this one cannot tell a wide softmax from a diagonal.
+_COARSE = 5e-3
 # How many entries products for the columns of blocks have at once.
 MAX_COLUMN_ENTRIES = 2**22
 # Samples that stand for a root of a block that is too wide to have one.
@@ -137,22 +140,27 @@ class _Look:
         u, Hu, v, Hv = (join(x) for x in (self.u, self.Hu, self.v, self.Hv))
         if not bool(Hu.isfinite().all() & Hv.isfinite().all()):
             return self._not_finite()
-        pairs = zip(self.members * 2, [*self.Hu, *self.Hv], strict=True)
-        if all(self.probing.is_zero(k, product) for k, product in pairs):
+        pairs = [*zip(self.members * 2, [*self.Hu, *self.Hv], strict=True)]
+        if all(self.probing.is_zero(*pair) for pair in pairs):
             return _empirical(self.probing, self.members)
         asymmetry = (v * Hu - u * Hv).sum().abs()
         bound = (v * Hu).abs().sum() + (u * Hv).abs().sum()
         if bool(asymmetry > self.probing.tolerance * bound):
-            return _empirical(self.probing, self.members, "no true second derivative")
-        if self._is_diagonal():
+            zero = all(self.probing.is_zero(*pair, asymmetric=True) for pair in pairs)
+            why = "" if zero else "second derivative not symmetric"
+            return _empirical(self.probing, self.members, why)
+        diagonal = self._is_diagonal()
+        # In low precision the two are close where each row has many entries of about one size.
+        if diagonal and self.probing.tolerance < _COARSE:
             return self._diagonal()
-        found = self._categorical() if len(self.members) == 1 else None
-        return [self._blocks(samples)] if found is None else [found]
+        found = self._categorical(diagonal)
+        if found is not None:
+            return [found]
+        return self._diagonal() if diagonal else [self._blocks(samples)]
 
     def _is_diagonal(self) -> bool:
         for u, Hu, v, Hv in zip(self.u, self.Hu, self.v, self.Hv, strict=True):
-            rows = len(u) if u.ndim > 1 else 1
-            ratios = (Hu / u).reshape(rows, -1), (Hv / v).reshape(rows, -1)
+            ratios = (Hu / u).reshape(-1, 1), (Hv / v).reshape(-1, 1)
             if not self.probing.close(*ratios, self.round_off):
                 return False
         return True
@@ -167,6 +175,11 @@ class _Look:
                 parts += _empirical(self.probing, (k,))
         return parts
 
+    def _diagonal_misfit(self) -> Tensor:
+        """Return Σ (H u − h u)² as `SoftmaxFit.misfit` has it, where h was not fitted to u."""
+        u, Hu, v, Hv = self.u[0], self.Hu[0], self.v[0], self.Hv[0]
+        return (Hu - Hv / v * u).square().sum()
+
     def _not_finite(self) -> list[CurvaturePart]:
         return [
             self._entries(k, torch.full_like(x, torch.nan), "not finite")
@@ -179,31 +192,25 @@ class _Look:
             (k,), None, likelihood, self.probing.value(k), torch.ones_like(h), kind
         )
 
-    def _categorical(self) -> CurvaturePart | None:
-        """Return H if it is that of cross entropy along an axis, with any weight for each row."""
-        z = self.probing.values[self.members[0]]
-        if z is None or z.ndim == 0:
+    def _categorical(self, diagonal: bool) -> CurvaturePart | None:
+        """Return H if it is that of cross entropy along an axis, with any weight for each row.
+
+        Args:
+            diagonal: Whether it is close to a diagonal as well; then if it is closer to this.
+        """
+        if len(self.members) > 1:
             return None
-        u, Hu, v, Hv = self.u[0], self.Hu[0], self.v[0], self.Hv[0]
-        for axis in dict.fromkeys((z.ndim - 1, min(1, z.ndim - 1))):
-            p = z.softmax(axis)
-            models = [p * (x - (p * x).sum(axis, keepdim=True)) for x in (u, v)]
-            pairs = list(zip(models, (Hu, Hv), strict=True))
-            square = torch.stack([(m * m).sum(axis, keepdim=True) for m in models]).sum(0)
-            inner = torch.stack([(m * h).sum(axis, keepdim=True) for m, h in pairs]).sum(0)
-            seen = square > torch.finfo(z.dtype).tiny
-            w = torch.where(seen, inner / square.where(seen, torch.ones_like(square)), 0.0)
-            floor = self.round_off + self.probing.round_off(w.abs().median())
-            rows = [(_as_rows(w * m, axis), _as_rows(h, axis)) for m, h in pairs]
-            if not all(self.probing.close(*pair, floor) for pair in rows):
-                continue
-            weights, likelihood = w.squeeze(axis).abs(), CrossEntropy("sum")
-            if axis != z.ndim - 1 or z.ndim <= 2:
-                return CurvaturePart(self.members, None, likelihood, z, weights, "categorical")
-            layout = Layout("last", (z.shape,))  # as F.cross_entropy sees z after a view
-            found = (likelihood, layout.join([z]), weights.reshape(-1))
-            return CurvaturePart(self.members, layout, *found, "categorical")
-        return None
+        (k,) = self.members
+        looks = [self.u[0], self.v[0]], [self.Hu[0], self.Hv[0]]
+        fit = softmax_fit(self.probing, k, *looks)
+        if fit is None or (diagonal and bool(fit.misfit >= self._diagonal_misfit())):
+            return None
+        z, likelihood = self.probing.value(k), CrossEntropy("sum")
+        if fit.axis != z.ndim - 1 or z.ndim <= 2:
+            return CurvaturePart((k,), None, likelihood, z, fit.weights, "categorical")
+        layout = Layout("last", (z.shape,))  # as F.cross_entropy sees z after a view
+        found = (likelihood, layout.join([z]), fit.weights.reshape(-1))
+        return CurvaturePart((k,), layout, *found, "categorical")
 
     def _blocks(self, samples: int) -> CurvaturePart:
         layout = self._rows()
@@ -212,7 +219,7 @@ class _Look:
         fewest, most = KRYLOV_STEPS
         size = sum(x.numel() for x in self.u)
         steps = min(most, layout.width, MAX_KRYLOV_ENTRIES // max(size, 1))
-        likelihood: RowHessians
+        likelihood: RowHessians | KrylovRows
         if layout.width <= (MAX_BLOCK if alone else MAX_SINGLE_BLOCK):
             likelihood = self._formed(layout)
         elif steps >= fewest:
@@ -220,7 +227,7 @@ class _Look:
             name += f", {steps} Lanczos steps"
         else:
             return self._empirical_rows("too large")
-        if not bool((likelihood.roots != 0).any()):
+        if likelihood.is_zero:
             return self._empirical_rows("")
         z = layout.join([self.probing.value(k) for k in self.members])
         return CurvaturePart(self.members, layout, likelihood, z, z.new_ones(len(z)), name)
@@ -237,17 +244,17 @@ class _Look:
 
     def _rows(self) -> Layout:
         """Return the smallest rows that do not see each other."""
+        few = sum(x.numel() for x in self.u) * KRYLOV_STEPS[0] <= MAX_KRYLOV_ENTRIES
         for layout in (Layout("last", self._shapes), Layout("datum", self._shapes)):
-            if layout.fits() and self._are_alone(layout):
+            usable = layout.fits() and (few or layout.width <= MAX_BLOCK)
+            if usable and self._are_alone(layout):
                 return layout
         return Layout("all", self._shapes)
 
     def _are_alone(self, layout: Layout) -> bool:
         rows, expected = layout.join(self.u), layout.join(self.Hu)
-        if len(rows) == 1:
-            return True
-        for _ in range(1 if len(rows) >= 16 else 5):  # a pair of rows hides from one look in two
-            s = self.probing.signs((len(rows), 1), rows)
+        for numbers in separating_signs(len(rows)):
+            s = torch.tensor(numbers, dtype=rows.dtype, device=rows.device).unsqueeze(-1)
             product = self.probing.product_of(self.members, layout.split(s * rows))
             if not self.probing.close(s * layout.join(product), expected, self.round_off):
                 return False
@@ -263,7 +270,11 @@ class _Look:
             products = self.probing.product_of(self.members, stacked)
             found += [layout.join([x[c] for x in products]) for c in range(len(chunk))]
         blocks = torch.stack(found, -1)
-        return RowHessians("sum", positive_root((blocks + blocks.mT) / 2))
+        return RowHessians("sum", positive_root((blocks + blocks.mT) / 2, self._noise(C)))
+
+    def _noise(self, width: int) -> float:
+        """Return the share of a block's largest eigenvalue that round-off makes of 0."""
+        return min(4 * width * self.probing.eps, 0.01)
 
     def _krylov(self, layout: Layout, steps: int, samples: int) -> KrylovRows:
         def multiply(rows: Tensor) -> Tensor:
@@ -271,19 +282,11 @@ class _Look:
 
         like = layout.join(self.u)
         drawn: list[Tensor] = []
-        roots: list[Tensor] = []
+        spaces: list[KrylovSpace] = []
         for _ in range(samples):
             start = self.probing.signs(like.shape, like)
             V, T = lanczos_rows(multiply, start, steps)
-            values, Q = eigenvalues_above(T, self.probing.tolerance)
-            root = values.clamp(min=0).sqrt()
-            small = (Q * (root * Q[:, 0] * start.norm(dim=-1, keepdim=True)).unsqueeze(-2)).sum(-1)
-            drawn.append(torch.einsum("krc,rk->rc", V, small))
-            if not roots:
-                roots.append(torch.einsum("krc,rkj,rj->rcj", V, Q, root))
-        return KrylovRows("sum", roots[0], torch.stack(drawn))
-
-
-def _as_rows(x: Tensor, axis: int) -> Tensor:
-    """Bring an axis to the end, and all others to one."""
-    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
+            space = KrylovSpace.of(V, T, self.probing.tolerance)
+            drawn.append(space.root_times_start(start))
+            spaces = spaces or [space]
+        return KrylovRows("sum", spaces[0], torch.stack(drawn))
