@@ -132,11 +132,15 @@ def curvature_of(
     with would_be_pass(), _retained_gradients_kept(objective.passes):
         found = _curvature_at(piece, upstream, settings)
         for part in found.parts:
-            if not part.empirical or settings.fisher_type == "empirical":
+            # One number, as of a loss that a model returns, has no data to count.
+            single = found.gradients[part.members[0]].numel() == 1
+            if not part.empirical or (settings.fisher_type == "empirical" and not single):
                 continue
             deeper = piece.deeper(objective.passes, found.numbers[part.members[0]])
             inner = None if deeper is None else _curvature_at(deeper, upstream, settings)
-            if inner is not None and not any(p.empirical for p in inner.parts):
+            if inner is None or not inner.parts:
+                continue
+            if single or not any(p.empirical for p in inner.parts):
                 return inner
     return found
 
