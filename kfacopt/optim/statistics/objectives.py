@@ -16,7 +16,7 @@ from kfacopt.likelihoods.parts import CurvaturePart, joint_vectors
 from kfacopt.likelihoods.structure import KRYLOV_SAMPLES, find_parts
 from kfacopt.optim.messages import log_objective
 from kfacopt.optim.settings import CurvatureSettings
-from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
+from kfacopt.optim.watch.forward_pass import ForwardPass
 from kfacopt.optim.watch.objectives import Objective, Piece
 
 
@@ -102,9 +102,9 @@ class ObjectiveLog:
         self.derived = True
         self.note(f"{piece.title}, of derivatives of the model", "not counted")
 
-    def note_unseen(self, output: ModelOutput) -> None:
+    def note_unseen(self, value: Tensor) -> None:
         """Take note of an objective of which nothing but gradients by outputs is known."""
-        where = _shape_in_words(output.value.shape)
+        where = _shape_in_words(value.shape)
         self.note("unseen", f"empirical at {where} (between it and z tensors lost their kind)")
 
     def note(self, title: str, curvature: str) -> None:
