@@ -5,7 +5,6 @@
 
 import copy
 import dataclasses
-import warnings
 
 import pytest
 import torch

@@ -150,6 +150,8 @@ def _product(
     p: Parameter, node: Any, turned: bool, parents: Parents, simple: bool
 ) -> MatrixUse | None:
     first, _, input_name, weight_name = _PRODUCTS[node.name()]
+    if any(_is_recomputed(node, name) for name in (input_name, weight_name)):
+        return None
     try:
         a, W = getattr(node, input_name), getattr(node, weight_name)
     except RuntimeError:  # changed in place since, or its memory is gone
@@ -166,6 +168,12 @@ def _product(
     size = W.shape[-1] if W is not None else p.shape[1 if inputs_first else 0]
     bias = _bias(node, parents, size) if outputs is None else None
     return MatrixUse(p, bias, inputs_first, a, GradientEdge(node, 0), edges, outputs)
+
+
+def _is_recomputed(node: Any, saved: str) -> bool:
+    """Tell whether a saved tensor is recomputed when it is asked for, which may be done once."""
+    hook = getattr(getattr(node, saved.replace("_saved_", "_raw_saved_")), "unpack_hook", None)
+    return getattr(hook, "__qualname__", "").startswith("_checkpoint_hook")
 
 
 def _layout(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Parameter
 
 from kfacopt.kfac.eigenvalues import Bases
@@ -30,7 +30,7 @@ from kfacopt.optim.statistics.objectives import (
 from kfacopt.optim.statistics.other_uses import OtherUses
 from kfacopt.optim.statistics.waiting import WaitingMoments
 from kfacopt.optim.statistics.would_be import count_would_be, known_vectors
-from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
+from kfacopt.optim.watch.forward_pass import ForwardPass, node_key
 from kfacopt.optim.watch.gradient_exchange import ExchangeWatch
 from kfacopt.optim.watch.loss_calls import LossCall
 from kfacopt.optim.watch.objectives import Objective
@@ -157,7 +157,8 @@ class Statistics:
         passes = objective.passes
         if self._settings.fisher_type == "empirical":
             # The gradients of known losses in the user's own pass are those of the whole objective.
-            passes = [p for p in passes if not p.recognised]
+            known = {node_key(node) for node in found.piece.recognised}
+            passes = [p for p in passes if not known & p.recognised]
         if found.piece.derived:
             self.objectives.note_derived(found.piece)
         if found.parts:
@@ -170,16 +171,16 @@ class Statistics:
             self.others.look([objective.edge], like, passes)
 
     def arrive_at_output(
-        self, output: ModelOutput, passes: list[ForwardPass], gradient: Tensor
+        self, behind: GradientEdge, value: Tensor, passes: list[ForwardPass]
     ) -> None:
         """Collect moments of an objective that was not seen; see `LossReceiver`."""
         if torch._C._current_graph_task_id() != self._task:
             self._begin_task()
             self._unseen = True
         if self._unseen and self.collecting:
-            self.objectives.note_unseen(output)
-            self.others.look([output.behind], [output.value], passes)
-            self._empirical.add_unseen(output, passes)
+            self.objectives.note_unseen(value)
+            self.others.look([behind], [value], passes)
+            self._empirical.add_unseen(value, passes)
 
     def _count_found(
         self, found: FoundCurvature, passes: list[ForwardPass], layers: set[Layer]

@@ -13,7 +13,7 @@ from kfacopt.kfac.capture import LayerUse, group_by_layer, in_would_be_pass
 from kfacopt.kfac.layers import Layer
 from kfacopt.likelihoods import widened
 from kfacopt.optim.statistics.backward_pass import CandidateMoments
-from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
+from kfacopt.optim.watch.forward_pass import ForwardPass
 from kfacopt.optim.watch.loss_calls import LossCall
 
 
@@ -119,14 +119,14 @@ class EmpiricalPasses:
         for p in passes:
             self._entry(p).add_loss(call.output, scale, terms)
 
-    def add_unseen(self, output: ModelOutput, passes: list[ForwardPass]) -> None:
+    def add_unseen(self, value: Tensor, passes: list[ForwardPass]) -> None:
         """Take note of an objective that was not seen, whose gradient arrives at an output.
 
         Args:
-            output: The output, whose rows are data.
+            value: The output, whose rows are data.
             passes: The forward passes that it depends on.
         """
-        self._rows = max(self._rows, output.value.shape[0] if output.value.ndim else 1)
+        self._rows = max(self._rows, value.shape[0] if value.ndim else 1)
         for p in passes:
             self._entry(p)
 

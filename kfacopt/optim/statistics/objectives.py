@@ -16,7 +16,7 @@ from kfacopt.likelihoods.parts import CurvaturePart, joint_vectors
 from kfacopt.likelihoods.structure import KRYLOV_SAMPLES, find_parts
 from kfacopt.optim.messages import log_objective
 from kfacopt.optim.settings import CurvatureSettings
-from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
+from kfacopt.optim.watch.forward_pass import ForwardPass
 from kfacopt.optim.watch.objectives import Objective, Piece
 from kfacopt.optim.watch.recorded_calls import ScalarTerm
 
@@ -132,9 +132,9 @@ class ObjectiveLog:
         self.derived = True
         self.note(f"{piece.title}, of derivatives of the model", "not counted")
 
-    def note_unseen(self, output: ModelOutput) -> None:
+    def note_unseen(self, value: Tensor) -> None:
         """Take note of an objective of which nothing but gradients by outputs is known."""
-        where = _shape_in_words(output.value.shape)
+        where = _shape_in_words(value.shape)
         self.note("unseen", f"empirical at {where} (between it and z tensors lost their kind)")
 
     def note(self, title: str, curvature: str) -> None:
@@ -162,11 +162,15 @@ def curvature_of(
     with would_be_pass(), _retained_gradients_kept(objective.passes):
         found = _curvature_at(piece, upstream, settings)
         for part in found.parts:
-            if not part.empirical or settings.fisher_type == "empirical":
+            # One number, as of a loss that a model returns, has no data to count.
+            single = found.gradients[part.members[0]].numel() == 1
+            if not part.empirical or (settings.fisher_type == "empirical" and not single):
                 continue
             deeper = piece.deeper(objective.passes, found.numbers[part.members[0]])
             inner = None if deeper is None else _curvature_at(deeper, upstream, settings)
-            if inner is not None and not any(p.empirical for p in inner.parts):
+            if inner is None or not inner.parts:
+                continue
+            if single or not any(p.empirical for p in inner.parts):
                 return inner
     return found
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfacopt.kfac.capture import in_would_be_pass
 from kfacopt.likelihoods import Likelihood
-from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput
+from kfacopt.optim.watch.forward_pass import ForwardPass
 from kfacopt.optim.watch.loss_calls import LossCall
 from kfacopt.optim.watch.probed_tensors import differentiable_tensors, unprobe
 from kfacopt.optim.watch.recorded_calls import LossOrigin
@@ -27,7 +27,7 @@ class ArrivalReceiver(Protocol):
         """Take note of a loss."""
 
     def arrive_at_output(
-        self, output: ModelOutput, passes: list[ForwardPass], gradient: Tensor
+        self, behind: GradientEdge, value: Tensor, passes: list[ForwardPass]
     ) -> None:
         """Take note of an output."""
 
@@ -66,7 +66,6 @@ class ArrivalWatch:
         # On the probe's own node, behind z: a hook on z's node that refers to z would be a cycle.
         (probed_output,) = differentiable_tensors(probed)
         get_gradient_edge(probed_output).node.register_prehook(on_backward)
-        forward_pass.outputs.clear()  # with this hook they would be a cycle
 
     def watch_unseen(self, own: list[ForwardPass]) -> None:
         """Tell of backward passes that arrive at outputs from nowhere that was seen.
@@ -76,23 +75,23 @@ class ArrivalWatch:
         Args:
             own: The forward passes, that whose outputs are meant last.
         """
-        passes, this = [weakref.ref(p) for p in own], weakref.ref(self)
+        this = weakref.ref(self)
 
-        def hook(number: int) -> Callable[[Any], None]:
+        def hook(output_nr: int, behind: GradientEdge, value: Tensor) -> Callable[[Any], None]:
             def on_backward(grads: Any) -> None:
-                watch, known = this(), [p for p in (ref() for ref in passes) if p is not None]
-                if watch is None or not known or in_would_be_pass():
+                watch = this()
+                if watch is None or in_would_be_pass() or grads[output_nr] is None:
                     return
-                receiver, output = watch._receiver(), known[-1].outputs[number]
-                gradient = grads[output.edge.output_nr]
+                receiver = watch._receiver()
                 foreign = torch._C._current_graph_task_id() == watch.foreign_task
-                if receiver is not None and gradient is not None and not foreign:
-                    receiver.arrive_at_output(output, known, gradient.detach())
+                if receiver is not None and not foreign:
+                    receiver.arrive_at_output(behind, value, own)
 
             return on_backward
 
-        for number, output in enumerate(own[-1].outputs):
-            output.edge.node.register_prehook(hook(number))
+        for output in own[-1].outputs:
+            record = hook(output.edge.output_nr, output.behind, output.value)
+            output.edge.node.register_prehook(record)
 
 
 def _stated_call(likelihood: Likelihood, output: Any) -> LossCall:

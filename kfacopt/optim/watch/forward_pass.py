@@ -82,6 +82,10 @@ class ModelOutput:
         return cls(*edges, value, value._version, source)
 
 
+class ModelOutputs(list[ModelOutput]):
+    """What an outermost module returned; can be referred to weakly."""
+
+
 class ForwardPass:
     """One call of an outermost module: the layers that it used.
 
@@ -92,7 +96,6 @@ class ForwardPass:
         uses: The uses of layers, in order.
         consumed: Whether its output became the input of another outermost module.
         call: The call, recorded for a replay; `None` where nothing is recorded.
-        outputs: What it returned.
         recognised: The nodes of known losses on it, as `node_key` has them.
         derivatives: Those of derivatives that `torch.autograd.grad` took of it.
     """
@@ -102,7 +105,8 @@ class ForwardPass:
         # Weak: an output that is kept must not keep a deleted optimizer at work.
         self._observer = weakref.ref(observer)
         self.uses: list[LayerUse] = []
-        self.outputs: list[ModelOutput] = []
+        self._new_outputs: ModelOutputs | None = ModelOutputs()
+        self._outputs = weakref.ref(self._new_outputs)
         self.recognised: set[tuple[str, int]] = set()
         self.derivatives: set[tuple[str, int]] = set()
         self.consumed = False
@@ -114,6 +118,19 @@ class ForwardPass:
     def observer(self) -> PassObserver | None:
         """Who asked for this pass, or `None` if it is gone."""
         return self._observer()
+
+    @property
+    def outputs(self) -> ModelOutputs:
+        """What it returned, as long as anybody has it, or tensors that follow from it."""
+        outputs = self._outputs()
+        return ModelOutputs() if outputs is None else outputs
+
+    def hand_over_outputs(self) -> None:
+        """Let the tensors that tell of losses on this pass alone hold its outputs.
+
+        Hooks on the graph, up to these outputs, refer to the pass: it must not refer back.
+        """
+        self._new_outputs = None
 
     def probe(self, tensor: Tensor) -> None:
         """Take note of a tensor that tells of losses on this pass."""
@@ -141,6 +158,7 @@ class ForwardPass:
                 own["_passes"] = tuple(p for p in own["_passes"] if p is not self)
                 if not own["_passes"]:
                     own.pop("_source", None)
+                    own.pop("_outputs", None)
                     del own["_passes"]
                     tensor.__class__ = Tensor
         self._probed.clear()

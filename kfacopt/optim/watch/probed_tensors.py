@@ -22,7 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from kfacopt.likelihoods import UnsupportedLossError
-from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput, PassObserver, node_key
+from kfacopt.optim.watch.forward_pass import (
+    ForwardPass,
+    ModelOutput,
+    ModelOutputs,
+    PassObserver,
+    node_key,
+)
 from kfacopt.optim.watch.loss_calls import KNOWN_LOSSES, recognise_call
 from kfacopt.optim.watch.recorded_calls import Call, LossOrigin, Source, Surroundings
 
@@ -35,6 +41,7 @@ class ProbedTensor(Tensor):
     """
 
     _passes: tuple[ForwardPass, ...]
+    _outputs: tuple[ModelOutputs, ...]  # theirs, which it keeps alive
     _source: Source | None = None
 
     @classmethod
@@ -235,6 +242,11 @@ class _Prober:
         known: tuple[ForwardPass, ...] = ()
         if isinstance(tensor, ProbedTensor):
             known = tensor._passes
+            if self.given is None:  # another optimizer watches the module, too
+                with torch._C.DisableTorchFunctionSubclass():
+                    edge = get_gradient_edge(tensor)
+                same = [o for own in tensor._outputs for o in own if o.edge == edge]
+                self.passes[-1].outputs.extend(same[:1])
         elif type(tensor) is Tensor and tensor.requires_grad:
             if self.given is None or id(tensor) in self.given:
                 behind = tensor
@@ -248,6 +260,7 @@ class _Prober:
             return tensor
         probed = cast(ProbedTensor, tensor)
         probed._passes = tuple(dict.fromkeys(known + self.passes))
+        probed._outputs = tuple(p.outputs for p in probed._passes)
         for forward_pass in self.passes:
             if forward_pass not in known:
                 forward_pass.probe(probed)
@@ -266,7 +279,9 @@ def probe(outputs: Any, forward_pass: ForwardPass, parents: list[ForwardPass]) -
         forward_pass: The call that made them.
         parents: The calls that fed it.
     """
-    return _Prober((*parents, forward_pass), forward_pass.call, None).tree(outputs)
+    probed = _Prober((*parents, forward_pass), forward_pass.call, None).tree(outputs)
+    forward_pass.hand_over_outputs()
+    return probed
 
 
 def carry_probes(before: Any, after: Any) -> Any:
@@ -289,6 +304,7 @@ def carry_probes(before: Any, after: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             probed = leaf.as_subclass(ProbedTensor)
         probed._passes, probed._source = source._passes, source._source
+        probed._outputs = source._outputs
         for forward_pass in probed._passes:
             forward_pass.probe(probed)
             forward_pass.carry(source, probed)

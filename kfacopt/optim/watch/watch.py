@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten
 
 from kfacopt.data import is_evaluating
@@ -28,7 +28,7 @@ from kfacopt.optim.watch.compilation import (
     leave_hooks_uncompiled,
     run_uncompiled,
 )
-from kfacopt.optim.watch.forward_pass import ForwardPass, ModelOutput, node_key
+from kfacopt.optim.watch.forward_pass import ForwardPass, node_key
 from kfacopt.optim.watch.hooks import gradient_hooks, module_hooks, remove_hooks
 from kfacopt.optim.watch.loss_calls import LossCall
 from kfacopt.optim.watch.objectives import Objective
@@ -76,14 +76,14 @@ class LossReceiver(Protocol):
         """
 
     def arrive_at_output(
-        self, output: ModelOutput, passes: list[ForwardPass], gradient: Tensor
+        self, behind: GradientEdge, value: Tensor, passes: list[ForwardPass]
     ) -> None:
-        """Take note that the user's backward pass has arrived at an output.
+        """Take note that the user's backward pass has arrived at an output z.
 
         Args:
-            output: The output z.
+            behind: Where a backward pass from z to the layers starts.
+            value: z, without a graph.
             passes: The forward passes that it depends on.
-            gradient: ∂L/∂z.
         """
 
     def accumulate_gradient(self, layer: Layer) -> None:
