@@ -25,6 +25,7 @@ from kfacopt.kfac.layers import (
     find_layers,
 )
 from kfacopt.kfac.loss_fisher import LossFisher
+from kfacopt.kfac.unrolled import unrolled
 from kfacopt.kfac.unseen_uses import refuse_unseen_uses
 from kfacopt.likelihoods import SUPPORTED_LOSSES, FisherType, widened
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod, KroneckerProduct
@@ -254,8 +255,11 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         Every call draws the same labels.
         """
         generator = Generator(self.device).manual_seed(self._seed)
+        params = {id(p) for p in self._params}
+        modules = self._model_func.modules()
+        own = [m for m in modules if any(id(p) in params for p in m._parameters.values())]
         for X, y in self._batches(description):
-            with capture(self._layers) as uses:
+            with capture(self._layers) as uses, unrolled(own):
                 output = argument_checks.checked_output(self._model_func(X))
             yield X, y, output, uses, self._gradients(output, y, uses, generator)
 
