@@ -75,8 +75,8 @@ class KFACOptimizer(Optimizer):
 
         Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr Δ,    θ ← (1 − lr λ) θ − (lr Δ + μ m),
 
-    with the damping δ, Nesterov's momentum μ, weight decay λ and ν = min(1, √(κ / (lr² Σ⟨Δ, ∇⟩)))
-    of the unscaled Δ. All other parameters are trained by AdamW with `fallback_lr`.
+    with the damping δ, Nesterov's momentum μ, weight decay λ and ν = min(1, √(κ / (lr₀² Σ⟨Δ, ∇⟩)))
+    of the unscaled Δ and the initial lr₀. All other parameters are trained by AdamW with `fallback_lr`.
 
     Which loss is minimised is seen from the calls of `cross_entropy`, `mse_loss`,
     `binary_cross_entropy_with_logits` and `nll_loss` (by their `nn` modules or functions) on the
@@ -89,9 +89,10 @@ class KFACOptimizer(Optimizer):
             may set `lr`, `momentum`, `nesterov`, `weight_decay`, `damping`, `fallback_lr`,
             `maximize` and `foreach`. A joint block [W | b] takes W's damping.
         lr: The learning rate, in units of a natural-gradient step: 1 is a full one; a number, or
-            a tensor of one, as for AdamW (the other settings of groups, too). Where the clip
-            is active (ν < 1) the step's length follows from κ alone, and a schedule acts where it
-            falls below that: tune `kl_clip` first. `"auto"` chooses step size, momentum and damping
+            a tensor of one, as for AdamW (the other settings of groups, too). The step's length
+            is proportional to it, clipped or not; where the clip is active (ν < 1), a step at the
+            initial rate is as long as κ says, so tune `kl_clip` first, and let a schedule do the
+            rest. `"auto"` chooses step size, momentum and damping
             in every step, for large or full batches: see `kfacopt.optim.steps.self_tuning`. The
             groups' `lr` is then 1, and what schedulers make of it multiplies the steps;
             `momentum=0` leaves momentum out, `damping` is where the adaptation starts,
@@ -127,7 +128,8 @@ class KFACOptimizer(Optimizer):
             10, or 1 for `lr="auto"`.
         inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`.
         kl_clip: κ > 0, about twice the KL divergence by which a step without momentum may move the
-            model's predictions; steps are as long as √κ. `None` switches it off.
+            model's predictions at the initial lr; such steps are as long as √κ. `None` switches it
+            off.
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         layers: Which kinds of modules are preconditioned, as a list of classes, of those in
             docs/layers.md and those given to `kfacopt.register_layer`; AdamW trains what is in
