@@ -1,4 +1,4 @@
-"""A schedule means what it says: the step's length follows lr, whether or not the clip is active."""
+"""A schedule means what it says: a step is as long as lr, whether or not the clip is active."""
 
 import copy
 import math

@@ -76,7 +76,8 @@ class KFACOptimizer(Optimizer):
         Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr Δ,    θ ← (1 − lr λ) θ − (lr Δ + μ m),
 
     with the damping δ, Nesterov's momentum μ, weight decay λ and ν = min(1, √(κ / (lr₀² Σ⟨Δ, ∇⟩)))
-    of the unscaled Δ and the initial lr₀. All other parameters are trained by AdamW with `fallback_lr`.
+    of the unscaled Δ and the initial lr₀. All other parameters are trained by AdamW with
+    `fallback_lr`.
 
     Which loss is minimised is seen from the calls of `cross_entropy`, `mse_loss`,
     `binary_cross_entropy_with_logits` and `nll_loss` (by their `nn` modules or functions) on the
