@@ -79,11 +79,14 @@ class KFACOptimizer(Optimizer):
     of the unscaled Δ and the initial lr₀. All other parameters are trained by AdamW with
     `fallback_lr`.
 
-    Which loss is minimised is seen from the calls of `cross_entropy`, `mse_loss`,
-    `binary_cross_entropy_with_logits` and `nll_loss` (by their `nn` modules or functions) on the
-    model's output, on views and functions of it, or inside the model. F is the Fisher of the
-    objective on which `backward` is called: of `loss / k`, of a weighted sum of losses, of a sum
-    divided by a number. Terms that are not recognised count by their gradient alone.
+    The objective is whatever scalar is differentiated, and F its Fisher or GGN: of `loss / k`, of a
+    weighted sum of losses, of a sum divided by a number. `cross_entropy`, `mse_loss`,
+    `binary_cross_entropy_with_logits` and `nll_loss` are known by their calls, on the model's
+    output, on functions of it, or inside the model. Of anything else that is computed from the
+    outputs, the positive part of the second derivative at the outputs is found
+    (`kfacopt.likelihoods.structure`), or the empirical Fisher where it has none; a penalty on
+    parameters counts by its gradient alone. `describe` tells what was used. Matrices that are
+    multiplied without a call of their module are layers, too (`kfacopt.kfac.matrix_uses`).
 
     Args:
         params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
@@ -164,8 +167,7 @@ class KFACOptimizer(Optimizer):
     Raises:
         ValueError: If an argument is out of its range, no module owns the parameters, or layers
             outside of `model` own some.
-        RuntimeError: In `step`, if no loss was recognised.
-        UnsupportedLossError: In `backward`, for an option of a known loss that is not supported.
+        RuntimeError: In `step`, if no backward pass from the outputs was ever seen.
 
     Example:
         >>> import torch
@@ -262,7 +264,7 @@ class KFACOptimizer(Optimizer):
             What the closure returned, or `None`.
 
         Raises:
-            RuntimeError: If there are gradients but no loss was recognised so far.
+            RuntimeError: If there are gradients but no backward pass from outputs was seen so far.
             DecompositionError: If a layer's factors cannot be inverted (repeatedly).
         """
         result = None
