@@ -60,7 +60,9 @@ class ProbedTensor(Tensor):
         call = None
         if any(p.call is not None for p in passes):
             call = record_call(func, args, kwargs)
-        alone = all(issubclass(t, ProbedTensor) for t in types)
+        # A backward pass calls modules again, where their activations are checkpointed.
+        backward = func in _DIFFERENTIATIONS
+        alone = not backward and all(issubclass(t, ProbedTensor) for t in types)
         with _plain(probed, alone), _differentiated(func, args, kwargs, probed):
             result = func(*args, **kwargs)
         if func in KNOWN_LOSSES:
