@@ -146,7 +146,7 @@ class ObjectiveLog:
 
 
 def curvature_of(
-    objective: Objective, upstream: Tensor, settings: CurvatureSettings
+    objective: Objective, upstream: Tensor, settings: CurvatureSettings, seed: int
 ) -> FoundCurvature:
     """Find the curvature of an objective, but for the known losses that it contains.
 
@@ -154,20 +154,24 @@ def curvature_of(
         objective: The scalar, whose graph is alive.
         upstream: The derivative that the backward pass starts with.
         settings: Which curvature is collected.
+        seed: Seeds what wide blocks are multiplied with.
 
     Returns:
         The curvature; without parts if no output lies behind the scalar, but for known losses.
     """
     piece = objective.piece()
+    if not piece.arrivals:
+        return FoundCurvature(piece, [], [], [])
+    given = (upstream, settings, seed)
     with would_be_pass(), _retained_gradients_kept(objective.passes):
-        found = _curvature_at(piece, upstream, settings)
+        found = _curvature_at(piece, *given)
         for part in found.parts:
             # One number, as of a loss that a model returns, has no data to count.
             single = found.gradients[part.members[0]].numel() == 1
             if not part.empirical or (settings.fisher_type == "empirical" and not single):
                 continue
             deeper = piece.deeper(objective.passes, found.numbers[part.members[0]])
-            inner = None if deeper is None else _curvature_at(deeper, upstream, settings)
+            inner = None if deeper is None else _curvature_at(deeper, *given)
             if inner is None or not inner.parts:
                 continue
             if single or not any(p.empirical for p in inner.parts):
@@ -175,11 +179,11 @@ def curvature_of(
     return found
 
 
-def _curvature_at(piece: Piece, upstream: Tensor, settings: CurvatureSettings) -> FoundCurvature:
+def _curvature_at(
+    piece: Piece, upstream: Tensor, settings: CurvatureSettings, seed: int
+) -> FoundCurvature:
     edges = [arrival.edge for arrival in piece.arrivals]
-    if not edges:
-        return FoundCurvature(piece, [], [], [])
-    note, samples = "", settings.mc_samples
+    note = ""
     twice = settings.fisher_type != "empirical"
     cut = [*piece.recognised, *piece.ended, *(edge.node for edge in piece.derived)]
     try:
@@ -200,11 +204,11 @@ def _curvature_at(piece: Piece, upstream: Tensor, settings: CurvatureSettings) -
         products = graph.product(full)
         return [products[k] for k in numbers]
 
-    if settings.fisher_type == "type-2":
-        samples = KRYLOV_SAMPLES
+    exact = settings.fisher_type == "type-2"
     try:
         multiply = product if twice and not note else None
-        parts = find_parts(values, gradients, multiply, samples)
+        count = KRYLOV_SAMPLES if exact else settings.mc_samples
+        parts = find_parts(values, gradients, multiply, count, exact, seed)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
