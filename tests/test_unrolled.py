@@ -117,7 +117,7 @@ def assert_same(ours, theirs, tolerance):
 
 @pytest.mark.usefixtures("float64")
 @given(cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_loop_has_torchs_values_and_gradients(case):
     kind, options, layout, lengths, with_states, training = case
     torch.manual_seed(0)
