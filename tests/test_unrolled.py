@@ -117,7 +117,7 @@ def assert_same(ours, theirs, tolerance):
 
 @pytest.mark.usefixtures("float64")
 @given(cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_loop_has_torchs_values_and_gradients(case):
     kind, options, layout, lengths, with_states, training = case
     torch.manual_seed(0)
@@ -208,6 +208,20 @@ def test_every_matrix_is_found_on_this_device(kind, layout, proj_size):
     x, *_ = inputs_for(module, layout, [4, 2, 1] if layout != "packed, not sorted" else [1, 4, 2])
     with unrolled([module]):
         assert_all_products_found(module, flat(module(x)), SINGLE_ROUND_OFF)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_every_matrix_is_found_under_autocast(kind):
+    torch.manual_seed(0)
+    module = MODULES[kind](D_IN, D, num_layers=2)
+    with unrolled([module]), torch.autocast("cpu", torch.bfloat16):
+        loss = module(torch.randn(6, 5, D_IN))[0].float().sum()
+    parents = graph_parents([get_gradient_edge(loss)], {})
+    matrices = {p for p in module.parameters() if p.ndim == 2}
+    found = matrix_uses(parents, matrices)
+    assert found.keys() == matrices
+    biases = {use.bias for uses in found.values() for use in uses}
+    assert biases == {p for p in module.parameters() if p.ndim == 1}
 
 
 @pytest.mark.parametrize("kind", CELLS)

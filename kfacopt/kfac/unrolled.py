@@ -180,15 +180,13 @@ def _as_tuple(states: Any) -> State:
 def _in_one_precision(
     compute: Callable[..., Any], x: Tensor, params: Sequence[Tensor], *states: Tensor
 ) -> Any:
-    """Call a function under autocast as fused kernels are: with all tensors in its dtype."""
+    """Call a function as autocast calls fused kernels: with all tensors in its dtype."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return compute(x, params, *states)
     dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        return compute(
-            x.to(dtype), [p.to(dtype) for p in params], *(state.to(dtype) for state in states)
-        )
+    params = [p.to(dtype) for p in params]
+    return compute(x.to(dtype), params, *(state.to(dtype) for state in states))
 
 
 # In the place of torch's functions -----------------------------------------------------------
