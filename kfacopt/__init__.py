@@ -16,6 +16,7 @@ from kfacopt.estimators.spectrum import (
 from kfacopt.estimators.trace import HutchinsonTraceEstimator, HutchPPTraceEstimator
 from kfacopt.kfac.ekfac_operator import EKFACLinearOperator
 from kfacopt.kfac.linear_operator import KFACLinearOperator
+from kfacopt.likelihoods import Elementwise, Likelihood, register_likelihood
 from kfacopt.linalg.conjugate_gradients import NotPositiveDefiniteError
 from kfacopt.linalg.inverses import (
     CGConvergenceWarning,
@@ -34,6 +35,7 @@ __all__ = [
     "CGInverseLinearOperator",
     "EFLinearOperator",
     "EKFACLinearOperator",
+    "Elementwise",
     "FisherMCLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
@@ -47,6 +49,7 @@ __all__ = [
     "KFACWarning",
     "LanczosApproximateLogSpectrumCached",
     "LanczosApproximateSpectrumCached",
+    "Likelihood",
     "NeumannConvergenceWarning",
     "NeumannInverseLinearOperator",
     "NotPositiveDefiniteError",
@@ -55,4 +58,5 @@ __all__ = [
     "experimental",
     "lanczos_approximate_log_spectrum",
     "lanczos_approximate_spectrum",
+    "register_likelihood",
 ]
