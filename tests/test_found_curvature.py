@@ -283,6 +283,11 @@ ODD = {
         torch.zeros(3, 200, dtype=DTYPE),
         "categorical",
     ),
+    "confident rows at a temperature": (
+        lambda z: F.cross_entropy(z / 2, LABELS),
+        15 * torch.randn(N, 12, generator=Generator().manual_seed(2), dtype=DTYPE),
+        "categorical",
+    ),
     "small variances": (
         lambda z: (z[:, 1] + (z[:, 0] - 1e-4).square() * (-2 * z[:, 1]).exp() / 2).sum(),
         torch.tensor([[0.0, -9.2], [0.5e-4, -9.0]], dtype=DTYPE),

@@ -94,15 +94,12 @@ def _of_any_probabilities(probing: Probing, z: Tensor, u: Tensor, Hu: Tensor) ->
     if u.shape[-1] < 3:  # two entries have a softmax whatever the loss is
         return None
     small = Hu.abs().amax((0, -1)) <= probing.round_off(Hu)
-    A = torch.stack([-Hu[1], Hu[0]], -1)  # for s and t
-    right = (Hu[0] * u[1] - Hu[1] * u[0]).unsqueeze(-1)
-    normal = A.mT @ A
-    determinant = normal[:, 0, 0] * normal[:, 1, 1] - normal[:, 0, 1] * normal[:, 1, 0]
-    scale = (normal[:, 0, 0] * normal[:, 1, 1]).clamp(min=torch.finfo(z.dtype).tiny)
-    if bool(((determinant <= 16 * probing.eps * scale) & ~small).any()):
-        return None
-    both = torch.linalg.pinv(normal) @ (A.mT @ right)
-    centered = u - both.movedim(1, 0)
+    A = torch.stack([-Hu[1], Hu[0]], -1).double()  # for s and t
+    A = A / A.abs().amax((-1, -2), keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
+    right = (u[1] * A[..., 1] + u[0] * A[..., 0]).unsqueeze(-1)
+    # Rows of two likely classes have parallel products: any s and t that fit will do.
+    both = torch.linalg.pinv(A.mT @ A, rtol=(16 * probing.eps) ** 2) @ (A.mT @ right)
+    centered = u - both.movedim(1, 0).to(u)
     d = (Hu * centered).sum(0) / centered.square().sum(0).clamp(min=torch.finfo(z.dtype).tiny)
     w = d.sum(-1).masked_fill(small, 0.0)
     p = torch.where((w == 0).unsqueeze(-1), 1.0, d / w.unsqueeze(-1)).clamp(min=0)
