@@ -13,7 +13,7 @@ from kfacopt.argument_checks import as_integer, check_count
 from kfacopt.curvature.network import CACHE_BYTES, CHUNK_SIZE
 from kfacopt.curvature.outer_products import OuterProductLinearOperator
 from kfacopt.data import Batch, batch_size
-from kfacopt.likelihoods import has_likelihood, likelihood_of, widened
+from kfacopt.likelihoods import has_likelihood, likelihood_of
 from kfacopt.likelihoods.loss_parts import exact_part, no_curvature, uncompiled
 
 
@@ -136,8 +136,7 @@ class FisherMCLinearOperator(OuterProductLinearOperator):
         assert self._loss_func is not None
         by_mean = self._reduction == "mean"
         count = batch_size(X, output, self._batch_size_fn) if by_mean else 1
-        z = widened(output)
-        part = exact_part(self._loss_func, z, y, count)
+        part = exact_part(self._loss_func, output, y, count)
         if part is None:
             return output.new_zeros(1, 1, output.numel())
         self._curved = True

@@ -27,7 +27,7 @@ from kfacopt.kfac.layers import (
 from kfacopt.kfac.loss_fisher import loss_fisher
 from kfacopt.kfac.unrolled import unrolled
 from kfacopt.kfac.unseen_uses import refuse_unseen_uses
-from kfacopt.likelihoods import SUPPORTED_LOSSES, FisherType, widened
+from kfacopt.likelihoods import SUPPORTED_LOSSES, FisherType
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod, KroneckerProduct
 
 
@@ -237,7 +237,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         counts, vectors = [], 0
         for X, y, output, uses, gradients in self._passes("K-FAC factors"):
             refuse_unseen_uses(self._model_func, self._params, output, uses)
-            counts.append(self._fisher.counts(widened(output), X, y))
+            counts.append(self._fisher.counts(output.detach(), X, y))
             reached: set[LayerUse] = set()
             for by_use in gradients:
                 vectors += 1
@@ -279,7 +279,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         self, output: Tensor, X: Any, y: Any, uses: Sequence[LayerUse], generator: Generator
     ) -> Iterator[dict[LayerUse, Tensor]]:
         backward = WouldBePass(output, uses)
-        for vector in self._fisher.vectors(widened(output), X, y, generator):
+        for vector in self._fisher.vectors(output.detach(), X, y, generator):
             found: dict[LayerUse, Tensor] = {}
             backward.run(vector.to(output.dtype), found.__setitem__)
             yield {use: found[use] for use in uses if use in found}

@@ -20,6 +20,7 @@ from kfacopt.likelihoods import (
     Likelihood,
     has_likelihood,
     likelihood_of,
+    widened,
     with_sum,
 )
 from kfacopt.likelihoods.loss_parts import exact_part, no_curvature, scalar_loss, uncompiled
@@ -77,12 +78,16 @@ class LossFisher(ABC):
     def counts(self, z: Tensor, X: Any, y: Any) -> tuple[Tensor | float, Tensor | float]:
         """Return what the mean over a batch divides by, and the data of an empirical Fisher's."""
 
+    def _seen_by_loss(self, z: Tensor) -> Tensor:
+        """Return z as the loss of an empirical Fisher sees it."""
+        return z.detach()
+
     def vectors(self, z: Tensor, X: Any, y: Any, generator: Generator) -> Iterator[Tensor]:
         """Yield the vectors of the *summed* loss; `scale` makes them those of the mean."""
         if self.fisher_type != "empirical":
             yield from self._curvature_vectors(z, X, y, generator)
         elif z.numel():
-            z = z.requires_grad_()
+            z = self._seen_by_loss(z).requires_grad_()
             yield torch.autograd.grad(self.summed_loss(z, X, y)[0], z)[0]
 
     def scale(self, counts: Sequence[tuple[Tensor | float, Tensor | float]]) -> Tensor | float:
@@ -118,15 +123,20 @@ class LikelihoodFisher(LossFisher):
         loss: Tensor = with_sum(self.loss_func)(output, y)
         return loss, self.likelihood.normalizer(output.detach(), y)
 
+    def _seen_by_loss(self, z: Tensor) -> Tensor:
+        return widened(z)
+
     def _curvature_vectors(
         self, z: Tensor, X: Any, y: Any, generator: Generator
     ) -> Iterator[Tensor]:
+        z = widened(z)
         weights = self.likelihood.term_weights(z, y)
         options = (self.fisher_type, self.mc_samples, generator)
         return loss_vectors(self.likelihood, z, weights, *options)
 
     def counts(self, z: Tensor, X: Any, y: Any) -> tuple[Tensor | float, Tensor | float]:
         """See `LossFisher`."""
+        z = widened(z)
         normalizer = self.likelihood.normalizer(z, y)
         if self.fisher_type != "empirical" or not z.numel():
             return normalizer, 0.0

@@ -4,7 +4,7 @@ L is any differentiable function of tensors z. The cheapest structure that H has
 
     tensors that do not see each other   each on its own
     diagonal                             h = (H u) / u, the same for two random vectors u
-    categorical                          H_r = w_r (diag(p) − p pᵀ) for each row r, p = softmax(z_r)
+    categorical                          H_r = w_r (diag(p) − p pᵀ) for each row r, any p
     blocks of few entries                C products give them; a root each
     wider blocks                         Krylov spaces: √H⁺ ε by Lanczos, all rows at once
     no positive part                     the empirical Fisher: Σ_n (∂L/∂z_n)(∂L/∂z_n)ᵀ
@@ -208,7 +208,7 @@ class _Look:
         fit = softmax_fit(self.probing, k, *looks)
         if fit is None or (diagonal and bool(fit.misfit >= self._diagonal_misfit())):
             return None
-        z, likelihood = self.probing.value(k), CrossEntropy("sum")
+        z, likelihood = fit.logits, CrossEntropy("sum")
         if fit.axis != z.ndim - 1 or z.ndim <= 2:
             return CurvaturePart((k,), None, likelihood, z, fit.weights, "categorical")
         layout = Layout("last", (z.shape,))  # as F.cross_entropy sees z after a view
