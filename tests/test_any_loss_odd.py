@@ -16,6 +16,7 @@ from test_any_loss import (
     TwoHeads,
     X,
     assert_factors,
+    compared,
     layers_of,
     make,
     mlp,
@@ -356,6 +357,64 @@ def test_a_gradient_penalty_leaves_the_rest_and_is_named(caplog):
         optimizer.step()
     assert_factors(optimizer, lambda: (twin(X),), layers_of(twin), fit)
     assert "of derivatives of the model: not counted" in caplog.text
+
+
+KEYWORDS = {
+    "grad": lambda loss, params: torch.autograd.grad(inputs=params, outputs=loss),
+    "backward": lambda loss, params: torch.autograd.backward(inputs=params, tensors=loss),
+    "a tensor's": lambda loss, params: loss.backward(None, None, False, params),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_arguments_in_any_order(name):
+    model, twin = mlp(), mlp()
+    optimizer, params = make(model), list(model.parameters())
+    found = KEYWORDS[name](row_huber(model(X)), params)
+    for p, g in zip(params, found or (), strict=bool(found)):
+        p.grad = g
+    optimizer.step()
+    assert_factors(optimizer, lambda: (twin(X),), layers_of(twin), row_huber)
+
+
+class Once(torch.autograd.Function):
+    """½ z² whose backward pass fails in its own way where a second derivative is wanted."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return 0.5 * z**2
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if upstream.requires_grad or torch.is_grad_enabled():
+            raise KeyError("no second derivative is known")
+        return upstream * ctx.saved_tensors[0]
+
+
+def test_functions_that_fail_when_they_are_differentiated_twice(caplog):
+    with caplog.at_level(logging.INFO, "kfacopt"):
+        model, twin = mlp(), mlp()
+        optimizer = make(model)
+        z = model(X)
+        (Once.apply(z).mean() + 0 * z.sum()).backward()
+        optimizer.step()
+    squares = lambda z: 0.5 * (z**2).mean()  # noqa: E731
+    assert_factors(optimizer, lambda: (twin(X),), layers_of(twin), squares, None)
+    assert "(no second derivative: 'no second derivative is known')" in caplog.text
+
+
+def test_a_norm_of_a_row_that_is_zero(caplog):
+    """Its gradient is finite, its second derivative is not."""
+    mask = torch.ones(6, 1)
+    mask[2] = 0
+
+    def loss(z):
+        return (z * mask).norm(dim=1).mean()
+
+    with caplog.at_level(logging.INFO, "kfacopt"):
+        compared(loss, None)
+    assert "its second derivative is not finite" in caplog.text
 
 
 def test_create_graph_of_the_users_own():

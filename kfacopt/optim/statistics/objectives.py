@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -19,6 +20,8 @@ from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.watch.forward_pass import ForwardPass
 from kfacopt.optim.watch.objectives import Objective, Piece
 from kfacopt.optim.watch.recorded_calls import ScalarTerm
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,10 +185,9 @@ def _curvature_at(piece: Piece, upstream: Tensor, settings: CurvatureSettings) -
     note, samples = "", settings.mc_samples
     twice = settings.fisher_type != "empirical"
     cut = [*piece.recognised, *piece.ended, *(edge.node for edge in piece.derived)]
-    try:
-        graph = GraphPiece(piece.edge, edges, upstream, cut, twice)
-    except (RuntimeError, NotImplementedError) as error:
-        note = _reason(error)
+    graph, failure = _attempt(lambda: GraphPiece(piece.edge, edges, upstream, cut, twice))
+    if graph is None:
+        note = failure
         graph = GraphPiece(piece.edge, edges, upstream, cut, False)
     numbers = [k for k, g in enumerate(graph.gradients) if g is not None]
     if not numbers:
@@ -202,13 +204,13 @@ def _curvature_at(piece: Piece, upstream: Tensor, settings: CurvatureSettings) -
 
     if settings.fisher_type == "type-2":
         samples = KRYLOV_SAMPLES
-    try:
-        multiply = product if twice and not note else None
-        parts = find_parts(values, gradients, multiply, samples)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
-        note = _reason(error)
+    parts = None
+    if twice and not note:
+        parts, note = _attempt(lambda: find_parts(values, gradients, product, samples))
+        unknown = parts is not None and any(part.kind == "not finite" for part in parts)
+        if unknown and all(bool(g.isfinite().all()) for g in gradients):  # as of |z| at z = 0
+            parts, note = None, "its second derivative is not finite"
+    if parts is None:
         parts = find_parts(values, gradients, None)
     return FoundCurvature(piece, numbers, gradients, parts, note)
 
@@ -217,8 +219,19 @@ def _shape_in_words(shape: Sequence[int]) -> str:
     return f"({', '.join(map(str, ('N', *shape[1:])))})"
 
 
-def _reason(error: Exception) -> str:
-    return f"no second derivative: {str(error).splitlines()[0][:80]}"
+def _attempt(function: Callable[[], T]) -> tuple[T | None, str]:
+    """Return what a function of ours returns, or `None` and why there is no second derivative.
+
+    The user's own backward pass may do without one: whatever a function on the way raises when it
+    is asked for it, training goes on.
+    """
+    try:
+        return function(), ""
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        return None, f"no second derivative: {lines[0][:80]}"
 
 
 @contextmanager

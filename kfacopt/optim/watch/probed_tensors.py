@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -173,8 +174,9 @@ def _differentiated(
     """Tell observers of what is differentiated while a function runs that does that."""
     handles: list[Any] = []
     if func in _DIFFERENTIATIONS:
-        roots = tree_flatten(args[0] if args else list(kwargs.values())[:1])[0]
-        inputs = args[1] if func is torch.autograd.grad and len(args) > 1 else kwargs.get("inputs")
+        arguments = dict(zip(_DIFFERENTIATIONS[func], args, strict=False)) | kwargs
+        roots = tree_flatten(arguments[_DIFFERENTIATIONS[func][0]])[0]
+        inputs = arguments.get("inputs")
         given = {id(x): x for x in roots if isinstance(x, Tensor)}
         for root in {id(x): x for x in probed if id(x) in given}.values():
             others = [x for x in given.values() if x is not root]
@@ -198,7 +200,11 @@ def _note_derivatives(results: Any) -> None:
                 forward_pass.derivatives.add(node_key(edge.node))
 
 
-_DIFFERENTIATIONS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+# What differentiates, and its positional arguments.
+_DIFFERENTIATIONS = {
+    function: tuple(inspect.signature(function).parameters)
+    for function in (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+}
 
 
 def _passes_of(tree: Any) -> Iterator[ForwardPass]:
