@@ -132,6 +132,28 @@ def test_a_known_loss_beside_others_keeps_its_labels():
     torch.testing.assert_close(factors[1] - factors[0], 0.09 * stand_in, atol=1e-15, rtol=0)
 
 
+NONLINEAR = {
+    "root": (lambda z: F.mse_loss(z, TARGETS).sqrt(), lambda z: F.mse_loss(z, TARGETS)),
+    "square": (
+        lambda z: 3 * F.cross_entropy(z, LABELS) ** 2,
+        lambda z: F.cross_entropy(z, LABELS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NONLINEAR)
+def test_functions_of_known_losses(name):
+    """A known loss counts with the derivative of the objective by it; no more is promised."""
+    function, known = NONLINEAR[name]
+    model, twin = mlp(), mlp()
+    optimizer = make(model)
+    function(model(X)).backward()
+    optimizer.step()
+    value = float(known(twin(X)).detach())
+    scale = 0.5 / value**0.5 if name == "root" else 6 * value
+    assert_factors(optimizer, lambda: (twin(X),), layers_of(twin), known, scale=scale)
+
+
 def test_hand_written_twins_have_the_factors_of_known_losses():
     twins = {
         "mean square": (lambda z: F.mse_loss(z, TARGETS), LOSSES["mean square"]),
@@ -354,7 +376,8 @@ def test_a_gradient_penalty_leaves_the_rest_and_is_named(caplog):
         (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
         fit = lambda z: F.huber_loss(z, TARGETS[:, :1], delta=5.0)  # noqa: E731
         (fit(model(X)) + ((slope.norm(dim=1) - 1) ** 2).mean()).backward()
-        optimizer.step()
+        with pytest.warns(KFACWarning, match=r"derivatives of the model.*input_derivatives"):
+            optimizer.step()
     assert_factors(optimizer, lambda: (twin(X),), layers_of(twin), fit)
     assert "of derivatives of the model: not counted" in caplog.text
 

@@ -121,19 +121,19 @@ class ObjectiveLog:
 
     Attributes:
         curvature: For each objective its curvature, in words.
-        derived: Whether one of them contained derivatives of the model.
+        partial: Whether one of them contained derivatives of the model beside terms that count.
     """
 
     def __init__(self) -> None:
         """Start with nothing."""
         self.curvature: dict[str, str] = {}
         self._logged: set[tuple[str, str]] = set()
-        self.derived = False
+        self.partial = False
 
-    def note_derived(self, piece: Piece) -> None:
+    def note_derived(self, found: FoundCurvature) -> None:
         """Take note of an objective that contains derivatives of the model."""
-        self.derived = True
-        self.note(f"{piece.title}, of derivatives of the model", "not counted")
+        self.partial = self.partial or bool(found.parts or found.piece.recognised)
+        self.note(f"{found.piece.title}, of derivatives of the model", "not counted")
 
     def note_unseen(self, value: Tensor) -> None:
         """Take note of an objective of which nothing but gradients by outputs is known."""
