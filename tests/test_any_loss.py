@@ -261,6 +261,43 @@ def test_terms_on_several_outputs_add_up():
     assert_factors(optimizer, lambda: twin(X), layers_of(twin), loss)
 
 
+DISTRIBUTIONS = {
+    "Categorical": (lambda z: Categorical(logits=z), lambda d: -d.log_prob(LABELS).mean()),
+    "policy gradient": (
+        lambda z: Categorical(logits=z),
+        lambda d: -(d.log_prob(LABELS) * ADVANTAGES).mean(),
+    ),
+    "Normal": (
+        lambda z: Independent(Normal(z, 0.5 * torch.ones(3)), 1),
+        lambda d: -d.log_prob(TARGETS).mean(),
+    ),
+    "Bernoulli": (lambda z: Bernoulli(logits=z), lambda d: -d.log_prob(BITS).mean()),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_models_that_return_a_distribution(name):
+    """As a policy does; the likelihood is found where the layers end."""
+
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return DISTRIBUTIONS[name][0](self.net(x))
+
+    model = Policy()
+    twin, optimizer = copy.deepcopy(model.net), make(model)
+    distribution = model(X)
+    DISTRIBUTIONS[name][1](distribution).backward()
+    optimizer.step()
+    loss = lambda z: DISTRIBUTIONS[name][1](DISTRIBUTIONS[name][0](z))  # noqa: E731
+    layers = {f"net.{n}": layer for n, layer in layers_of(twin).items()}
+    curvature = absolute_value if name == "policy gradient" else positive_part
+    assert_factors(optimizer, lambda: (twin(X),), layers, loss, curvature)
+
+
 class Autoencoder(nn.Module):
     def __init__(self):
         super().__init__()

@@ -193,7 +193,8 @@ def _curvature_at(piece: Piece, upstream: Tensor, settings: CurvatureSettings) -
     if not numbers:
         return FoundCurvature(piece, [], [], [])
     gradients = [g for g in graph.gradients if g is not None]
-    values = [piece.arrivals[k].value for k in numbers]
+    arrivals = [piece.arrivals[k] for k in numbers]
+    values = [a.known_value() if twice and not note else a.value for a in arrivals]
 
     def product(vectors: list[Tensor]) -> list[Tensor]:
         full: list[Tensor | None] = [None] * len(edges)

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -243,6 +244,9 @@ class _Prober:
             for field in dataclasses.fields(leaf):
                 value = self.tree(getattr(original, field.name))
                 object.__setattr__(leaf, field.name, value)
+        elif isinstance(leaf, Distribution):
+            leaf = copy.copy(leaf)
+            vars(leaf).update((name, self.tree(value)) for name, value in vars(leaf).items())
         return leaf
 
     def _tensor(self, tensor: Tensor) -> Tensor:
@@ -283,7 +287,8 @@ def probe(outputs: Any, forward_pass: ForwardPass, parents: list[ForwardPass]) -
     """Return a module's outputs with every differentiable tensor probed.
 
     Args:
-        outputs: A tensor, or tensors in containers, registered pytrees or dataclasses.
+        outputs: A tensor, or tensors in containers, registered pytrees, dataclasses or
+            distributions.
         forward_pass: The call that made them.
         parents: The calls that fed it.
     """

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten
 
 from kfacopt.data import random_devices
@@ -157,13 +158,16 @@ Term = ObjectiveTerm | ScalarTerm
 
 
 def tensor_leaves(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in containers, registered pytrees and dataclasses, in a fixed order."""
+    """Yield the tensors in containers, registered pytrees, dataclasses, distributions, in order."""
     for leaf in tree_flatten(tree)[0]:
         if isinstance(leaf, Tensor):
             yield leaf
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             for entry in dataclasses.fields(leaf):
                 yield from tensor_leaves(getattr(leaf, entry.name))
+        elif isinstance(leaf, Distribution):
+            for value in vars(leaf).values():
+                yield from tensor_leaves(value)
 
 
 def in_order(roots: Iterable[Call]) -> list[Call]:
