@@ -3,8 +3,10 @@
 `type-2` factors of one step are compared with Σ Jᵀ H⁺ J of `dense_losses`, whose H is autograd's.
 """
 
+import collections
 import copy
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -213,12 +215,16 @@ PACKED = {
     "dict": lambda a, b: {"mean": a, "log_variance": b},
     "dataclass": Outputs,
     "nested": lambda a, b: [{"mean": a}, (b, None)],
+    "namespace": lambda a, b: types.SimpleNamespace(mean=a, log_variance=b),
+    "own dictionary": lambda a, b: collections.UserDict(mean=a, log_variance=b),
 }
 UNPACKED = {
     "tuple": lambda z: z,
     "dict": lambda z: z.values(),
     "dataclass": lambda z: (z.mean, z.log_variance),
     "nested": lambda z: (z[0]["mean"], z[1][0]),
+    "namespace": lambda z: (z.mean, z.log_variance),
+    "own dictionary": lambda z: z.values(),
 }
 
 

@@ -19,7 +19,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -32,7 +31,7 @@ from kfacopt.optim.watch.forward_pass import (
     node_key,
 )
 from kfacopt.optim.watch.loss_calls import KNOWN_LOSSES, recognise_call
-from kfacopt.optim.watch.recorded_calls import Call, LossOrigin, Source, Surroundings
+from kfacopt.optim.watch.recorded_calls import CONTAINERS, Call, LossOrigin, Source, Surroundings
 
 
 class ProbedTensor(Tensor):
@@ -244,7 +243,7 @@ class _Prober:
             for field in dataclasses.fields(leaf):
                 value = self.tree(getattr(original, field.name))
                 object.__setattr__(leaf, field.name, value)
-        elif isinstance(leaf, Distribution):
+        elif isinstance(leaf, CONTAINERS):
             leaf = copy.copy(leaf)
             vars(leaf).update((name, self.tree(value)) for name, value in vars(leaf).items())
         return leaf
@@ -288,7 +287,7 @@ def probe(outputs: Any, forward_pass: ForwardPass, parents: list[ForwardPass]) -
 
     Args:
         outputs: A tensor, or tensors in containers, registered pytrees, dataclasses or
-            distributions.
+            `CONTAINERS`.
         forward_pass: The call that made them.
         parents: The calls that fed it.
     """
