@@ -163,7 +163,7 @@ class Statistics:
             known = {node_key(node) for node in found.piece.recognised}
             passes = [p for p in passes if not known & p.recognised]
         if found.piece.derived:
-            self.objectives.note_derived(found.piece)
+            self.objectives.note_derived(found)
         if found.parts:
             self._count_found(found, passes, layers)
             term = found.term(objective, upstream)
