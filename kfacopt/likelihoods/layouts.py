@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Size, Tensor
 
-# What a row has the entries of: the last axis, axis 1 where there are others behind it, all axes but
-# the first, or all of them.
+# What a row has the entries of: the last axis, axis 1 where there are others behind it, all axes
+# but the first, or all of them.
 RowKind = Literal["last", "channels", "datum", "all"]
 
 
