@@ -61,7 +61,7 @@ class OtherUses:
             layer = self._layer_of.get(p)
             if layer is None:
                 self.found.setdefault(p, MatrixLayout.of(own))
-            elif layer.weight is p and all(fits(use, layer) for use in own):
+            elif passes and layer.weight is p and all(fits(use, layer) for use in own):
                 passes[-1].uses += [as_layer_use(use, layer) for use in own]
                 explained |= {p, *_explained_bias(layer, own, vectors)}
         rest = [p for p in unseen if p in self._layer_of and p not in explained]
