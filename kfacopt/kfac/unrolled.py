@@ -19,9 +19,9 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-State = tuple[Tensor, ...]
-
 from kfacopt.data import is_evaluating
+
+State = tuple[Tensor, ...]
 
 
 def _lstm(from_input: Tensor, from_hidden: Tensor, state: State) -> State:
