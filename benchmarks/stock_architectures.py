@@ -139,7 +139,7 @@ def measure(architecture: Architecture, steps: int = STEPS) -> Result:
     result.warnings = [text.partition(" (Shown once")[0] for text in ours]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for lr in RATES:
+        for lr in () if result.error else RATES:
             last = train(architecture, lambda params, lr=lr: AdamW(params, lr=lr), steps)[-1]
             result.adamw.append(last)
     result.seconds = time.perf_counter() - start
@@ -155,7 +155,7 @@ def _describe(result: Result, optimizer: KFACOptimizer) -> None:
     result.left = [
         (row.parameter, math.prod(row.shape), row.curvature.removeprefix("AdamW: "))
         for row in description.parameters
-        if len(row.shape) > 1 and not row.preconditioned
+        if len(row.shape) > 1 and not row.preconditioned and "frozen" not in row.curvature
     ]
     result.state = description.state_bytes / description.parameter_bytes
 

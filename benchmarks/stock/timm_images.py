@@ -12,6 +12,13 @@ from torch.nn import functional as F
 from benchmarks.stock.architecture import CLASSES, Architecture, Training, batches, images
 
 
+class _AnyMember(type):
+    def __getattr__(cls, name: str) -> str:  # of an enumeration
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
 class _Absent(types.ModuleType):
     """Stands for torchvision while timm is imported: it has any name, and nothing in it works."""
 
@@ -20,7 +27,7 @@ class _Absent(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {})
+        return _AnyMember(name, (), {})
 
 
 def _timm() -> Any:

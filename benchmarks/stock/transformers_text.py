@@ -186,6 +186,7 @@ ARCHITECTURES = [
     _row("DeBERTa-v2", "DebertaV2ForTokenClassification", word_classes, relative_attention=True,
          pos_att_type=["p2c", "c2p"]),
     _row("XLNet", "XLNetForSequenceClassification", sentence_classes,
+         {k: v for k, v in TINY.items() if k != "max_position_embeddings"},
          d_model=32, n_layer=2, n_head=4, d_inner=64),
     _row("T5", "T5ForConditionalGeneration", translated, d_model=32, d_kv=8, d_ff=64,
          num_layers=2, num_heads=4, decoder_start_token_id=PAD),
