@@ -19,6 +19,7 @@ from kfacopt.kfac.ekfac_operator import EKFACLinearOperator
 from kfacopt.kfac.layers import LayerFamily, LinearFamily, register_layer
 from kfacopt.kfac.layers import default_kinds as default_layers
 from kfacopt.kfac.linear_operator import KFACLinearOperator
+from kfacopt.likelihoods import Elementwise, Likelihood, register_likelihood
 from kfacopt.linalg.conjugate_gradients import NotPositiveDefiniteError
 from kfacopt.linalg.inverses import (
     CGConvergenceWarning,
@@ -38,6 +39,7 @@ __all__ = [
     "CGInverseLinearOperator",
     "EFLinearOperator",
     "EKFACLinearOperator",
+    "Elementwise",
     "FisherMCLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
@@ -52,6 +54,7 @@ __all__ = [
     "LanczosApproximateLogSpectrumCached",
     "LanczosApproximateSpectrumCached",
     "LayerFamily",
+    "Likelihood",
     "LinearFamily",
     "NeumannConvergenceWarning",
     "NeumannInverseLinearOperator",
@@ -65,4 +68,5 @@ __all__ = [
     "lanczos_approximate_spectrum",
     "register_elementwise_derivatives",
     "register_layer",
+    "register_likelihood",
 ]

@@ -69,6 +69,11 @@ def normal_log_prob(z):
     return distributions.Independent(distributions.Normal(z, 0.5), 1).log_prob(Y)
 
 
+def masked(z):
+    """Forbid an action that is not the label's, for each row."""
+    return z.scatter(1, (LABELS[:, None] + 1) % C, -torch.inf)
+
+
 def smoothed(z):
     log_p = z.log_softmax(-1)
     return -(0.9 * log_p[range(N), LABELS] + 0.1 * log_p.mean(-1)).mean()
@@ -157,6 +162,9 @@ SOFTMAX = {
     "smoothing": smoothed,
     "kl_div": lambda z: F.kl_div(z.log_softmax(-1), SOFT, reduction="batchmean"),
     "Categorical": lambda z: -categorical_log_prob(z).mean(),
+    "temperature": lambda z: F.cross_entropy(z / 3, SOFT),
+    "distillation": lambda z: 9 * F.kl_div((z / 3).log_softmax(-1), SOFT, reduction="batchmean"),
+    "logits with a prior": lambda z: -log_prob(z + CLASS_WEIGHTS.log()).mean(),
     "Categorical, weighted": lambda z: -(categorical_log_prob(z) * SIGNED.abs()).mean(),
 }
 ROWS = {
@@ -215,6 +223,15 @@ OTHERS = {
         (NC,),
         ("categorical",),
         lambda z: -(log_prob(z) * SIGNED.abs()).mean(),
+    ),
+    "policy gradient with masked actions": Case(
+        lambda z: -(log_prob(masked(z)) * SIGNED).mean(),
+        (NC,),
+        ("categorical",),
+        lambda z: -(log_prob(masked(z)) * SIGNED.abs()).mean(),
+    ),
+    "temperature, many classes": Case(
+        lambda z: -(z / 2).log_softmax(-1)[range(2), (3, 70)].mean(), ((2, 80),), ("categorical",)
     ),
     "actor and critic": Case(actor_critic, (NC, N1), ("blocks", "diagonal")),
     "kl of an elbo": Case(kl_to_normal, (NC, NC), ("diagonal",) * 2),

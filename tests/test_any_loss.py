@@ -3,8 +3,10 @@
 `type-2` factors of one step are compared with Σ Jᵀ H⁺ J of `dense_losses`, whose H is autograd's.
 """
 
+import collections
 import copy
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -213,12 +215,16 @@ PACKED = {
     "dict": lambda a, b: {"mean": a, "log_variance": b},
     "dataclass": Outputs,
     "nested": lambda a, b: [{"mean": a}, (b, None)],
+    "namespace": lambda a, b: types.SimpleNamespace(mean=a, log_variance=b),
+    "own dictionary": lambda a, b: collections.UserDict(mean=a, log_variance=b),
 }
 UNPACKED = {
     "tuple": lambda z: z,
     "dict": lambda z: z.values(),
     "dataclass": lambda z: (z.mean, z.log_variance),
     "nested": lambda z: (z[0]["mean"], z[1][0]),
+    "namespace": lambda z: (z.mean, z.log_variance),
+    "own dictionary": lambda z: z.values(),
 }
 
 
@@ -259,6 +265,43 @@ def test_terms_on_several_outputs_add_up():
     loss(*model(X)).backward()
     optimizer.step()
     assert_factors(optimizer, lambda: twin(X), layers_of(twin), loss)
+
+
+DISTRIBUTIONS = {
+    "Categorical": (lambda z: Categorical(logits=z), lambda d: -d.log_prob(LABELS).mean()),
+    "policy gradient": (
+        lambda z: Categorical(logits=z),
+        lambda d: -(d.log_prob(LABELS) * ADVANTAGES).mean(),
+    ),
+    "Normal": (
+        lambda z: Independent(Normal(z, 0.5 * torch.ones(3)), 1),
+        lambda d: -d.log_prob(TARGETS).mean(),
+    ),
+    "Bernoulli": (lambda z: Bernoulli(logits=z), lambda d: -d.log_prob(BITS).mean()),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_models_that_return_a_distribution(name):
+    """As a policy does; the likelihood is found where the layers end."""
+
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return DISTRIBUTIONS[name][0](self.net(x))
+
+    model = Policy()
+    twin, optimizer = copy.deepcopy(model.net), make(model)
+    distribution = model(X)
+    DISTRIBUTIONS[name][1](distribution).backward()
+    optimizer.step()
+    loss = lambda z: DISTRIBUTIONS[name][1](DISTRIBUTIONS[name][0](z))  # noqa: E731
+    layers = {f"net.{n}": layer for n, layer in layers_of(twin).items()}
+    curvature = absolute_value if name == "policy gradient" else positive_part
+    assert_factors(optimizer, lambda: (twin(X),), layers, loss, curvature)
 
 
 class Autoencoder(nn.Module):

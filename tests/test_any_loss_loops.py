@@ -1,11 +1,12 @@
 """Any loss in loops as people write them: scalers, closures, compilers, wrappers, inner losses."""
 
 import copy
+import logging
 import warnings
 
 import pytest
 import torch
-from dense_losses import dense_factors
+from dense_losses import absolute_value, dense_factors
 from test_any_loss import (
     LABELS,
     LOSSES,
@@ -175,6 +176,24 @@ def test_losses_inside_the_model(kind, name, wrap):
     layers = {f"net.{n}": layer for n, layer in layers_of(twin).items()}
     curvature = None if kind == "empirical" else positive_part
     assert_factors(optimizer, lambda: (twin(X),), layers, BOTH[KINDS[kind]], curvature)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_likelihood_is_found_inside_the_model(bias, caplog):
+    """A cross entropy by hand of forty classes, with a sign for each datum: no blocks, labels."""
+    head = nn.Linear(5, 40, bias=bias)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), head)
+    weights = torch.tensor([1.0, -2, 0.5, 0.3, -0.7, 1.1])
+    loss = lambda z: -(z.log_softmax(1)[torch.arange(6), LABELS] * weights).mean()  # noqa: E731
+    model = Inner(loss)
+    model.net = net
+    twin, optimizer = copy.deepcopy(net), make(model)
+    with caplog.at_level(logging.INFO, "kfacopt"):
+        model(X).backward()
+    optimizer.step()
+    assert "categorical at (N, 40)" in caplog.text
+    layers = {"net.0": twin[0], "net.2": twin[2]} if bias else {"net.0": twin[0]}
+    assert_factors(optimizer, lambda: (twin(X),), layers, loss, absolute_value)
 
 
 @pytest.mark.parametrize("wrap", [lambda loss: loss, AsModule], ids=["function", "module"])

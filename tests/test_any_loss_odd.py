@@ -16,6 +16,7 @@ from test_any_loss import (
     TwoHeads,
     X,
     assert_factors,
+    compared,
     layers_of,
     make,
     mlp,
@@ -129,6 +130,28 @@ def test_a_known_loss_beside_others_keeps_its_labels():
     twin = mlp()
     _, stand_in = dense_factors(lambda: (twin(X),), twin[2], BOTH["L1"], None)
     torch.testing.assert_close(factors[1] - factors[0], 0.09 * stand_in, atol=1e-15, rtol=0)
+
+
+NONLINEAR = {
+    "root": (lambda z: F.mse_loss(z, TARGETS).sqrt(), lambda z: F.mse_loss(z, TARGETS)),
+    "square": (
+        lambda z: 3 * F.cross_entropy(z, LABELS) ** 2,
+        lambda z: F.cross_entropy(z, LABELS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NONLINEAR)
+def test_functions_of_known_losses(name):
+    """A known loss counts with the derivative of the objective by it; no more is promised."""
+    function, known = NONLINEAR[name]
+    model, twin = mlp(), mlp()
+    optimizer = make(model)
+    function(model(X)).backward()
+    optimizer.step()
+    value = float(known(twin(X)).detach())
+    scale = 0.5 / value**0.5 if name == "root" else 6 * value
+    assert_factors(optimizer, lambda: (twin(X),), layers_of(twin), known, scale=scale)
 
 
 def test_hand_written_twins_have_the_factors_of_known_losses():
@@ -353,9 +376,68 @@ def test_a_gradient_penalty_leaves_the_rest_and_is_named(caplog):
         (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
         fit = lambda z: F.huber_loss(z, TARGETS[:, :1], delta=5.0)  # noqa: E731
         (fit(model(X)) + ((slope.norm(dim=1) - 1) ** 2).mean()).backward()
-        optimizer.step()
+        with pytest.warns(KFACWarning, match=r"derivatives of the model.*input_derivatives"):
+            optimizer.step()
     assert_factors(optimizer, lambda: (twin(X),), layers_of(twin), fit)
     assert "of derivatives of the model: not counted" in caplog.text
+
+
+KEYWORDS = {
+    "grad": lambda loss, params: torch.autograd.grad(inputs=params, outputs=loss),
+    "backward": lambda loss, params: torch.autograd.backward(inputs=params, tensors=loss),
+    "a tensor's": lambda loss, params: loss.backward(None, None, False, params),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_arguments_in_any_order(name):
+    model, twin = mlp(), mlp()
+    optimizer, params = make(model), list(model.parameters())
+    found = KEYWORDS[name](row_huber(model(X)), params)
+    for p, g in zip(params, found or (), strict=bool(found)):
+        p.grad = g
+    optimizer.step()
+    assert_factors(optimizer, lambda: (twin(X),), layers_of(twin), row_huber)
+
+
+class Once(torch.autograd.Function):
+    """½ z² whose backward pass fails in its own way where a second derivative is wanted."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return 0.5 * z**2
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if upstream.requires_grad or torch.is_grad_enabled():
+            raise KeyError("no second derivative is known")
+        return upstream * ctx.saved_tensors[0]
+
+
+def test_functions_that_fail_when_they_are_differentiated_twice(caplog):
+    with caplog.at_level(logging.INFO, "kfacopt"):
+        model, twin = mlp(), mlp()
+        optimizer = make(model)
+        z = model(X)
+        (Once.apply(z).mean() + 0 * z.sum()).backward()
+        optimizer.step()
+    squares = lambda z: 0.5 * (z**2).mean()  # noqa: E731
+    assert_factors(optimizer, lambda: (twin(X),), layers_of(twin), squares, None)
+    assert "(no second derivative: 'no second derivative is known')" in caplog.text
+
+
+def test_a_norm_of_a_row_that_is_zero(caplog):
+    """Its gradient is finite, its second derivative is not."""
+    mask = torch.ones(6, 1)
+    mask[2] = 0
+
+    def loss(z):
+        return (z * mask).norm(dim=1).mean()
+
+    with caplog.at_level(logging.INFO, "kfacopt"):
+        compared(loss, None)
+    assert "its second derivative is not finite" in caplog.text
 
 
 def test_create_graph_of_the_users_own():

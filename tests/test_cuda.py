@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from benchmarks.architectures import LanguageModel, resnet
@@ -17,6 +18,8 @@ from kfacopt import (
     KFACOptimizer,
     default_layers,
 )
+from kfacopt.kfac.matrix_uses import graph_parents, matrix_uses
+from kfacopt.kfac.unrolled import unrolled
 from kfacopt.linalg.gram import gram
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -219,3 +222,23 @@ def test_labels_are_drawn_on_the_device_of_the_model():
     loss_of(model, X.cpu(), y.cpu()).backward()
     optimizer.step()
     assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_recurrent_module_is_unrolled_where_factors_are_due(kind, batch_first):
+    torch.manual_seed(0)
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
+    module = RECURRENT[kind](3, 4, **options, device="cuda", dtype=torch.float64)
+    x = torch.randn(6, 5, 3, device="cuda", dtype=torch.float64)
+    fused, _ = module(x)
+    with unrolled([module]):
+        looped, _ = module(x)
+    # Sums of less than 300 terms of order 1, in another order.
+    assert torch.allclose(looped, fused, rtol=0, atol=300 * torch.finfo(torch.float64).eps)
+    assert looped.stride() == fused.stride()
+    matrices = {p for p in module.parameters() if p.ndim == 2}
+    assert matrix_uses(graph_parents([get_gradient_edge(looped)], {}), matrices).keys() == matrices

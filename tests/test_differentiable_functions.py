@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 import kfacopt
 from kfacopt.experimental import ActivationHessianLinearOperator
-from kfacopt.likelihoods import UnsupportedLossError
 
 DTYPE = torch.float64
 ROUND_OFF = 1e-12
@@ -271,12 +270,21 @@ def test_a_compiled_loss():
         torch.testing.assert_close(found, expected, rtol=ROUND_OFF, atol=ROUND_OFF)
 
 
-def test_a_compiled_loss_module_is_refused_where_it_has_to_be_known():
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.HuberLoss()], ids=["known", "found"])
+def test_compiled_loss_modules_have_the_curvature_of_what_was_compiled(loss):
     model = nn.Linear(2, 2).to(DTYPE)
-    data = [(torch.randn(4, 2, dtype=DTYPE), torch.randint(2, (4,)))]
-    loss = torch.compile(nn.CrossEntropyLoss(), backend="aot_eager")
-    with pytest.raises(UnsupportedLossError, match=r"it was compiled: loss_func\._orig_mod"):
-        kfacopt.FisherMCLinearOperator(model, loss, list(model.parameters()), data)
+    y = (
+        torch.randint(2, (4,))
+        if isinstance(loss, nn.CrossEntropyLoss)
+        else torch.rand(4, 2, dtype=DTYPE)
+    )
+    data, params = [(torch.randn(4, 2, dtype=DTYPE), y)], list(model.parameters())
+    compiled = torch.compile(loss, backend="aot_eager")
+    for kind in (kfacopt.FisherMCLinearOperator, kfacopt.KFACLinearOperator):
+        found, expected = (
+            kind(model, f, params, data) @ torch.eye(6, dtype=DTYPE) for f in (compiled, loss)
+        )
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -120,7 +120,11 @@ def test_positive_part(name):
         )
 
 
-@pytest.mark.parametrize("name", CASES)
+# 1,000 draws of a label do not show how often the rarest of 80 classes is drawn.
+DRAWN = [name for name in CASES if "many classes" not in name]
+
+
+@pytest.mark.parametrize("name", DRAWN)
 def test_drawn_vectors_are_unbiased(name):
     case = CASES[name]
     zs = case.z()
@@ -277,6 +281,11 @@ ODD = {
     "many classes": (
         softmax_loss(torch.arange(3)),
         torch.zeros(3, 200, dtype=DTYPE),
+        "categorical",
+    ),
+    "confident rows at a temperature": (
+        lambda z: F.cross_entropy(z / 2, LABELS),
+        15 * torch.randn(N, 12, generator=Generator().manual_seed(2), dtype=DTYPE),
         "categorical",
     ),
     "small variances": (

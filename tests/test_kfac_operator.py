@@ -379,8 +379,8 @@ def test_bad_models_losses_and_parameters():
     mse = nn.MSELoss()
     with pytest.raises(NotImplementedError, match=r"'1\.weight' is in an unsupported layer"):
         KFACLinearOperator(model, mse, params, data)
-    with pytest.raises(UnsupportedLossError, match="HuberLoss is not supported"):
-        KFACLinearOperator(model, nn.HuberLoss(), params[:2], data)
+    with pytest.raises(UnsupportedLossError, match="L1Loss has no curvature"):
+        to_dense(KFACLinearOperator(model, nn.L1Loss(), params[:2], data))
     with pytest.raises(ValueError, match="loss_average must be None exactly"):
         KFACLinearOperator(model, nn.MSELoss(reduction="sum"), params[:2], data)
     with pytest.raises(ValueError, match="at least one parameter"):

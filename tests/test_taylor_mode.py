@@ -173,7 +173,7 @@ REFUSED = {
     "layer_norm in LayerNorm": lambda n, x: nn.LayerNorm(2)(x),
     "BatchNorm1d": lambda n, x: nn.BatchNorm1d(2)(x),
     r"register_elementwise_derivatives\(torch.nn.functional.hardtanh": lambda n, x: F.hardtanh(x),
-    r"register_elementwise_derivatives\(torch.erf": lambda n, x: torch.erf(x),
+    r"register_elementwise_derivatives\(torch.erfc": lambda n, x: torch.erfc(x),
     "relu in place in ReLU": lambda n, x: nn.ReLU(inplace=True)(x),
     "mul in place": lambda n, x: x.mul_(2),
     "iadd in place": in_place,

@@ -171,3 +171,61 @@ def test_hugging_face_trainer(tmp_path):
     trainer_of(resumed, EPOCHS).train(resume_from_checkpoint=str(first))
     for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+class Logits(nn.Module):
+    config = None  # which the trainer asks for where it smooths labels
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x, labels=None):
+        return {"logits": self.net(x)}
+
+
+def smoothed(logits, labels):
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+
+def distances(logits, labels):
+    return F.huber_loss(logits, F.one_hot(labels, 3).to(logits))
+
+
+@pytest.mark.parametrize("own_loss", [False, True], ids=["label smoothing", "compute_loss"])
+def test_hugging_face_trainer_with_any_loss(own_loss, tmp_path):
+    """Its own label smoothing, and a loss that a subclass computes: the steps of a plain loop."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    class Own(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = distances(outputs["logits"], labels)
+            return (loss, outputs) if return_outputs else loss
+
+    model, steps = Logits(), 3
+    arguments = transformers.TrainingArguments(
+        tmp_path,
+        max_steps=steps,
+        per_device_train_batch_size=len(X),
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        label_smoothing_factor=0.0 if own_loss else 0.1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+    )
+    options = {"fisher_type": "type-2", "factor_update_interval": 1}
+    optimizer = KFACOptimizer(model.parameters(), **options)
+    kind = Own if own_loss else transformers.Trainer
+    kind(model, arguments, train_dataset=Examples(), optimizers=(optimizer, None)).train()
+    plain = network()
+    optimizer = KFACOptimizer(plain.parameters(), **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (distances if own_loss else smoothed)(plain(X), LABELS).backward()
+        optimizer.step()
+    assert_close_models(model.net, plain)

@@ -24,9 +24,10 @@ from kfacopt.kfac.layers import (
     described,
     find_layers,
 )
-from kfacopt.kfac.loss_fisher import LossFisher
+from kfacopt.kfac.loss_fisher import loss_fisher
+from kfacopt.kfac.unrolled import unrolled
 from kfacopt.kfac.unseen_uses import refuse_unseen_uses
-from kfacopt.likelihoods import SUPPORTED_LOSSES, FisherType, widened
+from kfacopt.likelihoods import SUPPORTED_LOSSES, FisherType
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod, KroneckerProduct
 
 
@@ -54,7 +55,13 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             normalisations (the exact diagonal of F) and what `kfacopt.register_layer` was told of:
             see docs/layers.md.
         loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
-            log-probabilities.
+            log-probabilities; or any function or module that maps predictions z and targets to a
+            scalar. Of this the positive part of the Hessian at z is the curvature, found exactly
+            batch by batch: where it is diagonal; that of softmax cross entropy, with any weight of
+            either sign for each row, which counts by its absolute value; in rows of at most 32
+            entries; or over all of z, of at most 128 entries, where rows see each other. The risk
+            is then a sum or mean over batches. A loss of `register_likelihood` has the curvature
+            that it was given. A batch where the Hessian has no positive part adds nothing.
         params: The parameters of F's rows and columns: any subset of the supported layers', in
             any order, as a list or as a dict by their names in the model.
         data: Batches `(X, y)`; may be iterated any number of times, in the same order.
@@ -70,15 +77,17 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         mc_samples: Labels drawn for each datum; 1 unless `fisher_type="mc"`.
         kfac_approx: `"expand"` or `"reduce"`, for layers with shared positions.
         loss_average: `"batch"`, `"batch+sequence"` or `None` (a sum). Checked against the loss's
-            reduction. What the loss really averages over is seen from its input, so that the two
-            means differ for `"empirical"` only, in what they take for one datum.
+            reduction; a loss that does not say its reduction is taken to be the sum over the data
+            for `None`, else their mean. What the loss really averages over is seen from its input,
+            so that the two means differ for `"empirical"` only, in what they take for one datum.
         separate_weight_and_bias: Give W and b blocks of their own. `False` takes [W | b] together,
             where both are in `params`.
         batch_size_fn: A function from X to the number of data in a batch, for inputs that do not
-            tell it themselves; `"empirical"` alone asks for it.
+            tell it themselves; `"empirical"` asks for it, and means of losses other than the four.
 
     Raises:
-        UnsupportedLossError: (a `NotImplementedError`) If the loss is not supported.
+        UnsupportedLossError: (a `NotImplementedError`) If the loss has no exact curvature, or none
+            at all, in a product; `fisher_type="empirical"` takes any loss.
         ValueError: If an argument has a value that is not listed, or contradicts another.
         NotImplementedError: If a parameter is in an unsupported layer.
         RuntimeError: If the check for deterministic behavior fails.
@@ -109,7 +118,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     def __init__(
         self,
         model_func: nn.Module,
-        loss_func: nn.Module,
+        loss_func: Callable[[Tensor, Any], Tensor],
         params: list[Parameter] | Mapping[str, Parameter],
         data: Iterable[Batch],
         progressbar: bool = False,
@@ -126,7 +135,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     ) -> None:
         argument_checks.check_evaluation(data, progressbar, check_deterministic, batch_size_fn)
         argument_checks.check_flag("separate_weight_and_bias", separate_weight_and_bias)
-        self._fisher = LossFisher(loss_func, fisher_type, mc_samples, loss_average, batch_size_fn)
+        self._fisher = loss_fisher(loss_func, fisher_type, mc_samples, loss_average, batch_size_fn)
         argument_checks.check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
         argument_checks.check_integer("seed", seed)
         if not isinstance(model_func, nn.Module):
@@ -198,11 +207,10 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         def terms() -> Iterator[tuple[Tensor, Tensor | float]]:
             for X, y in self._batches("gradient and loss"):
                 output = argument_checks.checked_output(self._model_func(X))
-                yield self._fisher.summed_loss(output, y)
+                yield self._fisher.summed_loss(output, X, y)
 
         with evaluation(self._model_func):
-            mean = self._fisher.likelihood.reduction == "mean"
-            return sum_gradients(self._params, terms(), mean)
+            return sum_gradients(self._params, terms(), self._fisher.is_mean)
 
     # Factors ---------------------------------------------------------------------------------
 
@@ -226,12 +234,13 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
                 torch.zeros(shape, dtype=dtype, device=device) for shape in self._form.shapes(layer)
             )
         rows = dict.fromkeys(inputs, 0)
-        counts = []
+        counts, vectors = [], 0
         for X, y, output, uses, gradients in self._passes("K-FAC factors"):
             refuse_unseen_uses(self._model_func, self._params, output, uses)
-            counts.append(self._fisher.counts(widened(output), X, y))
+            counts.append(self._fisher.counts(output.detach(), X, y))
             reached: set[LayerUse] = set()
             for by_use in gradients:
+                vectors += 1
                 reached.update(by_use)
                 for layer, own in group_by_layer(by_use).items():
                     own_grads = [by_use[use] for use in own]
@@ -241,6 +250,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
                 inputs[layer] += moment
                 rows[layer] += count
         self._scale = self._fisher.scale(counts)
+        self._fisher.check_seen(vectors)
         return {
             layer: KroneckerProduct(grads[layer] * self._scale, inputs[layer] / max(rows[layer], 1))
             for layer in inputs
@@ -254,19 +264,22 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         Every call draws the same labels.
         """
         generator = Generator(self.device).manual_seed(self._seed)
+        params = {id(p) for p in self._params}
+        modules = self._model_func.modules()
+        own = [m for m in modules if any(id(p) in params for p in m._parameters.values())]
         for X, y in self._batches(description):
-            with capture(self._layers) as uses:
+            with capture(self._layers) as uses, unrolled(own):
                 output = argument_checks.checked_output(self._model_func(X))
-            yield X, y, output, uses, self._gradients(output, y, uses, generator)
+            yield X, y, output, uses, self._gradients(output, X, y, uses, generator)
 
     def _batches(self, description: str) -> Iterator[Batch]:
         return some(iterate(self._data, self.device, self._progressbar, description))
 
     def _gradients(
-        self, output: Tensor, y: Tensor, uses: Sequence[LayerUse], generator: Generator
+        self, output: Tensor, X: Any, y: Any, uses: Sequence[LayerUse], generator: Generator
     ) -> Iterator[dict[LayerUse, Tensor]]:
         backward = WouldBePass(output, uses)
-        for vector in self._fisher.vectors(widened(output), y, generator):
+        for vector in self._fisher.vectors(output.detach(), X, y, generator):
             found: dict[LayerUse, Tensor] = {}
             backward.run(vector.to(output.dtype), found.__setitem__)
             yield {use: found[use] for use in uses if use in found}

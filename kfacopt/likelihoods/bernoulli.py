@@ -29,10 +29,12 @@ class Bernoulli(Elementwise):
             weights = weights + (self.pos_weight.to(output) - 1) * target.to(output)
         return weights if self.weight is None else weights * self.weight.to(output)
 
-    def _second_derivative(self, output: Tensor) -> Tensor:
+    def second_derivative(self, output: Tensor) -> Tensor:
+        """Return σ(z) (1 − σ(z))."""
         p = output.sigmoid()
         return p * (1 - p)
 
-    def _sample(self, output: Tensor, generator: Generator) -> Tensor:
+    def draw_gradient(self, output: Tensor, generator: Generator) -> Tensor:
+        """Return σ(z) − ỹ."""
         p = output.sigmoid()
         return p - (drawn(torch.rand, output, generator) < p).to(p.dtype)

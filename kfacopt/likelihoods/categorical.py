@@ -44,7 +44,8 @@ class _Categorical(Likelihood):
         """Tell whether z is a batch: one axis alone is that of the classes."""
         return output.ndim > 1
 
-    def _spread(self, weights: Tensor, output: Tensor) -> Tensor:
+    def spread(self, weights: Tensor, output: Tensor) -> Tensor:
+        """Return the weights with an axis of classes."""
         return weights.unsqueeze(self._class_axis(output))
 
     def _class_free_ones(self, output: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class _Categorical(Likelihood):
 class CrossEntropy(_Categorical):
     """Softmax cross entropy at logits z: ∇²ℓ = diag(p) − p pᵀ with p = softmax(z)."""
 
-    def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
+    def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """Yield √p_c (e_c − p)."""
         axis = self._class_axis(output)
         p = output.softmax(axis)
@@ -134,12 +135,14 @@ class CrossEntropy(_Categorical):
             column.select(axis, c).add_(1)
             yield column * p.select(axis, c).sqrt().unsqueeze(axis)
 
-    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+    def multiply_hessian(self, output: Tensor, vector: Tensor) -> Tensor:
+        """Return p ⊙ v − p (pᵀ v)."""
         axis = self._class_axis(output)
         p = output.softmax(axis)
         return p * (vector - (p * vector).sum(axis, keepdim=True))
 
-    def _sample(self, output: Tensor, generator: Generator) -> Tensor:
+    def draw_gradient(self, output: Tensor, generator: Generator) -> Tensor:
+        """Return p − e_ỹ."""
         p = output.softmax(self._class_axis(output))
         return p - self._draw_one_hot(p, generator)
 
@@ -166,7 +169,7 @@ class NegativeLogLikelihood(_Categorical):
             )
         return p
 
-    def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
+    def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """Yield √p_c e_c."""
         axis = self._class_axis(output)
         root = self._probabilities(output).sqrt()
@@ -175,8 +178,10 @@ class NegativeLogLikelihood(_Categorical):
             column.select(axis, c).copy_(root.select(axis, c))
             yield column
 
-    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+    def multiply_hessian(self, output: Tensor, vector: Tensor) -> Tensor:
+        """Return p ⊙ v."""
         return self._probabilities(output) * vector
 
-    def _sample(self, output: Tensor, generator: Generator) -> Tensor:
+    def draw_gradient(self, output: Tensor, generator: Generator) -> Tensor:
+        """Return −e_ỹ."""
         return -self._draw_one_hot(self._probabilities(output), generator)

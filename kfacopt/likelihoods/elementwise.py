@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,12 +20,34 @@ def drawn(random: Callable[..., Tensor], output: Tensor, generator: Generator) -
 
 @dataclass(frozen=True, eq=False)
 class Elementwise(Likelihood):
-    """Shared by losses whose terms are single entries of z."""
+    """A loss whose terms are single entries of z, `[N, ...]`.
+
+    A subclass says `second_derivative`, that of ℓ or, where the two differ, the Fisher information;
+    and `draw_gradient` where gradients with drawn labels are to have their own distribution. Both
+    are of one entry's term: no weight, no mean.
+
+    Attributes:
+        weight: A factor of each term, broadcast to z, ≥ 0; `None` for 1.
+    """
 
     weight: Tensor | None = None
 
-    def _second_derivative(self, output: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def second_derivative(self, output: Tensor) -> Tensor:
+        """Return h ≥ 0 `[*z.shape]`, the curvature of each entry's term.
+
+        Args:
+            output: z, `[N, ...]`, without a graph.
+        """
+
+    def draw_gradient(self, output: Tensor, generator: Generator) -> Tensor:
+        """Draw √h ε, ε ~ N(0, 1), as for a mean square: h is the mean of its square."""
+        return self.second_derivative(output).sqrt() * drawn(torch.randn, output, generator)
+
+    def term_weights(self, output: Tensor, target: Tensor | None) -> Tensor:
+        """Return the weight of each entry `[*z.shape]`."""
+        ones = torch.ones_like(output)
+        return ones if self.weight is None else ones * self.weight.to(output)
 
     def normalizer(self, output: Tensor, target: Tensor | None) -> Tensor:
         """Return the number of entries of z."""
@@ -39,12 +62,13 @@ class Elementwise(Likelihood):
         """Return the number of vectors along the last axis of z."""
         return output.shape[:-1].numel() if output.ndim > 1 else output.numel()
 
-    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
-        return self._second_derivative(output) * vector
+    def multiply_hessian(self, output: Tensor, vector: Tensor) -> Tensor:
+        """Return h v."""
+        return self.second_derivative(output) * vector
 
-    def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
+    def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """Yield √(∂²ℓ/∂z²) at one entry of each datum."""
-        root = self._second_derivative(output).sqrt()
+        root = self.second_derivative(output).sqrt()
         if root.ndim == 0:
             yield root
             return

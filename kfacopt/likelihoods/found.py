@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from kfacopt.likelihoods.elementwise import Elementwise, drawn
+from kfacopt.likelihoods.elementwise import Elementwise
 from kfacopt.likelihoods.interface import Likelihood
 from kfacopt.likelihoods.roots import KrylovSpace
 
@@ -28,17 +28,10 @@ class SecondDerivative(Elementwise):
 
     values: Tensor | None = None
 
-    def term_weights(self, output: Tensor, target: Tensor | None) -> Tensor:
-        """Return ones."""
-        return torch.ones_like(output)
-
-    def _second_derivative(self, output: Tensor) -> Tensor:
+    def second_derivative(self, output: Tensor) -> Tensor:
+        """Return h⁺."""
         assert self.values is not None
         return self.values.clamp(min=0)
-
-    def _sample(self, output: Tensor, generator: Generator) -> Tensor:
-        """Draw √h ε, ε ~ N(0, 1): for a mean square the gradient with a drawn label."""
-        return self._second_derivative(output).sqrt() * drawn(torch.randn, output, generator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +54,14 @@ class _Rows(Likelihood):
         """Return R."""
         return output.shape[0]
 
-    def _spread(self, weights: Tensor, output: Tensor) -> Tensor:
+    def spread(self, weights: Tensor, output: Tensor) -> Tensor:
+        """Return `[R, 1]`."""
         return weights.unsqueeze(-1)
 
-    def _sample(self, output: Tensor, generator: Generator) -> Tensor:
+    def draw_gradient(self, output: Tensor, generator: Generator) -> Tensor:
         """Draw Σ_c ε_c v_c with random signs ε_c for each row."""
         total = torch.zeros_like(output)
-        for column in self._root_columns(output):
+        for column in self.root_columns(output):
             draw = torch.rand(len(output), 1, generator=generator, device=generator.device)
             total += column * (1 - 2 * (draw < 0.5).to(output))
         return total
@@ -88,10 +82,12 @@ class RowHessians(_Rows):
         """Whether no block has a positive part."""
         return not bool((self.roots != 0).any())
 
-    def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
+    def root_columns(self, output: Tensor) -> Iterator[Tensor]:
+        """Yield B's columns."""
         yield from self.roots.unbind(-1)
 
-    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+    def multiply_hessian(self, output: Tensor, vector: Tensor) -> Tensor:
+        """Return B Bᵀ v."""
         inner = torch.einsum("rck,rc->rk", self.roots, vector)
         return torch.einsum("rck,rk->rc", self.roots, inner)
 
@@ -113,11 +109,12 @@ class KrylovRows(_Rows):
         """Whether no block has a positive part."""
         return not bool((self.space.eigenvalues != 0).any())
 
-    def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
+    def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """Yield √H⁺ ε / √M: no root of H has few columns."""
         yield from self.samples / len(self.samples) ** 0.5
 
-    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+    def multiply_hessian(self, output: Tensor, vector: Tensor) -> Tensor:
+        """Return what the space tells of H⁺ v."""
         return self.space.multiply(vector)
 
 
@@ -131,8 +128,10 @@ class RowGradients(_Rows):
 
     gradients: Tensor
 
-    def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
+    def root_columns(self, output: Tensor) -> Iterator[Tensor]:
+        """Yield the gradients."""
         yield self.gradients
 
-    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+    def multiply_hessian(self, output: Tensor, vector: Tensor) -> Tensor:
+        """Return g gᵀ v."""
         return self.gradients * (self.gradients * vector).sum(-1, keepdim=True)

@@ -40,6 +40,12 @@ def widened(output: Tensor) -> Tensor:
 class Likelihood(ABC):
     """A loss as a negative log-likelihood at its input z `[N, ...]`.
 
+    What a loss of one's own says for `register_likelihood`. Where terms are single entries of z,
+    `Elementwise` says all but one of them. Abstract are: what the terms count (`term_weights`,
+    `normalizer`, `num_terms`, `num_positions`), and the curvature of one term without weights
+    (`root_columns`, `multiply_hessian`, `draw_gradient`); `spread`, `has_data_axis` where terms are
+    not entries of z.
+
     Attributes:
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
@@ -79,18 +85,18 @@ class Likelihood(ABC):
         """Return the number of data, each of their positions counted as one of its own."""
 
     @abstractmethod
-    def _root_columns(self, output: Tensor) -> Iterator[Tensor]:
+    def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """Yield v `[*z.shape]` with Σ_v v vᵀ = ∇²ℓ_t for every term, one for each output of it."""
 
     @abstractmethod
-    def _hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+    def multiply_hessian(self, output: Tensor, vector: Tensor) -> Tensor:
         """Return ∇²ℓ_t v for every term, `[*z.shape]`."""
 
     @abstractmethod
-    def _sample(self, output: Tensor, generator: Generator) -> Tensor:
+    def draw_gradient(self, output: Tensor, generator: Generator) -> Tensor:
         """Draw labels y ~ q(·|z) and return ∇_z ℓ(z, y) `[*z.shape]`."""
 
-    def _spread(self, weights: Tensor, output: Tensor) -> Tensor:
+    def spread(self, weights: Tensor, output: Tensor) -> Tensor:
         """Broadcast a tensor of one entry per term against z."""
         return weights
 
@@ -126,12 +132,12 @@ class Likelihood(ABC):
             weights: ω_t, from `curvature_weights`.
             generator: Draws the signs.
         """
-        scale = self._spread(weights.sqrt(), output)
+        scale = self.spread(weights.sqrt(), output)
         rows = output.shape[:1] if self.has_data_axis(output) else ()
         shape = rows + (1,) * (output.ndim - len(rows))
         draw = torch.randint(2, shape, generator=generator, device=generator.device)
         scale = scale * (draw.to(output) * 2 - 1)
-        for column in self._root_columns(output):
+        for column in self.root_columns(output):
             for position in self._position_masks(output):
                 yield (column * scale * position).to(output.dtype)
 
@@ -143,7 +149,7 @@ class Likelihood(ABC):
             weights: ω_t, from `curvature_weights`.
             vector: v, `[*z.shape]`.
         """
-        return self._hessian_product(output, vector) * self._spread(weights, output)
+        return self.multiply_hessian(output, vector) * self.spread(weights, output)
 
     def has_data_axis(self, output: Tensor) -> bool:
         """Tell whether z is a batch, and not a single datum without an axis N."""
@@ -161,8 +167,8 @@ class Likelihood(ABC):
             weights: ω_t, from `curvature_weights`.
             generator: Draws the labels, in one call.
         """
-        sample = self._sample(output.to(_sampling_dtype(output)), generator)
-        return (sample * self._spread(weights.sqrt(), output)).to(output.dtype)
+        sample = self.draw_gradient(output.to(_sampling_dtype(output)), generator)
+        return (sample * self.spread(weights.sqrt(), output)).to(output.dtype)
 
 
 def checked(likelihood: Likelihood) -> Likelihood:

@@ -38,6 +38,11 @@ class CurvaturePart:
         """Whether this is the empirical Fisher, which is quadratic in the objective."""
         return isinstance(self.likelihood, RowGradients)
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows of the output do not see each other."""
+        return self.output.shape[0] if self.likelihood.has_data_axis(self.output) else 1
+
     def vectors(
         self, fisher_type: FisherType, samples: int, generator: Generator
     ) -> Iterator[list[Tensor]]:

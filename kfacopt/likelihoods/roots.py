@@ -49,26 +49,24 @@ def lanczos_rows(
         space ends, the rest of its V and T is 0.
     """
     tiny = torch.finfo(start.dtype).eps * 16
-    v = start / start.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(start.dtype).tiny)
-    V = [v]
+    V = start.new_zeros(steps, *start.shape)
+    V[0] = start / start.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(start.dtype).tiny)
     T = start.new_zeros(len(start), steps, steps)
     for k in range(steps):
         w = multiply(V[k])
-        size = w.norm(dim=-1)
+        size, known = w.norm(dim=-1), V[: k + 1]
         for _ in range(2):
-            for j, q in enumerate(V):
-                share = (q * w).sum(-1)
-                w = w - share.unsqueeze(-1) * q
-                if j == k:
-                    T[:, k, k] += share
+            shares = (known * w).sum(-1, keepdim=True)
+            w = w - (known * shares).sum(0)
+            T[:, k, k] += shares[k, :, 0]
         beta = w.norm(dim=-1)
         beta = torch.where(beta > tiny * size, beta, torch.zeros_like(beta))
         if k + 1 == steps:
             break
         T[:, k, k + 1] = T[:, k + 1, k] = beta
-        safe = torch.where(beta > 0, beta, torch.ones_like(beta))
-        V.append(torch.where(beta.unsqueeze(-1) > 0, w / safe.unsqueeze(-1), torch.zeros_like(w)))
-    return torch.stack(V), T
+        safe = torch.where(beta > 0, beta, torch.ones_like(beta)).unsqueeze(-1)
+        V[k + 1] = torch.where(beta.unsqueeze(-1) > 0, w / safe, torch.zeros_like(w))
+    return V, T
 
 
 @dataclass(frozen=True, eq=False)

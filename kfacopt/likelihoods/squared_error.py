@@ -31,9 +31,10 @@ class SquaredError(Elementwise):
             return super().normalizer(output, target)
         return self.weight.to(output).sum()
 
-    def _second_derivative(self, output: Tensor) -> Tensor:
+    def second_derivative(self, output: Tensor) -> Tensor:
+        """Return 2."""
         return torch.full_like(output, 2.0)
 
-    def _sample(self, output: Tensor, generator: Generator) -> Tensor:
+    def draw_gradient(self, output: Tensor, generator: Generator) -> Tensor:
         """Return 2 (z − ỹ) with ỹ − z ~ N(0, 1/2)."""
         return drawn(torch.randn, output, generator) * 2**0.5

@@ -4,7 +4,7 @@ L is any differentiable function of tensors z. The cheapest structure that H has
 
     tensors that do not see each other   each on its own
     diagonal                             h = (H u) / u, the same for two random vectors u
-    categorical                          H_r = w_r (diag(p) − p pᵀ) for each row r, p = softmax(z_r)
+    categorical                          H_r = w_r (diag(p) − p pᵀ) for each row r, any p
     blocks of few entries                C products give them; a root each
     wider blocks                         Krylov spaces: √H⁺ ε by Lanczos, all rows at once
     no positive part                     the empirical Fisher: Σ_n (∂L/∂z_n)(∂L/∂z_n)ᵀ
@@ -37,8 +37,11 @@ from kfacopt.likelihoods.softmax_fit import softmax_fit
 # Blocks of at most this width are formed: of rows, and of all entries together.
 MAX_BLOCK = 32
 MAX_SINGLE_BLOCK = 128
-# Lanczos steps, at least and at most, and how many entries its vectors may have in all.
+# How many numbers the roots of drawn rows' blocks may take, R C³; 512 blocks of 20 are less.
+MAX_ROOT_WORK = 2**22
+# Lanczos steps, at least and at most, for many rows, and how many entries its vectors may have.
 KRYLOV_STEPS = (4, 24)
+ROW_STEPS = 10
 MAX_KRYLOV_ENTRIES = 2**25
 # Tolerances above this one cannot tell a wide softmax from a diagonal.
 _COARSE = 5e-3
@@ -53,6 +56,8 @@ def find_parts(
     gradients: Sequence[Tensor],
     product: Product | None,
     samples: int = KRYLOV_SAMPLES,
+    exact: bool = True,
+    seed: int = 0,
 ) -> list[CurvaturePart]:
     """Return the positive part of H = ∂²L/∂z², in its cheapest structure.
 
@@ -62,6 +67,8 @@ def find_parts(
         product: H v for a tensor v for each z, or for `[V, *z.shape]` V such products; `None` if
             there is no second derivative.
         samples: How many vectors are drawn where a block is too wide to be formed.
+        exact: Whether blocks are formed however many rows there are; else where that is fast.
+        seed: Seeds what is drawn here.
 
     Returns:
         Parts, which together have every tensor once.
@@ -76,7 +83,7 @@ def find_parts(
         narrow = [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)]
         return [widened(x) for x in product(narrow)]
 
-    probing = Probing(known, wide, widened_product, eps, Generator().manual_seed(0))
+    probing = Probing(known, wide, widened_product, eps, Generator().manual_seed(seed))
     everything = tuple(range(len(wide)))
     if product is None or not all(g.numel() for g in gradients):
         return _empirical(probing, everything)
@@ -84,7 +91,7 @@ def find_parts(
     v = probing.probe(everything)
     second = (v, widened_product(v))
     looks = [_Look.of(probing, own, *first, *second) for own in groups]
-    return [part for look in looks for part in look.parts(samples)]
+    return [part for look in looks for part in look.parts(samples, exact)]
 
 
 def _empirical(probing: Probing, members: Sequence[int], why: str = "") -> list[CurvaturePart]:
@@ -130,12 +137,8 @@ class _Look:
     def _shapes(self) -> tuple[torch.Size, ...]:
         return tuple(x.shape for x in self.u)
 
-    def parts(self, samples: int) -> list[CurvaturePart]:
-        """Return the curvature of the members.
-
-        Args:
-            samples: How many vectors are drawn where a block is too wide to be formed.
-        """
+    def parts(self, samples: int, exact: bool) -> list[CurvaturePart]:
+        """Return the curvature of the members; see `find_parts` for the arguments."""
         join = Layout("all", self._shapes).join
         u, Hu, v, Hv = (join(x) for x in (self.u, self.Hu, self.v, self.Hv))
         if not bool(Hu.isfinite().all() & Hv.isfinite().all()):
@@ -156,7 +159,7 @@ class _Look:
         found = self._categorical(diagonal)
         if found is not None:
             return [found]
-        return self._diagonal() if diagonal else [self._blocks(samples)]
+        return self._diagonal() if diagonal else [self._blocks(samples, exact)]
 
     def _is_diagonal(self) -> bool:
         for u, Hu, v, Hv in zip(self.u, self.Hu, self.v, self.Hv, strict=True):
@@ -205,22 +208,24 @@ class _Look:
         fit = softmax_fit(self.probing, k, *looks)
         if fit is None or (diagonal and bool(fit.misfit >= self._diagonal_misfit())):
             return None
-        z, likelihood = self.probing.value(k), CrossEntropy("sum")
+        z, likelihood = fit.logits, CrossEntropy("sum")
         if fit.axis != z.ndim - 1 or z.ndim <= 2:
             return CurvaturePart((k,), None, likelihood, z, fit.weights, "categorical")
         layout = Layout("last", (z.shape,))  # as F.cross_entropy sees z after a view
         found = (likelihood, layout.join([z]), fit.weights.reshape(-1))
         return CurvaturePart((k,), layout, *found, "categorical")
 
-    def _blocks(self, samples: int) -> CurvaturePart:
+    def _blocks(self, samples: int, exact: bool) -> CurvaturePart:
         layout = self._rows()
         alone = layout.kind != "all"
         name = "blocks" if alone else "mixed rows"
         fewest, most = KRYLOV_STEPS
         size = sum(x.numel() for x in self.u)
+        most = ROW_STEPS if alone and layout.width <= MAX_BLOCK else most
         steps = min(most, layout.width, MAX_KRYLOV_ENTRIES // max(size, 1))
         likelihood: RowHessians | KrylovRows
-        if layout.width <= (MAX_BLOCK if alone else MAX_SINGLE_BLOCK):
+        fast = exact or not alone or size * layout.width**2 <= MAX_ROOT_WORK
+        if fast and layout.width <= (MAX_BLOCK if alone else MAX_SINGLE_BLOCK):
             likelihood = self._formed(layout)
         elif steps >= fewest:
             likelihood = self._krylov(layout, steps, samples)

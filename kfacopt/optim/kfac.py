@@ -75,23 +75,28 @@ class KFACOptimizer(Optimizer):
 
         Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr Δ,    θ ← (1 − lr λ) θ − (lr Δ + μ m),
 
-    with the damping δ, Nesterov's momentum μ, weight decay λ and ν = min(1, √(κ / (lr² Σ⟨Δ, ∇⟩)))
-    of the unscaled Δ. All other parameters are trained by AdamW with `fallback_lr`.
+    with the damping δ, Nesterov's momentum μ, weight decay λ and ν = min(1, √(κ / (lr₀² Σ⟨Δ, ∇⟩)))
+    of the unscaled Δ and the initial lr₀. All other parameters are trained by AdamW with
+    `fallback_lr`.
 
-    Which loss is minimised is seen from the calls of `cross_entropy`, `mse_loss`,
-    `binary_cross_entropy_with_logits` and `nll_loss` (by their `nn` modules or functions) on the
-    model's output, on views and functions of it, or inside the model. F is the Fisher of the
-    objective on which `backward` is called: of `loss / k`, of a weighted sum of losses, of a sum
-    divided by a number. Terms that are not recognised count by their gradient alone.
+    The objective is whatever scalar is differentiated, and F its Fisher or GGN: of `loss / k`, of a
+    weighted sum of losses, of a sum divided by a number. `cross_entropy`, `mse_loss`,
+    `binary_cross_entropy_with_logits` and `nll_loss` are known by their calls, on the model's
+    output, on functions of it, or inside the model. Of anything else that is computed from the
+    outputs, the positive part of the second derivative at the outputs is found
+    (`kfacopt.likelihoods.structure`), or the empirical Fisher where it has none; a penalty on
+    parameters counts by its gradient alone. `describe` tells what was used. Matrices that are
+    multiplied without a call of their module are layers, too (`kfacopt.kfac.matrix_uses`).
 
     Args:
         params: Parameters, named parameters or groups, as for any `torch.optim` optimizer. Groups
             may set `lr`, `momentum`, `nesterov`, `weight_decay`, `damping`, `fallback_lr`,
             `maximize` and `foreach`. A joint block [W | b] takes W's damping.
         lr: The learning rate, in units of a natural-gradient step: 1 is a full one; a number, or
-            a tensor of one, as for AdamW (the other settings of groups, too). Where the clip
-            is active (ν < 1) the step's length follows from κ alone, and a schedule acts where it
-            falls below that: tune `kl_clip` first. `"auto"` chooses step size, momentum and damping
+            a tensor of one, as for AdamW (the other settings of groups, too). The step's length
+            is proportional to it, clipped or not; where the clip is active (ν < 1), a step at the
+            initial rate is as long as κ says, so tune `kl_clip` first, and let a schedule do the
+            rest. `"auto"` chooses step size, momentum and damping
             in every step, for large or full batches: see `kfacopt.optim.steps.self_tuning`. The
             groups' `lr` is then 1, and what schedulers make of it multiplies the steps;
             `momentum=0` leaves momentum out, `damping` is where the adaptation starts,
@@ -127,7 +132,8 @@ class KFACOptimizer(Optimizer):
             10, or 1 for `lr="auto"`.
         inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`.
         kl_clip: κ > 0, about twice the KL divergence by which a step without momentum may move the
-            model's predictions; steps are as long as √κ. `None` switches it off.
+            model's predictions at the initial lr; such steps are as long as √κ. `None` switches it
+            off.
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         layers: Which kinds of modules are preconditioned, as a list of classes, of those in
             docs/layers.md and those given to `kfacopt.register_layer`; AdamW trains what is in
@@ -161,8 +167,7 @@ class KFACOptimizer(Optimizer):
     Raises:
         ValueError: If an argument is out of its range, no module owns the parameters, or layers
             outside of `model` own some.
-        RuntimeError: In `step`, if no loss was recognised.
-        UnsupportedLossError: In `backward`, for an option of a known loss that is not supported.
+        RuntimeError: In `step`, if no backward pass from the outputs was ever seen.
 
     Example:
         >>> import torch
@@ -259,7 +264,7 @@ class KFACOptimizer(Optimizer):
             What the closure returned, or `None`.
 
         Raises:
-            RuntimeError: If there are gradients but no loss was recognised so far.
+            RuntimeError: If there are gradients but no backward pass from outputs was seen so far.
             DecompositionError: If a layer's factors cannot be inverted (repeatedly).
         """
         result = None

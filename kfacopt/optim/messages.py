@@ -104,6 +104,16 @@ def without_curvature(layer: Layer) -> str:
     )
 
 
+def derivatives_left_out() -> str:
+    """Say that an objective contains derivatives of the model, whose curvature is not counted."""
+    return (
+        "the objective contains derivatives of the model that torch.autograd.grad took (a gradient "
+        "penalty, the residual of a differential equation). Their gradients count, their curvature "
+        "does not; that of the other terms does. Where they are most of the objective, take them "
+        "with kfacopt.input_derivatives(model, x), which has the curvature."
+    )
+
+
 def used_otherwise(layers: Iterable[Layer]) -> str:
     """Say that layers have no curvature, as not all uses of their parameters were seen.
 

@@ -52,6 +52,8 @@ def take_pending(
         pending = average_moments(pending, curvature.layers, settings.curvature.form, group)
     elif exchanged:
         notices.warn("exchanged", messages.unwrapped_averaging())
+    if statistics.objectives.partial:
+        notices.warn("derivatives", messages.derivatives_left_out())
     due = settings.schedule.factors_due(step)
     for layer in reached if pending and due else ():
         if layer not in pending and curvature.has_statistics(layer):

@@ -89,6 +89,7 @@ class Statistics:
         rewind(self._labels_of_step)
         self._labels_of_step = None
         self._pending = WaitingMoments()
+        self._num_objectives = 0
         self.reached: set[Layer] = set()
         self.others.finish()
         self._objective: list[Term] = []
@@ -153,14 +154,16 @@ class Statistics:
     def _count_objective(self, objective: Objective, upstream: Tensor, layers: set[Layer]) -> None:
         """Collect moments of layers from what is to be minimised, but for its known losses."""
         with bookkeeping_kept([objective.edge]):
-            found = curvature_of(objective, upstream, self._settings)
+            seed = self._labels.seed_of(self._num_objectives)
+            found = curvature_of(objective, upstream, self._settings, seed)
+        self._num_objectives += 1
         passes = objective.passes
         if self._settings.fisher_type == "empirical":
             # The gradients of known losses in the user's own pass are those of the whole objective.
             known = {node_key(node) for node in found.piece.recognised}
             passes = [p for p in passes if not known & p.recognised]
         if found.piece.derived:
-            self.objectives.note_derived(found.piece)
+            self.objectives.note_derived(found)
         if found.parts:
             self._count_found(found, passes, layers)
             term = found.term(objective, upstream)

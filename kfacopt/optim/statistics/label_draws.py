@@ -57,6 +57,16 @@ class LabelDraws:
             self._key = key
         return self._own
 
+    def seed_of(self, number: int) -> int:
+        """Return a seed for what else is drawn in this step, which leaves the labels alone.
+
+        Args:
+            number: Counts what is seeded in this step.
+        """
+        key = (self.generator().initial_seed(), self.step, number)
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+        return int.from_bytes(digest, "big")
+
     def mark(self) -> Mark:
         """Return what `rewind` takes to draw the same numbers again."""
         generator = self.generator()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -19,6 +20,8 @@ from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.watch.forward_pass import ForwardPass
 from kfacopt.optim.watch.objectives import Objective, Piece
 from kfacopt.optim.watch.recorded_calls import ScalarTerm
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,19 +121,19 @@ class ObjectiveLog:
 
     Attributes:
         curvature: For each objective its curvature, in words.
-        derived: Whether one of them contained derivatives of the model.
+        partial: Whether one of them contained derivatives of the model beside terms that count.
     """
 
     def __init__(self) -> None:
         """Start with nothing."""
         self.curvature: dict[str, str] = {}
         self._logged: set[tuple[str, str]] = set()
-        self.derived = False
+        self.partial = False
 
-    def note_derived(self, piece: Piece) -> None:
+    def note_derived(self, found: FoundCurvature) -> None:
         """Take note of an objective that contains derivatives of the model."""
-        self.derived = True
-        self.note(f"{piece.title}, of derivatives of the model", "not counted")
+        self.partial = self.partial or bool(found.parts or found.piece.recognised)
+        self.note(f"{found.piece.title}, of derivatives of the model", "not counted")
 
     def note_unseen(self, value: Tensor) -> None:
         """Take note of an objective of which nothing but gradients by outputs is known."""
@@ -146,7 +149,7 @@ class ObjectiveLog:
 
 
 def curvature_of(
-    objective: Objective, upstream: Tensor, settings: CurvatureSettings
+    objective: Objective, upstream: Tensor, settings: CurvatureSettings, seed: int
 ) -> FoundCurvature:
     """Find the curvature of an objective, but for the known losses that it contains.
 
@@ -154,20 +157,24 @@ def curvature_of(
         objective: The scalar, whose graph is alive.
         upstream: The derivative that the backward pass starts with.
         settings: Which curvature is collected.
+        seed: Seeds what wide blocks are multiplied with.
 
     Returns:
         The curvature; without parts if no output lies behind the scalar, but for known losses.
     """
     piece = objective.piece()
+    if not piece.arrivals:
+        return FoundCurvature(piece, [], [], [])
+    given = (upstream, settings, seed)
     with would_be_pass(), _retained_gradients_kept(objective.passes):
-        found = _curvature_at(piece, upstream, settings)
+        found = _curvature_at(piece, *given)
         for part in found.parts:
             # One number, as of a loss that a model returns, has no data to count.
             single = found.gradients[part.members[0]].numel() == 1
             if not part.empirical or (settings.fisher_type == "empirical" and not single):
                 continue
             deeper = piece.deeper(objective.passes, found.numbers[part.members[0]])
-            inner = None if deeper is None else _curvature_at(deeper, upstream, settings)
+            inner = None if deeper is None else _curvature_at(deeper, *given)
             if inner is None or not inner.parts:
                 continue
             if single or not any(p.empirical for p in inner.parts):
@@ -175,23 +182,23 @@ def curvature_of(
     return found
 
 
-def _curvature_at(piece: Piece, upstream: Tensor, settings: CurvatureSettings) -> FoundCurvature:
+def _curvature_at(
+    piece: Piece, upstream: Tensor, settings: CurvatureSettings, seed: int
+) -> FoundCurvature:
     edges = [arrival.edge for arrival in piece.arrivals]
-    if not edges:
-        return FoundCurvature(piece, [], [], [])
-    note, samples = "", settings.mc_samples
+    note = ""
     twice = settings.fisher_type != "empirical"
     cut = [*piece.recognised, *piece.ended, *(edge.node for edge in piece.derived)]
-    try:
-        graph = GraphPiece(piece.edge, edges, upstream, cut, twice)
-    except (RuntimeError, NotImplementedError) as error:
-        note = _reason(error)
+    graph, failure = _attempt(lambda: GraphPiece(piece.edge, edges, upstream, cut, twice))
+    if graph is None:
+        note = failure
         graph = GraphPiece(piece.edge, edges, upstream, cut, False)
     numbers = [k for k, g in enumerate(graph.gradients) if g is not None]
     if not numbers:
         return FoundCurvature(piece, [], [], [])
     gradients = [g for g in graph.gradients if g is not None]
-    values = [piece.arrivals[k].value for k in numbers]
+    arrivals = [piece.arrivals[k] for k in numbers]
+    values = [a.known_value() if twice and not note else a.value for a in arrivals]
 
     def product(vectors: list[Tensor]) -> list[Tensor]:
         full: list[Tensor | None] = [None] * len(edges)
@@ -200,15 +207,16 @@ def _curvature_at(piece: Piece, upstream: Tensor, settings: CurvatureSettings) -
         products = graph.product(full)
         return [products[k] for k in numbers]
 
-    if settings.fisher_type == "type-2":
-        samples = KRYLOV_SAMPLES
-    try:
-        multiply = product if twice and not note else None
-        parts = find_parts(values, gradients, multiply, samples)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
-        note = _reason(error)
+    exact = settings.fisher_type == "type-2"
+    count = KRYLOV_SAMPLES if exact else settings.mc_samples
+    parts = None
+    if twice and not note:
+        options = (count, exact, seed)
+        parts, note = _attempt(lambda: find_parts(values, gradients, product, *options))
+        unknown = parts is not None and any(part.kind == "not finite" for part in parts)
+        if unknown and all(bool(g.isfinite().all()) for g in gradients):  # as of |z| at z = 0
+            parts, note = None, "its second derivative is not finite"
+    if parts is None:
         parts = find_parts(values, gradients, None)
     return FoundCurvature(piece, numbers, gradients, parts, note)
 
@@ -217,8 +225,19 @@ def _shape_in_words(shape: Sequence[int]) -> str:
     return f"({', '.join(map(str, ('N', *shape[1:])))})"
 
 
-def _reason(error: Exception) -> str:
-    return f"no second derivative: {str(error).splitlines()[0][:80]}"
+def _attempt(function: Callable[[], T]) -> tuple[T | None, str]:
+    """Return what a function of ours returns, or `None` and why there is no second derivative.
+
+    The user's own backward pass may do without one: whatever a function on the way raises when it
+    is asked for it, training goes on.
+    """
+    try:
+        return function(), ""
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        return None, f"no second derivative: {lines[0][:80]}"
 
 
 @contextmanager

@@ -18,6 +18,10 @@ from kfacopt.optim.steps.update import ByParameter, apply_step
 class ClippedStep:
     """Moves parameters along ν lr Δ, with momentum and decoupled weight decay.
 
+    ν bounds the step that the rates which the optimizer was made with would take. So it does not
+    depend on what a schedule makes of lr: half of lr is half of the step, clipped or not, as if κ
+    were multiplied by (lr / initial lr)².
+
     Args:
         kl_clip: κ; `None` does not clip.
 
@@ -51,7 +55,8 @@ class ClippedStep:
         """
         lr = {p: group["lr"] for group in groups for p in group["params"]}
         if directions and self._kl_clip is not None:
-            grads, lrs = [gradients[p] for p in directions], [lr[p] for p in directions]
+            initial = {p: g["base_lr"] or g["lr"] for g in groups for p in g["params"]}
+            grads, lrs = [gradients[p] for p in directions], [initial[p] for p in directions]
             self.scale = kl_clip_scale(grads, list(directions.values()), lrs, self._kl_clip)
         factors: dict[tuple[float, torch.device], Any] = {}
         for p, d in directions.items():

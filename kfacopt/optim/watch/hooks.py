@@ -55,16 +55,16 @@ class _Others:
 
 
 class _ModuleHooks:
-    """Our two hooks on a module, hidden from all but its calls; a handle."""
+    """Our hooks on a module, hidden from all but its calls; a handle."""
 
     def __init__(
-        self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]
+        self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any] | None
     ) -> None:
-        before, after = _Hook(enter), _Hook(leave)
-        self._handles = [
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
-        ]
+        before = _Hook(enter)
+        self._handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
+        if leave is not None:
+            options: dict[str, Any] = {"prepend": True, "with_kwargs": True, "always_call": True}
+            self._handles.append(module.register_forward_hook(_Hook(leave), **options))
         self._module = weakref.ref(module)
         _hide_hooks(module)
 
@@ -91,13 +91,15 @@ def _hide_hooks(module: nn.Module) -> None:
 
 
 def module_hooks(
-    modules: Iterable[nn.Module], enter: Callable[..., Any], leave: Callable[..., Any]
+    modules: Iterable[nn.Module],
+    enter: Callable[..., Any],
+    leave: Callable[..., Any] | None = None,
 ) -> list[Any]:
-    """Call `enter` before and `leave` after the forward pass of modules.
+    """Call `enter` before and `leave`, if there is one, after the forward pass of modules.
 
     Args:
         modules: The modules; scripted ones take no hooks, and are left out.
-        enter: A method of module, args, kwargs.
+        enter: A method of module, args, kwargs, which may return others of the last two.
         leave: A method of module, args, kwargs and output (`None` after an exception). It comes
             before hooks of the user's own, which may change the output.
 

@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor
 from torch.nn import functional as F
 
 from kfacopt.likelihoods import (
     Bernoulli,
     CrossEntropy,
-    Likelihood,
     NegativeLogLikelihood,
     SquaredError,
     UnsupportedLossError,
     checked,
     widened,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class LossCall:
-    """A recognised call of a loss function.
-
-    Attributes:
-        likelihood: What the loss means.
-        output: The tensor z that the curvature refers to, with its graph.
-        target: The targets, or `None` where they are part of z (MSE: z is the residual).
-    """
-
-    likelihood: Likelihood
-    output: Tensor
-    target: Tensor | None
+from kfacopt.likelihoods.registry import LOSS_RULES, LossRule
+from kfacopt.likelihoods.registry import LossCall as LossCall
 
 
 def _legacy_reduction(arguments: dict[str, Any]) -> str:
@@ -76,10 +61,20 @@ def _bernoulli_call(arguments: dict[str, Any]) -> LossCall:
     return LossCall(checked(likelihood), arguments["input"], arguments["target"])
 
 
-KNOWN_LOSSES: dict[Callable[..., Any], inspect.Signature] = {
-    function: inspect.signature(function)
-    for function in (F.cross_entropy, F.nll_loss, F.mse_loss, F.binary_cross_entropy_with_logits)
-}
+# The four, and what users register.
+KNOWN_LOSSES = LOSS_RULES
+KNOWN_LOSSES.update(
+    {
+        F.cross_entropy: LossRule(
+            inspect.signature(F.cross_entropy), partial(_categorical_call, "cross_entropy")
+        ),
+        F.nll_loss: LossRule(inspect.signature(F.nll_loss), partial(_categorical_call, "nll_loss")),
+        F.mse_loss: LossRule(inspect.signature(F.mse_loss), _squared_error_call),
+        F.binary_cross_entropy_with_logits: LossRule(
+            inspect.signature(F.binary_cross_entropy_with_logits), _bernoulli_call
+        ),
+    }
+)
 
 
 def recognise_call(
@@ -95,10 +90,4 @@ def recognise_call(
     Raises:
         UnsupportedLossError: If the loss is known but an option of it is not supported.
     """
-    bound = KNOWN_LOSSES[function].bind(*args, **kwargs)
-    bound.apply_defaults()
-    if function is F.mse_loss:
-        return _squared_error_call(bound.arguments)
-    if function is F.binary_cross_entropy_with_logits:
-        return _bernoulli_call(bound.arguments)
-    return _categorical_call(function.__name__, bound.arguments)
+    return KNOWN_LOSSES[function].call(args, kwargs)

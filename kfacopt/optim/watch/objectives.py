@@ -14,9 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn import functional as F
 
+from kfacopt.kfac.capture import LayerUse
 from kfacopt.optim.watch.forward_pass import ForwardPass, node_key
 from kfacopt.optim.watch.recorded_calls import LayerSource, Source
 
@@ -33,12 +36,25 @@ class Arrival:
         behind: Where a backward pass from z to the layers starts.
         value: z without a graph; `None` for the output of a layer, which is not kept.
         source: Where z was computed, if calls are recorded.
+        use: The use of a layer whose output z is.
     """
 
     edge: GradientEdge
     behind: GradientEdge
     value: Tensor | None
     source: Source | LayerSource | None = None
+    use: LayerUse | None = None
+
+    def known_value(self) -> Tensor | None:
+        """Return z, computed again for a linear layer; `None` for others."""
+        use = self.use
+        if self.value is not None or use is None or type(use.module) is not nn.Linear:
+            return self.value
+        if use.constants is not None or use.input._version != use.version:
+            return None
+        weight, device = use.module.weight, use.input.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return F.linear(use.input.to(weight.dtype), weight, use.module.bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +132,7 @@ class Objective:
                 if p.call is not None and use.module is not None:
                     source = LayerSource(p.call, use.module, calls[use.module])
                     calls[use.module] += 1
-                yield Arrival(use.edge, use.edge, None, source)
+                yield Arrival(use.edge, use.edge, None, source, use)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,7 +31,7 @@ from kfacopt.optim.watch.forward_pass import (
     node_key,
 )
 from kfacopt.optim.watch.loss_calls import KNOWN_LOSSES, recognise_call
-from kfacopt.optim.watch.recorded_calls import Call, LossOrigin, Source, Surroundings
+from kfacopt.optim.watch.recorded_calls import CONTAINERS, Call, LossOrigin, Source, Surroundings
 
 
 class ProbedTensor(Tensor):
@@ -60,7 +61,9 @@ class ProbedTensor(Tensor):
         call = None
         if any(p.call is not None for p in passes):
             call = record_call(func, args, kwargs)
-        alone = all(issubclass(t, ProbedTensor) for t in types)
+        # A backward pass calls modules again, where their activations are checkpointed.
+        backward = func in _DIFFERENTIATIONS
+        alone = not backward and all(issubclass(t, ProbedTensor) for t in types)
         with _plain(probed, alone), _differentiated(func, args, kwargs, probed):
             result = func(*args, **kwargs)
         if func in KNOWN_LOSSES:
@@ -171,8 +174,9 @@ def _differentiated(
     """Tell observers of what is differentiated while a function runs that does that."""
     handles: list[Any] = []
     if func in _DIFFERENTIATIONS:
-        roots = tree_flatten(args[0] if args else list(kwargs.values())[:1])[0]
-        inputs = args[1] if func is torch.autograd.grad and len(args) > 1 else kwargs.get("inputs")
+        arguments = dict(zip(_DIFFERENTIATIONS[func], args, strict=False)) | kwargs
+        roots = tree_flatten(arguments[_DIFFERENTIATIONS[func][0]])[0]
+        inputs = arguments.get("inputs")
         given = {id(x): x for x in roots if isinstance(x, Tensor)}
         for root in {id(x): x for x in probed if id(x) in given}.values():
             others = [x for x in given.values() if x is not root]
@@ -196,7 +200,11 @@ def _note_derivatives(results: Any) -> None:
                 forward_pass.derivatives.add(node_key(edge.node))
 
 
-_DIFFERENTIATIONS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+# What differentiates, and its positional arguments.
+_DIFFERENTIATIONS = {
+    function: tuple(inspect.signature(function).parameters)
+    for function in (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+}
 
 
 def _passes_of(tree: Any) -> Iterator[ForwardPass]:
@@ -235,6 +243,9 @@ class _Prober:
             for field in dataclasses.fields(leaf):
                 value = self.tree(getattr(original, field.name))
                 object.__setattr__(leaf, field.name, value)
+        elif isinstance(leaf, CONTAINERS):
+            leaf = copy.copy(leaf)
+            vars(leaf).update((name, self.tree(value)) for name, value in vars(leaf).items())
         return leaf
 
     def _tensor(self, tensor: Tensor) -> Tensor:
@@ -275,7 +286,8 @@ def probe(outputs: Any, forward_pass: ForwardPass, parents: list[ForwardPass]) -
     """Return a module's outputs with every differentiable tensor probed.
 
     Args:
-        outputs: A tensor, or tensors in containers, registered pytrees or dataclasses.
+        outputs: A tensor, or tensors in containers, registered pytrees, dataclasses or
+            `CONTAINERS`.
         forward_pass: The call that made them.
         parents: The calls that fed it.
     """

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten
 
 from kfacopt.data import random_devices
@@ -156,14 +159,21 @@ class ScalarTerm:
 Term = ObjectiveTerm | ScalarTerm
 
 
+# Values that hold tensors as attributes, and may be copied.
+CONTAINERS = (Distribution, SimpleNamespace, UserDict)
+
+
 def tensor_leaves(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in containers, registered pytrees and dataclasses, in a fixed order."""
+    """Yield the tensors in containers, pytrees, dataclasses and `CONTAINERS`, in a fixed order."""
     for leaf in tree_flatten(tree)[0]:
         if isinstance(leaf, Tensor):
             yield leaf
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             for entry in dataclasses.fields(leaf):
                 yield from tensor_leaves(getattr(leaf, entry.name))
+        elif isinstance(leaf, CONTAINERS):
+            for value in vars(leaf).values():
+                yield from tensor_leaves(value)
 
 
 def in_order(roots: Iterable[Call]) -> list[Call]:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from kfacopt.data import is_evaluating
 from kfacopt.kfac.capture import in_would_be_pass, record_use
 from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.unrolled import is_recurrent
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.watch.activation_checkpointing import refuse_reentrant_checkpointing
 from kfacopt.optim.watch.arrivals import ArrivalWatch
@@ -42,6 +43,7 @@ from kfacopt.optim.watch.probed_tensors import (
     unprobe,
 )
 from kfacopt.optim.watch.recorded_calls import LossOrigin, Surroundings
+from kfacopt.optim.watch.recurrence import RecurrenceWatch
 from kfacopt.optim.watch.wrappers import WrapperWatch, follow_through_wrapper, unwrapped
 
 
@@ -117,7 +119,7 @@ class Watch:
         self._settings, self._receiver, self._wrappers = settings, receiver, wrappers
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._mode: LossCallMode | None = None
-        self._arrivals = ArrivalWatch(receiver)
+        self._arrivals, self._recurrence = ArrivalWatch(receiver), RecurrenceWatch(receiver)
         leave_hooks_uncompiled(ProbedTensor)
         self._passes: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
         self.uncompiled: type[nn.Module] | None = None
@@ -144,6 +146,7 @@ class Watch:
             modules = [module for _, module in self.living_modules()]
             layers = {layer.anchor: layer for layer in self._layers}
             self._handles += module_hooks(modules, self._enter, self._leave)
+            self._handles += module_hooks(filter(is_recurrent, modules), self._recurrence.enter)
             self._handles += gradient_hooks(layers, self._receiver.accumulate_gradient)
         elif not active:
             remove_hooks(self._handles)
