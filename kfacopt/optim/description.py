@@ -53,7 +53,8 @@ class Description:
     Attributes:
         objectives: Each objective that was differentiated on a step with due factors.
         parameters: Each parameter.
-        preconditioned_share: The share of all entries of matrices that have curvature.
+        preconditioned_share: The share of all entries of matrices, but frozen ones, that have
+            curvature.
         parameter_bytes: Of all parameters.
         state_bytes: Of the optimizer's state.
     """
@@ -81,7 +82,7 @@ class Description:
         parts.append(_table(("parameter", "shape", "layer", "curvature", "state"), own))
         ratio = self.state_bytes / max(self.parameter_bytes, 1)
         parts.append(
-            f"{100 * self.preconditioned_share:.1f} % of the entries of matrices are "
+            f"{100 * self.preconditioned_share:.1f} % of the entries of matrices that are trained are "
             f"preconditioned; state {_size(self.state_bytes)}, {ratio:.1f} bytes for each byte of "
             "parameters"
         )
@@ -114,7 +115,9 @@ def describe(
         active = not text.startswith("AdamW")
         rows.append(DescribedParameter(names[id(p)], tuple(p.shape), layer, text, active, size))
     matrices = [
-        (p.numel(), row.preconditioned) for p, row in zip(params, rows, strict=True) if p.ndim > 1
+        (p.numel(), row.preconditioned)
+        for p, row in zip(params, rows, strict=True)
+        if p.ndim > 1 and p.requires_grad
     ]
     total = sum(count for count, _ in matrices)
     share = sum(count for count, active in matrices if active) / total if total else 0.0

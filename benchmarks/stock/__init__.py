@@ -1,0 +1,1 @@
+"""Stock architectures in tiny configurations, each with a synthetic task."""
