@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.linear import LinearFamily
-from kfacopt.kfac.layers.matrix import Matrix, Product, Span
+from kfacopt.kfac.layers.matrix import Matrix, Product, Span, by_axis
 from kfacopt.kfac.parameter_views import (
     AxisRange,
     ParameterView,
@@ -182,17 +182,19 @@ def _product(
     layout = _layout(p, operand)
     if layout is None:
         return None
-    roles, outputs, groups = layout
-    a = a.detach()
-    a = a.mT if left else a
+    roles, ranges, outputs, groups = layout
+    inputs = [(r.axis, r.length) for r in ranges[-2]]
+    a = by_axis(a.detach().mT if left else a.detach(), inputs)
     if "g" not in roles:
         a = a.reshape(-1, a.shape[-1])
     before = node.next_functions[places[1] if left else places[0]]
     edges = () if before[0] is None else (GradientEdge(*before),)
-    bias = None if left or "g" in roles else _bias(node, parents, p, outputs, operand.shape[-1])
-    return MatrixUse(
-        p, bias, roles, a, GradientEdge(node, 0), edges, Product(left, outputs, groups)
-    )
+    order = tuple((r.axis, r.length) for r in ranges[-1])
+    order = () if order == tuple(sorted(order)) else order
+    plain = not left and "g" not in roles and not order
+    bias = _bias(node, parents, p, outputs, operand.shape[-1]) if plain else None
+    product = Product(left, outputs, groups, order)
+    return MatrixUse(p, bias, roles, a, GradientEdge(node, 0), edges, product)
 
 
 def _is_recomputed(node: Any, saved: str) -> bool:
@@ -201,8 +203,10 @@ def _is_recomputed(node: Any, saved: str) -> bool:
     return getattr(hook, "__qualname__", "").startswith("_checkpoint_hook")
 
 
-def _layout(p: Parameter, view: ParameterView) -> tuple[str, Span | None, Span | None] | None:
-    """Return the roles of a parameter's axes, and which outputs and groups a product has.
+def _layout(
+    p: Parameter, view: ParameterView
+) -> tuple[str, list[list[AxisRange]], Span | None, Span | None] | None:
+    """Return the roles of a parameter's axes, ranges, and which outputs and groups a product has.
 
     Args:
         p: The parameter.
@@ -226,7 +230,7 @@ def _layout(p: Parameter, view: ParameterView) -> tuple[str, Span | None, Span |
             return None
         roles[i] = role
     ranges = [r for own in found for r in own] + [AxisRange(i, starts[i], 1) for i in single]
-    if any(own != sorted(own, key=lambda r: r.axis) for own in found):
+    if len(found) == 3 and found[0] != sorted(found[0], key=lambda r: r.axis):
         return None
     spans: dict[str, Span | None] = {"g": None, "o": None, "i": None}
     for role in "goi":
@@ -235,7 +239,7 @@ def _layout(p: Parameter, view: ParameterView) -> tuple[str, Span | None, Span |
         if partial and (role == "i" or len(own) != 1):
             return None
         spans[role] = Span(partial[0].start, p.shape[partial[0].axis]) if partial else None
-    return "".join(roles[i] for i in range(p.ndim)), spans["o"], spans["g"]
+    return "".join(roles[i] for i in range(p.ndim)), found, spans["o"], spans["g"]
 
 
 def _starts(view: ParameterView, p: Parameter) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -33,11 +34,24 @@ class Product:
         left: Whether it is W x, whose data are columns.
         outputs: Which outputs it has, if not all.
         groups: Which groups it has, if not all.
+        order: The parameter's axes that its outputs have, with their sizes, if they are in another
+            order.
     """
 
     left: bool = False
     outputs: Span | None = None
     groups: Span | None = None
+    order: tuple[tuple[int, int], ...] = ()
+
+
+def by_axis(rows: Tensor, axes: Sequence[tuple[int, int]]) -> Tensor:
+    """Bring the last axis of rows, made of several axes and sizes, into the order of the axes."""
+    if len(axes) < 2 or list(axes) == sorted(axes):
+        return rows
+    lead = range(rows.ndim - 1)
+    places = [rows.ndim - 1 + i for i in sorted(range(len(axes)), key=lambda i: axes[i])]
+    split: Tensor = rows.unflatten(-1, [n for _, n in axes])
+    return split.permute(*lead, *places).flatten(rows.ndim - 1)
 
 
 class Matrix(LayerFamily):
@@ -75,6 +89,7 @@ class Matrix(LayerFamily):
             rows = rows.reshape(1, rows.shape[:-1].numel(), rows.shape[-1])
         elif rows.ndim == 2:
             rows = rows.unsqueeze(0)
+        rows = by_axis(rows, module.order)
         if module.outputs is not None:
             before = module.outputs.start
             rows = F.pad(rows, (before, module.outputs.total - before - rows.shape[-1]))
