@@ -32,6 +32,15 @@ class Linear(nn.Module):
         return self.use(x, self.W, self.b)
 
 
+def routed(x, W, use):
+    """One expert of four for each datum; the last has none."""
+    out, expert = x.new_zeros(len(x), 3), (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
+    for e in range(3):
+        chosen = expert == e
+        out = out.index_add(0, chosen.nonzero()[:, 0], use(x[chosen], W[e]))
+    return out
+
+
 EXACT = {
     # name: (what the model does with x [N, 4], W and b; W's shape; whether it adds b)
     "linear": (lambda x, W, b: F.linear(x, W, b), (3, 4), True),
@@ -53,6 +62,62 @@ EXACT = {
     "heads turned": (
         lambda x, W, b: (x @ W.permute(1, 2, 0).reshape(4, 6)).unflatten(1, (3, 2)),
         (2, 4, 3),
+        False,
+    ),
+    "conv1d": (lambda x, W, b: F.conv1d(x.reshape(-1, 2, 2), W, b, padding=1), (3, 2, 2), True),
+    "conv2d": (
+        lambda x, W, b: F.conv2d(F.pad(x.reshape(-1, 1, 2, 2), [1] * 4, "reflect"), W, stride=2),
+        (3, 1, 2, 3),
+        False,
+    ),
+    "conv3d": (
+        lambda x, W, b: F.conv3d(x.reshape(-1, 2, 1, 2, 1), W, padding="same", groups=2),
+        (4, 1, 1, 3, 1),
+        False,
+    ),
+    "conv_transpose1d": (
+        lambda x, W, b: F.conv_transpose1d(x.reshape(-1, 2, 2), W, b, 2, 1, 1),
+        (2, 3, 3),
+        True,
+    ),
+    "conv_transpose2d": (
+        lambda x, W, b: F.conv_transpose2d(
+            x.reshape(-1, 4, 1, 1).expand(-1, 4, 2, 1), W, groups=2, dilation=2, padding=1
+        ),
+        (4, 2, 2, 2),
+        False,
+    ),
+    "experts": (
+        lambda x, W, b: torch.bmm(x.reshape(-1, 2, 2).mT.transpose(0, 1), W).transpose(0, 1),
+        (2, 2, 3),
+        False,
+    ),
+    "experts, einsum": (
+        lambda x, W, b: torch.einsum("nei,eoi->neo", x.reshape(-1, 2, 2), W),
+        (2, 3, 2),
+        False,
+    ),
+    "experts, added to": (
+        lambda x, W, b: torch.baddbmm(
+            torch.ones(1, 1, 3), x.reshape(-1, 2, 2).transpose(0, 1), W
+        ).transpose(0, 1),
+        (2, 2, 3),
+        False,
+    ),
+    "experts on the left": (
+        lambda x, W, b: torch.bmm(W, x.reshape(-1, 2, 2).permute(1, 2, 0)).permute(2, 0, 1),
+        (2, 3, 2),
+        False,
+    ),
+    "routed experts": (lambda x, W, b: routed(x, W, lambda a, w: F.linear(a, w)), (4, 3, 4), False),
+    "routed, inputs first": (
+        lambda x, W, b: routed(x, W, lambda a, w: torch.cat([a @ w[:, :1], a @ w[:, 1:]], 1)),
+        (4, 4, 3),
+        False,
+    ),
+    "some of the experts": (
+        lambda x, W, b: torch.bmm(x.reshape(-1, 2, 2).transpose(0, 1), W[1:3]).transpose(0, 1),
+        (4, 2, 3),
         False,
     ),
     "turned copies": (

@@ -14,7 +14,14 @@ from kfacopt import argument_checks
 from kfacopt.data import Batch, evaluation, iterate, run_determinism_check, some, sum_gradients
 from kfacopt.kfac.block_diagonal import KFACInverseLinearOperator, KroneckerBlockLinearOperator
 from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
-from kfacopt.kfac.factors import FactorForm, Factors, factor_dtype, grad_output_moment, input_moment
+from kfacopt.kfac.factors import (
+    FactorForm,
+    Factors,
+    factor_dtype,
+    grad_output_moment,
+    input_moment,
+    mean_input,
+)
 from kfacopt.kfac.layers import (
     KFAC_APPROXES,
     Block,
@@ -227,7 +234,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             inputs[layer], grads[layer] = (
                 torch.zeros(shape, dtype=dtype, device=device) for shape in self._form.shapes(layer)
             )
-        rows = dict.fromkeys(inputs, 0)
+        rows: dict[Layer, Any] = dict.fromkeys(inputs, 0)
         counts = []
         for X, y, output, uses, gradients in self._passes("K-FAC factors"):
             counts.append(self._fisher.counts(widened(output), X, y))
@@ -240,10 +247,12 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             for layer, own in group_by_layer(u for u in uses if u in reached).items():
                 moment, count = input_moment(layer, own, self._form)
                 inputs[layer] += moment
-                rows[layer] += count
+                rows[layer] = rows[layer] + count
         self._scale = self._fisher.scale(counts)
         return {
-            layer: KroneckerProduct(grads[layer] * self._scale, inputs[layer] / max(rows[layer], 1))
+            layer: KroneckerProduct(
+                grads[layer] * self._scale, mean_input(inputs[layer], rows[layer])
+            )
             for layer in inputs
         }
 

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import CheckpointFunction
 
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
+from kfacopt.kfac.factors import of_all_groups
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.matrix_uses import (
     MatrixLayout,
@@ -150,7 +151,8 @@ def is_undercounted(
             g = use.grad_rows(arrived[use].to(wide))
             rows += g.shape[1] * g.shape[2]
             for total, product in zip((explained, bound), _products(use, g, param), strict=True):
-                total += layer.family.from_matrix(product, param.shape)
+                whole_product = of_all_groups(layer, [use], [product])
+                total += layer.family.from_matrix(whole_product, param.shape)
     dtypes = {*(z.dtype for z in values), param.dtype, *(g.dtype for g in arrived.values())}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)  # autocast's, too
     return not bool(((whole - explained).abs() <= _ROUND_OFFS * eps * rows**0.5 * bound).all())

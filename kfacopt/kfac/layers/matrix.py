@@ -19,10 +19,12 @@ class Span:
 
     Attributes:
         start: The first one.
+        length: How many there are.
         total: How many the matrix has.
     """
 
     start: int
+    length: int
     total: int
 
 
@@ -67,7 +69,7 @@ class Matrix(LayerFamily):
     datum_axes, bias_name = 1, None
 
     def __init__(self, roles: str) -> None:
-        self.roles = roles
+        self.roles, self.routed = roles, "g" in roles
 
     @property
     def inputs_first(self) -> bool:
@@ -78,6 +80,11 @@ class Matrix(LayerFamily):
         """Take all rows where they are not the first axis of g."""
         return module is not None and (module.left or x.ndim > 2)
 
+    def groups_used(self, module: Any) -> slice | None:
+        """Return the experts of a product."""
+        span = module.groups
+        return None if span is None else slice(span.start, span.start + span.length)
+
     def inputs(self, module: Any, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
         """Bring `[R, d_in]` to `[1, R, 1, d_in]`, `[B, R, d_in]` to `[B, R, 1, d_in]`."""
         return (x if x.ndim == 3 else x.unsqueeze(0)).unsqueeze(2), 1
@@ -85,7 +92,7 @@ class Matrix(LayerFamily):
     def grad_outputs(self, module: Any, g: Tensor) -> Tensor:
         """Bring `[B, R, outputs]`, `[B, outputs, R]`, or without B, to `[B, R, 1, d_out]`."""
         rows = g.mT if module.left else g
-        if "g" not in self.roles:
+        if not self.routed:
             rows = rows.reshape(1, rows.shape[:-1].numel(), rows.shape[-1])
         elif rows.ndim == 2:
             rows = rows.unsqueeze(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
-from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers import Kinds, Layer
 from kfacopt.kfac.matrix_uses import MatrixLayout
 from kfacopt.kfac.unseen_uses import is_undercounted, past_modules
 from kfacopt.optim.watch.forward_pass import ForwardPass
@@ -22,6 +22,7 @@ class OtherUses:
     Args:
         layers: The layers.
         params: Those that may be matrices in no layer.
+        kinds: The kinds of modules that are layers; a product is what `nn.Linear` does.
 
     Attributes:
         found: Matrices in no layer that products alone use, and how.
@@ -31,7 +32,8 @@ class OtherUses:
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
-    def __init__(self, layers: Sequence[Layer], params: Sequence[Parameter]) -> None:
+    def __init__(self, layers: Sequence[Layer], params: Sequence[Parameter], kinds: Kinds) -> None:
+        self._kinds = tuple(kinds)
         self._layer_of = {p: la for la in layers for p in (la.weight, la.bias) if p is not None}
         free = [p for p in params if p.ndim > 1 and p.requires_grad and p.is_floating_point()]
         self.free = [p for p in free if p not in self._layer_of and p.numel()]
@@ -57,7 +59,8 @@ class OtherUses:
         uses = [use for p in passes for use in p.uses]
         past = past_modules(edges, uses, self._layer_of, self.free)
         for p, layout in past.found.items():
-            self.found.setdefault(p, layout)
+            if layout.kind(p) in self._kinds:
+                self.found.setdefault(p, layout)
         if passes:
             passes[-1].uses += past.uses
         uses = [*uses, *past.uses]
