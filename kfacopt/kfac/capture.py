@@ -65,6 +65,11 @@ class LayerUse:
         """Return the gradient by the module's output as `[B, N, S, d_out]`."""
         return self.family.grad_outputs(self.call, g)
 
+    @property
+    def groups(self) -> slice | None:
+        """Which of the layer's groups it has; `None` for all."""
+        return self.family.groups_used(self.call)
+
     def adds(self, bias: Parameter | None) -> float:
         """Return the input of a bias: 1, or 0 if the module, which may share W alone, lacks it."""
         own = self.family.bias_name

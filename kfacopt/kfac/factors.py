@@ -73,6 +73,10 @@ class FactorForm:
         A = layer.diagonal_input or self.diagonal(layer.d_in)
         return A, layer.family.elementwise or self.diagonal(layer.d_out)
 
+    def count_shape(self, layer: Layer) -> tuple[int, ...]:
+        """Return the shape of the number of a layer's inputs: `[B]` where groups have own ones."""
+        return (layer.groups,) if layer.family.routed else ()
+
     def shapes(self, layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of a layer's A and G."""
         B, sides = layer.groups, (layer.d_in, layer.d_out)
@@ -96,6 +100,16 @@ def second_moment(x: Tensor, diagonal: bool) -> Tensor:
 
 def _total(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(list(values)).sum(0)
+
+
+def of_all_groups(layer: Layer, uses: Sequence[LayerUse], values: Sequence[Tensor]) -> Tensor:
+    """Return the sum `[B, ...]` over uses of values for the groups that each has."""
+    if not layer.family.routed:
+        return _total(values)
+    total = values[0].new_zeros(layer.groups, *values[0].shape[1:])
+    for use, value in zip(uses, values, strict=True):
+        total[use.groups or slice(None)] += value
+    return total
 
 
 def bordered(put: Callable[[Tensor], object], sums: Tensor, count: int, constant: float) -> Tensor:
@@ -162,11 +176,14 @@ def sparse_rows(uses: Sequence[LayerUse]) -> list[SparseRows]:
     return found
 
 
-def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tuple[Tensor, int]:
+def input_moment(
+    layer: Layer, uses: Sequence[LayerUse], form: FactorForm
+) -> tuple[Tensor, int | Tensor]:
     """Return Σ a aᵀ and the number of summands, over the uses of a layer in one forward pass.
 
     Returns:
-        The sum `[B, d_in, d_in]` (or its diagonal), and how many vectors it sums.
+        The sum `[B, d_in, d_in]` (or its diagonal), and how many vectors it sums; `[B]` where
+        groups have counts of their own.
 
     Raises:
         NotImplementedError: If the positions of derivatives by the input, where a bias does not
@@ -186,11 +203,12 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
     if sparse:
         squares = [rows.squares(form.reduce) for rows in sparse]
         return _total([values for values, _ in squares]), sum(count for _, count in squares)
-    if not form.reduce and len(uses) > 1 and all(use.module is None for use in uses):
+    loop = len(uses) > 1 and all(use.module is None for use in uses)
+    if loop and not (form.reduce or layer.family.routed):
         # Products of a loop, few rows each: one sum over all of them.
         rows = torch.cat([input_rows(layer, use).flatten(1, 2) for use in uses], 1)
         return second_moment(rows.unsqueeze(2), diagonal), rows.shape[1]
-    if not form.reduce:
+    if not form.reduce or layer.family.routed:
         moments = [_expanded_moment(layer, use, diagonal) for use in uses]
     else:
         means = [use.inputs(dtype, reduce=True) for use in uses]
@@ -203,7 +221,11 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
             _rows_moment(layer, a, diagonal, [use], [1.0])
             for use, (a, _) in zip(uses, means, strict=True)
         ]
-    return _total([moment for moment, _ in moments]), sum(count for _, count in moments)
+    summed = of_all_groups(layer, uses, [moment for moment, _ in moments])
+    if not layer.family.routed:
+        return summed, sum(count for _, count in moments)
+    counts = [moment.new_full((len(moment),), count) for moment, count in moments]
+    return summed, of_all_groups(layer, uses, counts)
 
 
 def elementwise_moment(layer: Layer, uses: Sequence[LayerUse], grads: Sequence[Tensor]) -> Tensor:
@@ -235,19 +257,32 @@ def grad_output_moment(
     if layer.weight is None:  # a bias acts on values alone, not on derivatives by the input
         pairs = zip(uses, grads, strict=True)
         grads = [g if u.constants is None else g * u.constants.to(g)[:, None] for u, g in pairs]
-    if form.reduce:
+    if form.reduce and not layer.family.routed:
         rows = [use.grad_rows(g).sum(2, keepdim=True) for use, g in zip(uses, grads, strict=True)]
         if len({g.shape[1] for g in rows}) == 1:
             rows = [_total(rows)]
         return _total([second_moment(g, diagonal) for g in rows])
-    if len(uses) > 1 and all(use.module is None for use in uses):
+    loop = len(uses) > 1 and all(use.module is None for use in uses)
+    if loop and not layer.family.routed:
         rows = [use.grad_rows(g).flatten(1, 2) for use, g in zip(uses, grads, strict=True)]
         return second_moment(torch.cat(rows, 1).unsqueeze(2), diagonal)
     moments = []
     for use, g in zip(uses, grads, strict=True):
         known = None if diagonal else use.family.grad_output_moment(g, layer.groups)
         moments.append(second_moment(use.grad_rows(g), diagonal) if known is None else known)
-    return _total(moments)
+    return of_all_groups(layer, uses, moments)
+
+
+def along(numbers: Tensor, value: Tensor) -> Tensor:
+    """Return a number, or one for each group `[B]`, to be multiplied with values `[B, ...]`."""
+    return numbers.reshape(-1, *(1,) * (value.ndim - 1)) if numbers.ndim else numbers
+
+
+def mean_input(total: Tensor, count: int | Tensor) -> Tensor:
+    """Return A from Σ a aᵀ `[B, ...]`, in its memory, and the number of summands (`[B]`)."""
+    if isinstance(count, Tensor):
+        return total.div_(along(count.clamp(min=1), total))
+    return total.div_(max(count, 1))
 
 
 def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -> None:
@@ -260,10 +295,10 @@ def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -
     Args:
         average: The average, of any shape.
         value: The new value, of the same shape.
-        weight: w, a scalar.
-        total_weight: W, a scalar that already includes w.
+        weight: w, a scalar, or one for each group.
+        total_weight: W, which already includes w.
     """
-    share = (weight / total_weight).to(value.dtype)
+    share = along(weight / total_weight, value).to(value.dtype)
     if average.dtype == value.dtype:
         average.lerp_(value, share)
     else:
