@@ -82,7 +82,7 @@ class Description:
         parts.append(_table(("parameter", "shape", "layer", "curvature", "state"), own))
         ratio = self.state_bytes / max(self.parameter_bytes, 1)
         parts.append(
-            f"{100 * self.preconditioned_share:.1f} % of the entries of matrices that are trained are "
+            f"{100 * self.preconditioned_share:.1f} % of the entries of trained matrices are "
             f"preconditioned; state {_size(self.state_bytes)}, {ratio:.1f} bytes for each byte of "
             "parameters"
         )
