@@ -74,6 +74,10 @@ def masked(z):
     return z.scatter(1, (LABELS[:, None] + 1) % C, -torch.inf)
 
 
+def at_pixels(z):
+    return z.log_softmax(1).gather(1, PIXELS)
+
+
 def smoothed(z):
     log_p = z.log_softmax(-1)
     return -(0.9 * log_p[range(N), LABELS] + 0.1 * log_p.mean(-1)).mean()
@@ -216,6 +220,16 @@ OTHERS = {
     ),
     "cross entropy, axis 1 as long as the last": Case(
         lambda z: -z.log_softmax(1)[:, 1].mean(), ((2, C, C),), ("categorical",)
+    ),
+    "focal, axis 1": Case(
+        lambda z: -((1 - at_pixels(z).exp()) ** 2 * at_pixels(z)).mean(),
+        ((3, C, 2, 2),),
+        ("blocks",),
+    ),
+    "gaussian of two images": Case(
+        lambda m, s: F.gaussian_nll_loss(m.sum(1), PIXELS[:, 0].double(), s[:, 0].exp()),
+        ((3, 2, 2, 2), (3, 1, 2, 2)),
+        ("blocks",),
     ),
     "cross entropy of one datum": Case(lambda z: -z.log_softmax(0)[1], ((C,),), ("categorical",)),
     "policy gradient": Case(

@@ -344,6 +344,35 @@ def test_an_elbo_of_an_encoder_and_a_decoder():
     assert_factors(optimizer, lambda: twin(X), layers_of(twin), elbo)
 
 
+def test_a_decoder_that_takes_an_object():
+    """What is in it is not told from other tensors; what comes out is z all the same."""
+
+    class Code(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(4, 6)
+
+        def forward(self, x):
+            return Outputs(*self.layer(x).chunk(2, -1))
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, code):
+            return self.layer(code.mean * code.log_variance.exp()).tanh()
+
+    pair = nn.ModuleDict({"encoder": Code(), "decoder": Decoder()})
+    twin, optimizer = copy.deepcopy(pair), make(pair)
+    encoder, decoder = pair["encoder"], pair["decoder"]
+    LOSSES["Huber"](decoder(encoder(X))).backward()
+    optimizer.step()
+    run = lambda: (twin["decoder"](twin["encoder"](X)),)  # noqa: E731
+    assert_factors(optimizer, run, layers_of(twin), LOSSES["Huber"])
+
+
 def test_two_models_in_one_loss():
     class Pair(nn.Module):
         def __init__(self):

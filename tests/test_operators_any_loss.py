@@ -163,6 +163,10 @@ SAMPLED = {
     ),
     "coupled squares": (coupled_squares, (5,)),
     "contrastive": (contrastive, (4,)),
+    "rows along axis 1": (
+        lambda z, y: coupled_squares(z.movedim(1, -1), y.movedim(1, -1)) + z[:, 0].exp().mean(),
+        (3, 2),
+    ),
 }
 
 

@@ -533,14 +533,18 @@ def test_a_layer_that_no_hook_sees_is_named_once():
     optimizer.step()
 
 
-def test_attention_projections_are_trained_by_the_fallback(caplog):
+def test_attention_projections_have_blocks_from_the_second_step_on(caplog):
     model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
     with caplog.at_level("INFO", "kfacopt"):
         optimizer = KFACOptimizer(model.parameters())
     assert "self_attn.out_proj.weight" in caplog.text
-    before = model.self_attn.in_proj_weight.detach().clone()
-    step(optimizer, F.mse_loss(model(X.reshape(2, 3, 4)), torch.zeros(2, 3, 4)))
-    assert not torch.equal(before, model.self_attn.in_proj_weight)
+    for number_of_fallbacks in (8, 4):  # then: the scales and shifts of two norms
+        before = model.self_attn.in_proj_weight.detach().clone()
+        optimizer.zero_grad()
+        step(optimizer, F.mse_loss(model(X.reshape(2, 3, 4)), torch.zeros(2, 3, 4)))
+        assert not torch.equal(before, model.self_attn.in_proj_weight)
+        assert optimizer.statistics()["fallback_parameters"] == number_of_fallbacks
+    assert optimizer.factors("self_attn.out_proj.weight").input_factor.trace() > 0
 
 
 def test_a_model_without_supported_layers_warns():

@@ -304,7 +304,7 @@ def test_the_optimizer_unrolls_where_factors_are_due():
         gradients = torch.autograd.grad(expected, list(plain.parameters()))
         assert_same([p.grad for p in model.parameters()], gradients, SINGLE_ROUND_OFF)
         optimizer.step()
-    assert seen == [False, True, True, False]
+    assert seen == [False, False, True, False]  # in the second step the new layers are looked at
 
 
 OPTIMIZERS = {
@@ -388,14 +388,15 @@ def test_other_hooks_get_and_give_plain_tensors(x):
 @pytest.mark.usefixtures("fused_here")
 def test_nothing_is_left_after_an_exception():
     model = Network()
-    optimizer = KFACOptimizer(model.parameters(), factor_update_interval=2)
+    optimizer = KFACOptimizer(model.parameters(), factor_update_interval=3)
     with pytest.raises(RuntimeError, match="input_size"):
         model(X[..., :2])
     with pytest.raises(RuntimeError, match="sequence length"), unrolled([model.lstm]):
         model.lstm(X[:0])
-    loss = loss_of(model)
-    loss.backward()
-    optimizer.step()
+    for _ in range(2):  # in the second step the new layers are looked at
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
     assert is_fused(loss_of(model))
     assert not model.lstm._forward_pre_hooks  # which a hook that is not removed is in
 

@@ -186,6 +186,10 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
     if sparse:
         squares = [rows.squares(form.reduce) for rows in sparse]
         return _total([values for values, _ in squares]), sum(count for _, count in squares)
+    if not form.reduce and len(uses) > 1 and all(use.module is None for use in uses):
+        # Products of a loop, few rows each: one sum over all of them.
+        rows = torch.cat([input_rows(layer, use).flatten(1, 2) for use in uses], 1)
+        return second_moment(rows.unsqueeze(2), diagonal), rows.shape[1]
     if not form.reduce:
         moments = [_expanded_moment(layer, use, diagonal) for use in uses]
     else:
@@ -236,6 +240,9 @@ def grad_output_moment(
         if len({g.shape[1] for g in rows}) == 1:
             rows = [_total(rows)]
         return _total([second_moment(g, diagonal) for g in rows])
+    if len(uses) > 1 and all(use.module is None for use in uses):
+        rows = [use.grad_rows(g).flatten(1, 2) for use, g in zip(uses, grads, strict=True)]
+        return second_moment(torch.cat(rows, 1).unsqueeze(2), diagonal)
     moments = []
     for use, g in zip(uses, grads, strict=True):
         known = None if diagonal else use.family.grad_output_moment(g, layer.groups)

@@ -59,9 +59,10 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             scalar. Of this the positive part of the Hessian at z is the curvature, found exactly
             batch by batch: where it is diagonal; that of softmax cross entropy, with any weight of
             either sign for each row, which counts by its absolute value; in rows of at most 32
-            entries; or over all of z, of at most 128 entries, where rows see each other. The risk
-            is then a sum or mean over batches. A loss of `register_likelihood` has the curvature
-            that it was given. A batch where the Hessian has no positive part adds nothing.
+            entries (of the last axis, of axis 1, or a datum's); or over all of z, of at most 128
+            entries, where rows see each other. The risk is then a sum or mean over batches. A loss
+            of `register_likelihood` has the curvature that it was given. A batch where the Hessian
+            has no positive part adds nothing.
         params: The parameters of F's rows and columns: any subset of the supported layers', in
             any order, as a list or as a dict by their names in the model.
         data: Batches `(X, y)`; may be iterated any number of times, in the same order.

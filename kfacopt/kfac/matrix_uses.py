@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
@@ -20,50 +19,48 @@ from torch.nn import Parameter
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.linear import LinearFamily
-from kfacopt.kfac.layers.matrix import Matrix, RowsOfOutputs
+from kfacopt.kfac.layers.matrix import Matrix, Product, Span
+from kfacopt.kfac.parameter_views import (
+    AxisRange,
+    ParameterView,
+    is_view,
+    parameter_behind,
+    ranges_of,
+    view_at,
+)
 
-# Of products x W: the operands' places among the node's inputs, and what has kept them.
+# Of products L R: the operands' places among the node's inputs, and what has kept them.
 _PRODUCTS = {
     "AddmmBackward0": (1, 2, "_saved_mat1", "_saved_mat2"),
     "MmBackward0": (0, 1, "_saved_self", "_saved_mat2"),
     "BmmBackward0": (0, 1, "_saved_self", "_saved_mat2"),
+    "BaddbmmBackward0": (1, 2, "_saved_batch1", "_saved_batch2"),
 }
-# Nodes that hand on entries as they are, in another shape or precision.
-_VIEWS = {
-    f"{name}Backward{number}"
-    for name in (
-        *("T", "Transpose", "Permute", "Alias", "ToCopy", "View", "UnsafeView", "ReshapeAlias"),
-        *("Unsqueeze", "Squeeze", "Expand", "Slice", "Split", "SplitWithSizes", "Select", "Clone"),
-    )
-    for number in (0, 1, 2)
-}
-_VECTOR_VIEWS = ("ToCopyBackward0", "ExpandBackward0")
-_TURNS = {"TBackward0"}
 
 Parents = dict[Any, list[tuple[Any, int]]]
 
 
 @dataclass(frozen=True, eq=False)
 class MatrixUse:
-    """A product z = a W (+ b) of rows a with a matrix.
+    """A product of rows a with a matrix, z = W a (+ b).
 
     Attributes:
         weight: The parameter.
         bias: The vector that is added, if it is a parameter.
-        inputs_first: Whether W is kept as `[d_in, d_out]`.
-        input: a `[R, d_in]`.
+        roles: Of the parameter's axes, see `Matrix`.
+        input: a `[R, d_in]`, or `[B, R, d_in]` for groups.
         edge: The gradient edge of the product.
         input_edges: Those of a.
-        outputs: Which outputs it has, if not all.
+        product: Which part of the matrix it has, and where.
     """
 
     weight: Parameter
     bias: Parameter | None
-    inputs_first: bool
+    roles: str
     input: Tensor
     edge: GradientEdge
     input_edges: tuple[GradientEdge, ...]
-    outputs: RowsOfOutputs | None
+    product: Product
 
 
 def matrix_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter, list[MatrixUse]]:
@@ -71,29 +68,30 @@ def matrix_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter
 
     Args:
         parents: For each node of the graph, whose input it is and which one; see `graph_parents`.
-        params: The parameters to look for; only matrices are found.
+        params: The parameters to look for; vectors are not found.
     """
     leaves = {id(n.variable): n for n in parents if hasattr(n, "variable")}
     found = {}
     for p in params:
         leaf = leaves.get(id(p))
-        uses = None if leaf is None or p.ndim != 2 else _uses_of(p, leaf, parents)
-        if uses and len({use.inputs_first for use in uses}) == 1:
+        uses = None if leaf is None or p.ndim < 2 else _uses_of(p, leaf, parents)
+        roles = {use.roles for use in uses or ()}
+        if uses and len(roles) == 1 and "g" not in uses[0].roles:
             found[p] = uses
     return found
 
 
 def vector_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter, int]:
-    """Return how many operations have each of some vectors, or a cast of one, as an operand."""
+    """Return how many operations have each of some vectors, or a view or cast, as an operand."""
     leaves = {id(n.variable): n for n in parents if hasattr(n, "variable")}
     found = {}
     for p in params:
         if p.ndim == 1 and id(p) in leaves:
             waiting, found[p] = [leaves[id(p)]], 0
             for node in waiting:  # which grows
-                for parent, _ in parents[node]:
-                    if parent.name() in _VECTOR_VIEWS:
-                        waiting.append(parent)
+                for parent, place in parents[node]:
+                    if place >= 0 and is_view(parent):
+                        waiting += [] if parent in waiting else [parent]
                     else:
                         found[p] += 1
     return found
@@ -127,47 +125,74 @@ def graph_parents(edges: Iterable[GradientEdge], behind: dict[Any, list[Any]]) -
 def _uses_of(p: Parameter, leaf: Any, parents: Parents) -> list[MatrixUse] | None:
     """Return all uses of a matrix; `None` if one of them is no product."""
     uses: list[MatrixUse] = []
-    waiting = [(leaf, False)]
+    waiting: list[tuple[Any, int, ParameterView]] = [(leaf, 0, ParameterView.whole(p.shape))]
     while waiting:
-        node, turned = waiting.pop()
-        if not parents[node]:
+        node, output_nr, view = waiting.pop()
+        own = [(n, k) for n, k in parents[node] if k < 0 or n.next_functions[k][1] == output_nr]
+        if not own:
             return None
-        for parent, place in parents[node]:
-            name = parent.name()
-            if name in _VIEWS:
-                waiting.append((parent, turned != (name in _TURNS)))
+        for parent, place in own:
+            if place >= 0 and is_view(parent):
+                for nr in _outputs_used(parent, parents):
+                    seen = view_at(parent, nr, view)
+                    if seen is None:
+                        return None
+                    waiting.append((parent, nr, seen))
                 continue
             use = None
-            if name in _PRODUCTS and place == _PRODUCTS[name][1]:
-                use = _product(p, parent, turned, parents, simple=name != "BmmBackward0")
+            if place >= 0 and parent.name() in _PRODUCTS:
+                use = _product(p, view, parent, place, parents)
             if use is None:
                 return None
             uses.append(use)
     return uses
 
 
+def _outputs_used(node: Any, parents: Parents) -> set[int]:
+    """Return which outputs of a node others have as an input."""
+    return {n.next_functions[k][1] if k >= 0 else 0 for n, k in parents[node]}
+
+
 def _product(
-    p: Parameter, node: Any, turned: bool, parents: Parents, simple: bool
+    p: Parameter, view: ParameterView, node: Any, place: int, parents: Parents
 ) -> MatrixUse | None:
-    first, _, input_name, weight_name = _PRODUCTS[node.name()]
-    if any(_is_recomputed(node, name) for name in (input_name, weight_name)):
+    """Return a node as a product with a parameter; `None` if it is none that is known.
+
+    Args:
+        p: The parameter.
+        view: Which of its entries an operand has, `[..., n, m]`.
+        node: The node.
+        place: Which operand.
+        parents: The graph.
+    """
+    *places, left_name, right_name = _PRODUCTS[node.name()]
+    if place not in places or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    left = place == places[0]
+    kept = right_name if left else left_name
+    if _is_recomputed(node, kept):
         return None
     try:
-        a, W = getattr(node, input_name), getattr(node, weight_name)
+        a = getattr(node, kept)
     except RuntimeError:  # changed in place since, or its memory is gone
         return None
-    if a is None or getattr(node, "_saved_alpha", 1) != 1:
+    if a is None:
         return None
-    a = a.detach()
-    layout = _layout(p, a, W, turned, simple)
+    operand = view.permuted([*range(len(view.axes) - 2), -1, -2]) if left else view
+    layout = _layout(p, operand)
     if layout is None:
         return None
-    inputs_first, outputs = layout
-    before = node.next_functions[first]
+    roles, outputs, groups = layout
+    a = a.detach()
+    a = a.mT if left else a
+    if "g" not in roles:
+        a = a.reshape(-1, a.shape[-1])
+    before = node.next_functions[places[1] if left else places[0]]
     edges = () if before[0] is None else (GradientEdge(*before),)
-    size = W.shape[-1] if W is not None else p.shape[1 if inputs_first else 0]
-    bias = _bias(node, parents, size) if outputs is None else None
-    return MatrixUse(p, bias, inputs_first, a, GradientEdge(node, 0), edges, outputs)
+    bias = None if left or "g" in roles else _bias(node, parents, p, outputs, operand.shape[-1])
+    return MatrixUse(
+        p, bias, roles, a, GradientEdge(node, 0), edges, Product(left, outputs, groups)
+    )
 
 
 def _is_recomputed(node: Any, saved: str) -> bool:
@@ -176,62 +201,94 @@ def _is_recomputed(node: Any, saved: str) -> bool:
     return getattr(hook, "__qualname__", "").startswith("_checkpoint_hook")
 
 
-def _layout(
-    p: Parameter, a: Tensor, W: Tensor | None, turned: bool, simple: bool
-) -> tuple[bool, RowsOfOutputs | None] | None:
-    """Return whether p is kept as `[d_in, d_out]`, and which outputs a product has.
+def _layout(p: Parameter, view: ParameterView) -> tuple[str, Span | None, Span | None] | None:
+    """Return the roles of a parameter's axes, and which outputs and groups a product has.
 
     Args:
         p: The parameter.
-        a: The input.
-        W: The operand that is p, or a view or cast of it, `[..., d_in, outputs]`, if it was kept.
-        turned: Whether it is the transpose of a view of p.
-        simple: Whether nothing but transposes can have changed the shape.
+        view: Which of its entries the product has as `[..., d_in, outputs]`.
     """
-    if W is None:  # for an input that needs no gradient the operand is not kept
-        whole = simple and a.shape[-1] == p.shape[0 if not turned else 1]
-        return (not turned, None) if (whole and p.shape[0] != p.shape[1]) or whole else None
-    if W.ndim == 3 and W.shape[0] != 1 and W.stride(0) != 0:
+    if len(view.axes) == 3 and all(stride == 0 for _, stride in view.axes[0]):
+        view = view.selected(0, 0)
+    found = ranges_of(view, p.shape)
+    if found is None:
         return None
-    rows, columns = p.shape
-    d_in, outputs = W.shape[-2:]
-    strides, own = W.stride()[-2:], (columns, 1)
-    if not p.is_contiguous():
+    letters = "gio" if len(found) == 3 else "io"
+    roles: dict[int, str] = {r.axis: x for x, own in zip(letters, found, strict=True) for r in own}
+    single = [i for i, n in enumerate(p.shape) if i not in roles]
+    if len(single) > 1 and any(p.shape[i] > 1 for i in single):
         return None
-    if W.dtype == p.dtype and W.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
+    starts = _starts(view, p)
+    for i in single:  # one index, or an axis of one entry
+        role = "o" if p.ndim == 2 and "o" not in roles.values() else "g"
+        role = "i" if p.ndim == 2 and "i" not in roles.values() and p.shape[i] == 1 else role
+        if p.ndim == 2 and role == "g":
+            return None
+        roles[i] = role
+    ranges = [r for own in found for r in own] + [AxisRange(i, starts[i], 1) for i in single]
+    if any(own != sorted(own, key=lambda r: r.axis) for own in found):
         return None
-    offset = W.storage_offset() - (p.storage_offset() if W.dtype == p.dtype else 0)
-    if strides == own and (d_in, outputs) == (rows, columns) and offset == 0:
-        return True, None
-    if strides != own[::-1] or d_in != columns or offset % columns:
-        return None
-    if outputs == rows:
-        return False, None
-    return False, RowsOfOutputs(offset // columns, rows)
+    spans: dict[str, Span | None] = {"g": None, "o": None, "i": None}
+    for role in "goi":
+        own = [r for r in ranges if roles[r.axis] == role]
+        partial = [r for r in own if r.length != p.shape[r.axis]]
+        if partial and (role == "i" or len(own) != 1):
+            return None
+        spans[role] = Span(partial[0].start, p.shape[partial[0].axis]) if partial else None
+    return "".join(roles[i] for i in range(p.ndim)), spans["o"], spans["g"]
 
 
-def _bias(node: Any, parents: Parents, size: int) -> Parameter | None:
-    """Return the vector that is added to a product's rows, if it is a parameter."""
+def _starts(view: ParameterView, p: Parameter) -> list[int]:
+    starts, offset = [], view.offset
+    for size in reversed(p.shape):
+        starts.append(offset % size)
+        offset //= size
+    return starts[::-1]
+
+
+def _bias(
+    node: Any, parents: Parents, weight: Parameter, outputs: Span | None, size: int
+) -> Parameter | None:
+    """Return the vector that is added to a product's rows, if it is a parameter.
+
+    Args:
+        node: The product.
+        parents: The graph.
+        weight: The matrix.
+        outputs: Which of its outputs the product has, if not all.
+        size: How many.
+    """
     if node.name() == "AddmmBackward0":
-        return _vector(node.next_functions[0][0], size) if node._saved_beta == 1 else None
+        return _vector(node.next_functions[0], outputs, size) if node._saved_beta == 1 else None
+    if node.name() == "BaddbmmBackward0":
+        return None
     while len(parents[node]) == 1:
         parent, place = parents[node][0]
+        if place < 0:
+            return None
         if parent.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+            if parent._input_metadata[0].shape[-1] != size:
+                return None
             node = parent
             continue
         if parent.name() != "AddBackward0" or parent._saved_alpha != 1:
             return None
-        return _vector(parent.next_functions[1 - place][0], size)
+        return _vector(parent.next_functions[1 - place], outputs, size)
     return None
 
 
-def _vector(node: Any, size: int) -> Parameter | None:
-    while node is not None and node.name() in _VECTOR_VIEWS:
-        node = node.next_functions[0][0]
-    variable = getattr(node, "variable", None)
-    if not isinstance(variable, Parameter) or variable.shape != torch.Size([size]):
+def _vector(edge: tuple[Any, int], outputs: Span | None, size: int) -> Parameter | None:
+    """Return the vector that an edge leads to, if it has the outputs of a product."""
+    found = parameter_behind(*edge)
+    if found is None or found[0].ndim != 1:
         return None
-    return variable
+    p, view = found
+    *lead, last = view.axes
+    start, total = (0, size) if outputs is None else (outputs.start, outputs.total)
+    repeated = all(stride == 0 for parts in lead for _, stride in parts)
+    own = () if size == 1 else ((size, 1),)
+    fits = repeated and last == own and view.offset == start and len(p) == total
+    return p if fits else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,43 +296,45 @@ class MatrixLayout:
     """How a matrix that no module's call uses is multiplied.
 
     Attributes:
-        inputs_first: Whether W is kept as `[d_in, d_out]`.
+        roles: Of the parameter's axes, see `Matrix`.
         bias: What all products with it add.
     """
 
-    inputs_first: bool
+    roles: str
     bias: Parameter | None
 
     @classmethod
     def of(cls, uses: Sequence[MatrixUse]) -> MatrixLayout:
         """Return what products have in common."""
         bias = uses[0].bias if len({id(use.bias) for use in uses}) == 1 else None
-        return cls(uses[0].inputs_first, bias)
+        return cls(uses[0].roles, bias)
 
-    def layer(self, name: str, weight: Parameter, joint: bool) -> Layer:
+    def layer(self, name: str, weight: Parameter, has_bias: bool, separate: bool) -> Layer:
         """Return the layer that the matrix is.
 
         Args:
             name: The parameter's name.
             weight: The parameter.
-            joint: Whether [W | b] is one matrix, if there is a bias.
+            has_bias: Whether the bias, if there is one, is the layer's.
+            separate: Whether W and b have blocks of their own.
         """
-        has_bias = joint and self.bias is not None
-        bias = self.bias if has_bias else None
-        return Layer(name, weight, bias, 1, has_bias, Matrix(self.inputs_first))
+        bias, family = self.bias if has_bias else None, Matrix(self.roles)
+        groups = family.matrix_shape(weight.shape, 1)[0]
+        return Layer(name, weight, bias, groups, bias is not None and not separate, family)
 
 
 def fits(use: MatrixUse, layer: Layer) -> bool:
     """Tell whether a product can count as a use of a layer."""
     family = layer.family
     if isinstance(family, Matrix):
-        return family.inputs_first == use.inputs_first
-    linear = type(family) is LinearFamily and family.inputs_first == use.inputs_first
-    return linear and use.outputs is None and layer.weight is use.weight
+        return family.roles == use.roles
+    linear = type(family) is LinearFamily and use.roles == ("io" if family.inputs_first else "oi")
+    plain = use.product == Product() and layer.weight is use.weight
+    return linear and plain
 
 
 def as_layer_use(use: MatrixUse, layer: Layer) -> LayerUse:
     """Return a product as a use of its layer."""
     a, version = use.input, use.input._version
     edges = use.input_edges
-    return LayerUse(layer, None, use.outputs, a, use.edge, version, edges, None, use.bias)
+    return LayerUse(layer, None, use.product, a, use.edge, version, edges, None, use.bias)

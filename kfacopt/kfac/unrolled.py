@@ -19,6 +19,8 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from kfacopt.data import is_evaluating
+
 State = tuple[Tensor, ...]
 
 
@@ -270,7 +272,7 @@ def unroll(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.compiler.is_compiling()
-        or not any(p.requires_grad for p in module.parameters())
+        or not (is_evaluating() or any(p.requires_grad for p in module.parameters()))
     ):
         return None
     x = args[0] if args else kwargs.get("input")

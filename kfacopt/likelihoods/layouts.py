@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Size, Tensor
 
-# Entries of the last axis, of all axes but the first, or all of them, are a row.
-RowKind = Literal["last", "datum", "all"]
+# What a row has the entries of: the last axis, axis 1 where there are others behind it, all axes
+# but the first, or all of them.
+RowKind = Literal["last", "channels", "datum", "all"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,14 @@ class Layout:
             return 1, shape.numel()
         if self.kind == "last" and len(shape) > 1:
             return shape[:-1].numel(), shape[-1]
+        if self.kind == "channels" and len(shape) > 2:
+            return shape[0] * shape[2:].numel(), shape[1]
         return shape[0], shape[1:].numel()
+
+    @property
+    def in_order(self) -> bool:
+        """Whether rows one after the other are a tensor's entries in their order."""
+        return self.kind != "channels"
 
     def fits(self) -> bool:
         """Tell whether the tensors have as many rows each."""
@@ -44,6 +52,8 @@ class Layout:
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Bring tensors to `[R, C]`."""
+        if self.kind == "channels":
+            tensors = [t.movedim(1, -1) if t.ndim > 2 else t for t in tensors]
         rows = [t.reshape(self._rows(s)) for t, s in zip(tensors, self.shapes, strict=True)]
         return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
 
@@ -51,4 +61,9 @@ class Layout:
         """Invert `join`."""
         widths = [self._rows(shape)[1] for shape in self.shapes]
         pieces = rows.split(widths, -1)
-        return [piece.reshape(s) for piece, s in zip(pieces, self.shapes, strict=True)]
+        return [self._tensor(piece, s) for piece, s in zip(pieces, self.shapes, strict=True)]
+
+    def _tensor(self, piece: Tensor, shape: Size) -> Tensor:
+        if self.kind == "channels" and len(shape) > 2:
+            return piece.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        return piece.reshape(shape)

@@ -40,7 +40,9 @@ class CurvaturePart:
 
     @property
     def num_rows(self) -> int:
-        """How many rows of the output do not see each other."""
+        """How many rows of a member's entries, in their order, do not see each other."""
+        if self.layout is not None and not self.layout.in_order:
+            return self.layout.shapes[0][0]
         return self.output.shape[0] if self.likelihood.has_data_axis(self.output) else 1
 
     def vectors(

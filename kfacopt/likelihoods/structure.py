@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 from kfacopt.likelihoods.categorical import CrossEntropy
 from kfacopt.likelihoods.found import KrylovRows, RowGradients, RowHessians, SecondDerivative
 from kfacopt.likelihoods.interface import widened
-from kfacopt.likelihoods.layouts import Layout
+from kfacopt.likelihoods.layouts import Layout, RowKind
 from kfacopt.likelihoods.parts import CurvaturePart
 from kfacopt.likelihoods.probing import Probing, Product, separating_signs
 from kfacopt.likelihoods.roots import KrylovSpace, lanczos_rows, positive_root
@@ -250,7 +250,10 @@ class _Look:
     def _rows(self) -> Layout:
         """Return the smallest rows that do not see each other."""
         few = sum(x.numel() for x in self.u) * KRYLOV_STEPS[0] <= MAX_KRYLOV_ENTRIES
-        for layout in (Layout("last", self._shapes), Layout("datum", self._shapes)):
+        kinds: tuple[RowKind, ...] = ("last", "channels", "datum")
+        if all(len(shape) <= 2 for shape in self._shapes):
+            kinds = ("last", "datum")
+        for layout in (Layout(kind, self._shapes) for kind in kinds):
             usable = layout.fits() and (few or layout.width <= MAX_BLOCK)
             if usable and self._are_alone(layout):
                 return layout

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from kfacopt.kfac.layers import Layer, default_kinds, find_layers
+from kfacopt.kfac.layers import Kinds, Layer, default_kinds, families_of, find_layers
 from kfacopt.kfac.matrix_uses import MatrixLayout
 from kfacopt.optim.distributed import Ranks
 from kfacopt.optim.messages import log_layers
@@ -17,6 +17,7 @@ from kfacopt.optim.settings import Settings
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.statistics.collector import Statistics
 from kfacopt.optim.statistics.label_draws import LabelDraws
+from kfacopt.optim.statistics.other_uses import OtherUses
 from kfacopt.optim.steps.fallback import embeddings
 from kfacopt.optim.watch.gradient_exchange import ExchangeWatch
 from kfacopt.optim.watch.modules import parameter_names
@@ -114,7 +115,8 @@ def connect(
     layers += _product_layers(matrices, layers, names, settings.separate_weight_and_bias)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)
-    statistics = Statistics(curvature.layers, params, settings.curvature, labels, exchange)
+    others = OtherUses(curvature.layers, _free(params, modules, kinds))
+    statistics = Statistics(curvature.layers, others, settings.curvature, labels, exchange)
     watch = Watch(layers, modules, settings.curvature, statistics, ranks.wrappers)
     covered = {id(p) for layer in curvature.layers for p in (layer.weight, layer.bias)}
     rest = [names[id(p)] for p in params if id(p) not in covered]
@@ -122,6 +124,20 @@ def connect(
     embedded = embeddings(module for _, module in modules)
     trained = [p.requires_grad for p in params]
     return Connection(watch, statistics, names, embedded, trained, placement_of(params))
+
+
+def _free(
+    params: Sequence[Parameter], modules: Sequence[tuple[str, nn.Module]], kinds: Kinds
+) -> list[Parameter]:
+    """Return the parameters that products past modules' calls may make layers of.
+
+    Not those of modules whose kind is known, but was not chosen; and none without `nn.Linear`.
+    """
+    if nn.Linear not in kinds:
+        return []
+    others = [m for _, m in modules if not isinstance(m, tuple(kinds))]
+    left = {id(m._parameters.get(f.weight_name)) for m in others for f in families_of(m)}
+    return [p for p in params if id(p) not in left]
 
 
 def _product_layers(
@@ -137,8 +153,7 @@ def _product_layers(
         if p.requires_grad and p not in taken:
             bias = layout.bias
             usable = bias is not None and bias.requires_grad and id(bias) in names
-            joint = usable and not separate and bias not in taken
-            layer = layout.layer(names[id(p)], p, joint)
+            layer = layout.layer(names[id(p)], p, usable and bias not in taken, separate)
             taken |= {p, layer.bias}
             found.append((layer, []))
     return found

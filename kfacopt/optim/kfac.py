@@ -44,7 +44,7 @@ from kfacopt.optim.state.conversions import restore_generator, store_generator
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.state.initial import is_initialisation
 from kfacopt.optim.state.loading import load_checked
-from kfacopt.optim.state.matrices import keep_layouts, kept_layouts
+from kfacopt.optim.state.matrices import agreed_layouts, keep_layouts, kept_layouts
 from kfacopt.optim.statistics.collector import Statistics
 from kfacopt.optim.statistics.label_draws import LabelDraws
 from kfacopt.optim.statistics.moments import Moments
@@ -469,7 +469,11 @@ class KFACOptimizer(Optimizer):
             self._watch.active = False
         self._connection, self._connected = connection, True
         self._set_watching(True)
-        if params and not (self._curvature.layers or self._statistics.others.looks_on):
+        if params and not self._statistics.others.looks_on:
+            self._warn_without_layers()
+
+    def _warn_without_layers(self) -> None:
+        if not self._curvature.layers:
             self._notices.warn("no-layers", without_layers(self._settings.layers))
 
     def _reconnect_if_frozen(self) -> bool:
@@ -481,11 +485,15 @@ class KFACOptimizer(Optimizer):
 
     def _adopt_products(self) -> bool:
         """Make layers of matrices that products past modules' calls were found to use."""
-        found = self._statistics.others.found
+        if not self._statistics.collecting:
+            return False
+        others, params = self._statistics.others, self._parameters()
+        found = agreed_layouts(others.found, others.free, params, self._group)
         if not found:
+            self._warn_without_layers()
             return False
         self._matrices |= found
-        keep_layouts(self.state, found, self._parameters())
+        keep_layouts(self.state, found, params)
         self._connect(self._watch.living_modules())
         return True
 

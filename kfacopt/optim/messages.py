@@ -118,15 +118,16 @@ def used_otherwise(layers: Iterable[Layer]) -> str:
     """Say that layers have no curvature, as not all uses of their parameters were seen.
 
     Args:
-        layers: Layers whose modules are called, but whose parameters are used otherwise, too.
+        layers: Layers whose parameters are used otherwise than by calls and products, too.
     """
     names = sorted(repr(layer.name) for layer in layers)
     kind, whose = ("layer", "its") if len(names) == 1 else ("layers", "their")
     return (
         f"{kind} {', '.join(names)}: the loss depends on {whose} parameters in other ways, too, "
-        "than by calls of the module (F.linear(x, layer.weight), layer.forward(x), a derivative of "
-        f"the model by its input), which {whose} factors would lack; the AdamW fallback updates "
-        "them. To have them preconditioned, take derivatives by the input with "
+        "than by calls of the module and products with its weight (a weight in a sum, times a "
+        "number, transposed, in activation checkpointing past the module; a derivative of the "
+        f"model by its input), which {whose} factors would lack; the AdamW fallback updates them. "
+        "To have them preconditioned, take derivatives by the input with "
         "kfacopt.input_derivatives(model, x), and call the module wherever its weight is used."
     )
 

@@ -38,7 +38,7 @@ def take_pending(
         notices: Tells the user what is lacking.
 
     Raises:
-        RuntimeError: If there are gradients but no loss was recognised so far, or the ranks'
+        RuntimeError: If there are gradients of layers, but never were statistics, or the ranks'
             optimizers differ.
     """
     watch, statistics = connection.watch, connection.statistics

@@ -11,5 +11,6 @@ from kfacopt.kfac.layers.registry import Kinds as Kinds
 from kfacopt.kfac.layers.registry import all_kinds as all_kinds
 from kfacopt.kfac.layers.registry import default_kinds as default_kinds
 from kfacopt.kfac.layers.registry import described as described
+from kfacopt.kfac.layers.registry import families_of as families_of
 from kfacopt.kfac.layers.registry import is_supported as is_supported
 from kfacopt.kfac.layers.registry import register_layer as register_layer

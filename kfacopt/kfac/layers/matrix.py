@@ -3,46 +3,111 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn import functional as F
 
-from kfacopt.kfac.layers.linear import LinearFamily
+from kfacopt.kfac.layers.interface import LayerFamily
 
 
 @dataclass(frozen=True)
-class RowsOfOutputs:
-    """Which outputs of a matrix `[d_out, d_in]` a product has: a slice of its rows.
+class Span:
+    """A range of the outputs, or of the groups, of a matrix.
 
     Attributes:
         start: The first one.
-        total: d_out.
+        total: How many the matrix has.
     """
 
     start: int
     total: int
 
 
-class Matrix(LinearFamily):
-    """z = W a + b of rows a `[R, d_in]`, each of them a datum: what N was is not known any more.
+@dataclass(frozen=True)
+class Product:
+    """How one product has a matrix.
+
+    Attributes:
+        left: Whether it is W x, whose data are columns.
+        outputs: Which outputs it has, if not all.
+        groups: Which groups it has, if not all.
+    """
+
+    left: bool = False
+    outputs: Span | None = None
+    groups: Span | None = None
+
+
+class Matrix(LayerFamily):
+    """z = W a + b of rows a, each of them a datum: what N was is not known any more.
 
     Outputs that a product leaves out have g = 0. A reduced factor is that of expand.
 
     Args:
-        inputs_first: Whether W is kept as `[d_in, d_out]`.
+        roles: A letter for each of the parameter's axes: "g" for groups, each a matrix of its own
+            (as experts are), "o" for outputs, "i" for inputs. "oi" is `nn.Linear`'s.
     """
 
-    def __init__(self, inputs_first: bool) -> None:
-        super().__init__(bias_name=None, inputs_first=inputs_first)
+    datum_axes, bias_name = 1, None
+
+    def __init__(self, roles: str) -> None:
+        self.roles = roles
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether W is kept as `[d_in, d_out]`."""
+        return self.roles == "io"
+
+    def is_single(self, module: Any, x: Tensor) -> bool:
+        """Take all rows where they are not the first axis of g."""
+        return module is not None and (module.left or x.ndim > 2)
 
     def inputs(self, module: Any, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
-        """Bring `[R, d_in]` to `[1, R, 1, d_in]`."""
-        return super().inputs(module, x.flatten(0, -2), reduce)
+        """Bring `[R, d_in]` to `[1, R, 1, d_in]`, `[B, R, d_in]` to `[B, R, 1, d_in]`."""
+        return (x if x.ndim == 3 else x.unsqueeze(0)).unsqueeze(2), 1
 
     def grad_outputs(self, module: Any, g: Tensor) -> Tensor:
-        """Bring `[R, outputs]` to `[1, R, 1, d_out]`."""
-        rows = g.flatten(0, -2)
-        if isinstance(module, RowsOfOutputs):
-            rows = F.pad(rows, (module.start, module.total - module.start - rows.shape[-1]))
-        return super().grad_outputs(module, rows)
+        """Bring `[B, R, outputs]`, `[B, outputs, R]`, or without B, to `[B, R, 1, d_out]`."""
+        rows = g.mT if module.left else g
+        if "g" not in self.roles:
+            rows = rows.reshape(1, rows.shape[:-1].numel(), rows.shape[-1])
+        elif rows.ndim == 2:
+            rows = rows.unsqueeze(0)
+        if module.outputs is not None:
+            before = module.outputs.start
+            rows = F.pad(rows, (before, module.outputs.total - before - rows.shape[-1]))
+        return rows.unsqueeze(2)
+
+    # The layout -----------------------------------------------------------------------------------
+
+    def _sizes(self, shape: Size, role: str) -> list[int]:
+        return [n for n, own in zip(shape, self.roles, strict=True) if own == role]
+
+    def _order(self) -> list[int]:
+        return [i for role in "goi" for i, own in enumerate(self.roles) if own == role]
+
+    def matrix_shape(self, shape: Size, groups: int) -> tuple[int, int, int]:
+        """Return B, d_out and d_in of W, or 1, d_out and 1 of b."""
+        if len(shape) < len(self.roles):
+            return super().matrix_shape(shape, groups)
+        B, d_out, d_in = (prod(self._sizes(shape, role)) for role in "goi")
+        return B, d_out, d_in
+
+    def to_matrix(self, tensor: Tensor, shape: Size, groups: int) -> Tensor:
+        """Bring `[*lead, *shape]` to `[*lead, B, d_out, columns]`."""
+        if len(shape) < len(self.roles):
+            return super().to_matrix(tensor, shape, groups)
+        lead = tensor.ndim - len(shape)
+        turned = tensor.permute(*range(lead), *(lead + i for i in self._order()))
+        return turned.reshape(*tensor.shape[:lead], *self.matrix_shape(shape, groups))
+
+    def from_matrix(self, matrix: Tensor, shape: Size) -> Tensor:
+        """Invert `to_matrix`."""
+        if len(shape) < len(self.roles):
+            return super().from_matrix(matrix, shape)
+        order, lead = self._order(), matrix.ndim - 3
+        split = matrix.reshape(*matrix.shape[:lead], *(shape[i] for i in order))
+        back = [order.index(i) for i in range(len(order))]
+        return split.permute(*range(lead), *(lead + i for i in back))

@@ -6,13 +6,18 @@ A resumed optimizer then has their layers before its first forward pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
+from torch import distributed as dist
 from torch.nn import Parameter
 
 from kfacopt.kfac.matrix_uses import MatrixLayout
 from kfacopt.optim.state.running_averages import States
 
-INPUTS_FIRST, BIAS = "matrix_inputs_first", "matrix_bias"
+ROLES, BIAS = "matrix_roles", "matrix_bias"
+_LETTERS = "goi"
+_MANY = 2**40
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -29,9 +34,42 @@ def keep_layouts(
     numbers = {id(p): i for i, p in enumerate(params)}
     for p, layout in layouts.items():
         bias = -1 if layout.bias is None else numbers.get(id(layout.bias), -1)
-        states[p] |= {INPUTS_FIRST: int(layout.inputs_first), BIAS: bias}
+        states[p] |= {ROLES: _number(layout.roles), BIAS: bias}
         for name in _ADAMW:
             states[p].pop(name, None)
+
+
+def agreed_layouts(
+    found: Mapping[Parameter, MatrixLayout],
+    free: Sequence[Parameter],
+    params: Sequence[Parameter],
+    group: Any,
+) -> dict[Parameter, MatrixLayout]:
+    """Return the layouts that any rank has found, unless two have found different ones.
+
+    Args:
+        found: What this rank has found.
+        free: What all ranks have looked for, in order.
+        params: The optimizer's parameters, in order.
+        group: The process group; `None` if there is one process alone.
+    """
+    if group is None or not free:
+        return dict(found)
+    numbers = {id(p): i for i, p in enumerate(params)}
+    rows = []
+    for p in free:
+        layout = found.get(p)
+        bias = -1 if layout is None else numbers.get(id(layout.bias), -1)
+        own = (0, 0) if layout is None else (_number(layout.roles) + 1, bias + 2)
+        rows.append([n for x in own for n in (x, _MANY - x if layout is not None else 0)])
+    table = torch.tensor(rows, device=free[0].device)
+    dist.all_reduce(table, dist.ReduceOp.MAX, group=group)  # of each number, and of its negative
+    agreed = {}
+    for p, (roles, other_roles, bias, other_bias) in zip(free, table.tolist(), strict=True):
+        if roles and roles + other_roles == bias + other_bias == _MANY:
+            own_bias = params[bias - 2] if bias > 1 else None
+            agreed[p] = MatrixLayout(_roles(roles - 1, p.ndim), own_bias)
+    return agreed
 
 
 def kept_layouts(states: States, params: Sequence[Parameter]) -> dict[Parameter, MatrixLayout]:
@@ -39,8 +77,17 @@ def kept_layouts(states: States, params: Sequence[Parameter]) -> dict[Parameter,
     found = {}
     for p in params:
         entries = states.get(p, {})
-        if INPUTS_FIRST in entries and p.ndim == 2:
+        if ROLES in entries and p.ndim > 1:
             number = int(entries.get(BIAS, -1))
             bias = params[number] if 0 <= number < len(params) else None
-            found[p] = MatrixLayout(bool(entries[INPUTS_FIRST]), bias)
+            found[p] = MatrixLayout(_roles(int(entries[ROLES]), p.ndim), bias)
     return found
+
+
+def _number(roles: str) -> int:
+    """Return roles as digits to the base 3: states have numbers alone."""
+    return sum(_LETTERS.index(x) * 3**i for i, x in enumerate(roles))
+
+
+def _roles(number: int, axes: int) -> str:
+    return "".join(_LETTERS[number // 3**i % 3] for i in range(axes))

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import Parameter
 
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.layers import Block, Layer
@@ -43,7 +42,7 @@ class Statistics:
 
     Args:
         layers: The layers.
-        params: All parameters.
+        others: Looks for uses that no hook saw.
         settings: Which curvature is collected.
         labels: Says what labels are drawn from.
         exchange: Is told of backward passes and gradients.
@@ -54,7 +53,7 @@ class Statistics:
         collecting: Whether statistics are due.
         reached: The layers whose gradients have been accumulated since the last step.
         exchange: As above.
-        others: Uses that no hook saw.
+        others: As above.
         maximised: The `id`s of parameters whose objective is to be maximised.
         undercounted: The layers whose parameters a loss of the last step with statistics depends on
             in other ways, too, than by calls of their modules. They got no statistics from it.
@@ -64,13 +63,13 @@ class Statistics:
     def __init__(
         self,
         layers: Sequence[Layer],
-        params: Sequence[Parameter],
+        others: OtherUses,
         settings: CurvatureSettings,
         labels: LabelDraws,
         exchange: ExchangeWatch,
     ) -> None:
         self._layers, self._settings, self._labels = layers, settings, labels
-        self.exchange, self.others = exchange, OtherUses(layers, params)
+        self.exchange, self.others = exchange, others
         self.bases: Mapping[Block, Bases] = {}
         self.collecting = True
         self.maximised: set[int] = set()

@@ -33,12 +33,20 @@ class EmpiricalPass:
         self, forward_pass: ForwardPass, receive: Callable[[EmpiricalPass, LayerUse, Tensor], None]
     ) -> None:
         self.forward_pass = forward_pass
-        self._uses_of = group_by_layer(forward_pass.uses)
+        self._uses_of: dict[Layer, list[LayerUse]] = {}
+        self._hooked, self._receive = 0, weakref.WeakMethod(receive)
         self._grads: dict[Layer, dict[LayerUse, Tensor]] = {}
         self._losses: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
-        method = weakref.WeakMethod(receive)
-        for i, use in enumerate(forward_pass.uses):
-            use.edge.node.register_prehook(self._recorder(i, use.edge.output_nr, method))
+        self.follow_uses()
+
+    def follow_uses(self) -> None:
+        """Put hooks on the uses that became known since: a loss may show further ones."""
+        uses = self.forward_pass.uses
+        for i, use in enumerate(uses[self._hooked :], self._hooked):
+            hook = self._recorder(i, use.edge.output_nr, self._receive)
+            use.edge.node.register_prehook(hook)
+        if len(uses) > self._hooked:
+            self._hooked, self._uses_of = len(uses), group_by_layer(uses)
 
     def add_loss(self, output: Tensor, scale: Tensor, terms: Tensor) -> None:
         """Take note of a loss.
@@ -133,7 +141,9 @@ class EmpiricalPasses:
     def _entry(self, forward_pass: ForwardPass) -> EmpiricalPass:
         if forward_pass not in self._entries:
             self._entries[forward_pass] = EmpiricalPass(forward_pass, self._take_gradient)
-        return self._entries[forward_pass]
+        entry = self._entries[forward_pass]
+        entry.follow_uses()
+        return entry
 
     def fold(self, layer: Layer) -> None:
         """Count a layer's gradients; uses that none has reached are left out."""

@@ -21,10 +21,11 @@ class OtherUses:
 
     Args:
         layers: The layers.
-        params: All parameters.
+        params: Those that may be matrices in no layer.
 
     Attributes:
         found: Matrices in no layer that products alone use, and how.
+        free: The matrices in no layer that are looked for.
         undercounted: The layers that are used in other ways, too, of which K-FAC knows nothing;
             since the last call of `finish`.
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
@@ -32,11 +33,11 @@ class OtherUses:
 
     def __init__(self, layers: Sequence[Layer], params: Sequence[Parameter]) -> None:
         self._layer_of = {p: la for la in layers for p in (la.weight, la.bias) if p is not None}
-        free = [p for p in params if p.ndim == 2 and p.requires_grad and p.is_floating_point()]
-        self._free = [p for p in free if p not in self._layer_of and p.numel()]
+        free = [p for p in params if p.ndim > 1 and p.requires_grad and p.is_floating_point()]
+        self.free = [p for p in free if p not in self._layer_of and p.numel()]
         self.found: dict[Parameter, MatrixLayout] = {}
         self.undercounted: set[Layer] = set()
-        self.looks_on = bool(self._free or self._layer_of)
+        self.looks_on = bool(self.free or self._layer_of)
 
     def finish(self) -> set[Layer]:
         """Return the layers that were undercounted, and forget them."""
@@ -54,13 +55,13 @@ class OtherUses:
             passes: The forward passes that z depends on.
         """
         uses = [use for p in passes for use in p.uses]
-        unseen, products, vectors = unseen_uses(edges, uses, [*self._layer_of, *self._free])
+        unseen, products, vectors = unseen_uses(edges, uses, [*self._layer_of, *self.free])
         explained = set()
         for p, own in products.items():
             layer = self._layer_of.get(p)
             if layer is None:
                 self.found.setdefault(p, MatrixLayout.of(own))
-            elif layer.weight is p and all(fits(use, layer) for use in own):
+            elif passes and layer.weight is p and all(fits(use, layer) for use in own):
                 passes[-1].uses += [as_layer_use(use, layer) for use in own]
                 explained |= {p, *_explained_bias(layer, own, vectors)}
         rest = [p for p in unseen if p in self._layer_of and p not in explained]

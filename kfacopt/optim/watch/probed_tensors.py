@@ -253,11 +253,8 @@ class _Prober:
         known: tuple[ForwardPass, ...] = ()
         if isinstance(tensor, ProbedTensor):
             known = tensor._passes
-            if self.given is None:  # another optimizer watches the module, too
-                with torch._C.DisableTorchFunctionSubclass():
-                    edge = get_gradient_edge(tensor)
-                same = [o for own in tensor._outputs for o in own if o.edge == edge]
-                self.passes[-1].outputs.extend(same[:1])
+            if self.given is None:
+                tensor = self._output_of_another(tensor, number)
         elif type(tensor) is Tensor and tensor.requires_grad:
             if self.given is None or id(tensor) in self.given:
                 behind = tensor
@@ -277,6 +274,23 @@ class _Prober:
                 forward_pass.probe(probed)
         probed._source = self._source(number)
         return probed
+
+    def _output_of_another(self, tensor: ProbedTensor, number: int) -> Tensor:
+        """Take note of an output that tells of other passes.
+
+        Of another optimizer that watches the module, too; or it was computed from probed tensors
+        that came in an object that nobody looked into.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            edge = get_gradient_edge(tensor)
+            known = [o for own in tensor._outputs for o in own if o.edge == edge]
+            if known:
+                self.passes[-1].outputs.append(known[0])
+                return tensor
+            behind, tensor = tensor, tensor.as_subclass(ProbedTensor)
+            output = ModelOutput.of(tensor, behind, self._source(number))
+        self.passes[-1].outputs.append(output)
+        return tensor
 
     def _source(self, number: int) -> Source | None:
         return None if self.call is None else Source(self.call, number)

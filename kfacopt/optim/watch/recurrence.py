@@ -30,8 +30,8 @@ class RecurrenceWatch:
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the arguments that a recurrent module is to be called with, if others.
 
-        kfacopt's own evaluations of the same step do as the user's: they are compared with it.
+        kfacopt's own evaluations always are: forward mode does not know the fused kernel.
         """
-        if self._receiver.collecting and (torch.is_grad_enabled() or is_evaluating()):
+        if is_evaluating() or (self._receiver.collecting and torch.is_grad_enabled()):
             return unroll(module, args, kwargs)
         return None
