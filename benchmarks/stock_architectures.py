@@ -15,10 +15,9 @@ import gc
 import importlib.util
 import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from benchmarks.stock import (
     transformers_text,
 )
 from benchmarks.stock.architecture import Architecture, Training
+from benchmarks.stock.reasons import FROZEN, reason
 from benchmarks.stock_tables import tables
 from kfacopt import KFACOptimizer, KFACWarning
 
@@ -49,64 +49,26 @@ ARCHITECTURES: list[Architecture] = [
 ]
 STEPS = 30
 RATES = (1e-3, 1e-2)
+PACKAGES = ("transformers", "timm", "torch-geometric", "peft")
 OUTPUT = RESULTS / "stock_architectures.json"
 PAGE = HERE.parent / "docs" / "architectures.md"
 
 
-@dataclass
-class Result:
-    """What became of one architecture.
-
-    Attributes:
-        name: The architecture's.
-        package: Whose it is.
-        parameters: How many numbers it learns.
-        first: The loss before training.
-        last: That after K-FAC's steps.
-        adamw: Those after AdamW's, at each of the rates.
-        share: Of the entries of matrices, those preconditioned.
-        left: The matrices that are not: names, entries, reason.
-        state: Bytes of state per byte of parameters.
-        warnings: Of kfacopt.
-        error: What was raised, or `""`.
-        seconds: All runs together.
-    """
-
-    name: str
-    package: str
-    parameters: int = 0
-    first: float = math.nan
-    last: float = math.nan
-    adamw: list[float] = field(default_factory=list)
-    share: float = 0.0
-    left: list[tuple[str, int, str]] = field(default_factory=list)
-    state: float = 0.0
-    warnings: list[str] = field(default_factory=list)
-    error: str = ""
-    seconds: float = 0.0
-
-    @property
-    def key(self) -> str:
-        """Return what tells it from all others."""
-        return f"{self.package}/{self.name}"
-
-
 def _mean_loss(training: Training) -> float:
     with torch.no_grad():
-        return sum(float(training.loss(batch)) for batch in training.batches) / len(
-            training.batches
-        )
+        losses = [float(training.loss(batch)) for batch in training.batches]
+    return sum(losses) / len(losses)
 
 
 def train(
     architecture: Architecture, make: Callable[[Iterable[Any]], Optimizer], steps: int
-) -> tuple[Training, Optimizer, float, float]:
+) -> tuple[Training, Any, float, float]:
     """Train in the plain loop.
 
     Args:
         architecture: What.
         make: Makes an optimizer of parameters.
-        steps: How long.
+        steps: How many.
 
     Returns:
         Model and data, the optimizer, and the loss before and after.
@@ -124,40 +86,48 @@ def train(
     return training, optimizer, first, _mean_loss(training)
 
 
-def measure(architecture: Architecture, steps: int = STEPS) -> Result:
-    """Train an architecture with each optimizer."""
-    result = Result(architecture.name, architecture.package)
-    start = time.perf_counter()
+def kfac_run(architecture: Architecture, steps: int = STEPS) -> dict[str, Any]:
+    """Train with `KFACOptimizer` as it comes, and return what became of it.
+
+    Returns:
+        Name and package; the loss before (`first`) and after (`last`); how many parameters are
+        trained; the preconditioned share of the entries of matrices; `left`: the entries of the
+        others by the reason; bytes of state per byte of parameters; warnings of kfacopt; `error`:
+        what was raised.
+    """
+    result: dict[str, Any] = {"name": architecture.name, "package": architecture.package}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            _, optimizer, result.first, result.last = train(architecture, KFACOptimizer, steps)
-            _describe(result, optimizer)
+            training, optimizer, first, last = train(architecture, KFACOptimizer, steps)
         except Exception as error:
-            result.error = f"{type(error).__name__}: {error}"
+            return result | {"error": f"{type(error).__name__}: {error}"}
     ours = [str(w.message) for w in said if issubclass(w.category, KFACWarning)]
-    result.warnings = [text.partition(" (Shown once")[0] for text in ours]
+    description = optimizer.describe()
+    trained = [p for p in training.model.parameters() if p.requires_grad]
+    left: dict[str, int] = {}
+    for row in description.parameters:
+        if len(row.shape) > 1 and not row.preconditioned and row.curvature != FROZEN:
+            why = reason(architecture, training.model, row)
+            left[why] = left.get(why, 0) + math.prod(row.shape)
+    return result | {
+        "first": first,
+        "last": last,
+        "parameters": sum(p.numel() for p in trained),
+        "matrices": sum(p.numel() for p in trained if p.ndim > 1),
+        "share": description.preconditioned_share,
+        "left": left,
+        "state": description.state_bytes / description.parameter_bytes,
+        "warnings": [text.partition(" (Shown once")[0] for text in ours],
+        "error": "",
+    }
+
+
+def adamw_losses(architecture: Architecture, steps: int = STEPS) -> list[float]:
+    """Return the loss after AdamW's steps at each of the rates."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for lr in () if result.error else RATES:
-            last = train(architecture, lambda params, lr=lr: AdamW(params, lr=lr), steps)[-1]
-            result.adamw.append(last)
-    result.seconds = time.perf_counter() - start
-    gc.collect()
-    return result
-
-
-def _describe(result: Result, optimizer: KFACOptimizer) -> None:
-    description = optimizer.describe()
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    result.parameters = sum(p.numel() for p in trained)
-    result.share = description.preconditioned_share
-    result.left = [
-        (row.parameter, math.prod(row.shape), row.curvature.removeprefix("AdamW: "))
-        for row in description.parameters
-        if len(row.shape) > 1 and not row.preconditioned and "frozen" not in row.curvature
-    ]
-    result.state = description.state_bytes / description.parameter_bytes
+        return [train(architecture, partial(AdamW, lr=lr), steps)[-1] for lr in RATES]
 
 
 def available(package: str) -> bool:
@@ -182,20 +152,17 @@ def main() -> None:
         if not available(architecture.package):
             print(f"{architecture.package} is not installed: {architecture.name}")
             continue
-        result = measure(architecture, 2 if arguments.quick else STEPS)
-        print(
-            f"{result.key}: {result.first:.3g} → {result.last:.3g} (AdamW "
-            f"{', '.join(f'{x:.3g}' for x in result.adamw)}), {100 * result.share:.1f} %, state "
-            f"{result.state:.1f}, {result.seconds:.1f} s {result.error}",
-            *(f"\n    warning: {text}" for text in result.warnings),
-            *(f"\n    {name} ({count}): {why}" for name, count, why in result.left),
-            flush=True,
-        )
-        content["results"][result.key] = asdict(result)
+        steps = 2 if arguments.quick else STEPS
+        result = kfac_run(architecture, steps) | {"adamw": adamw_losses(architecture, steps)}
+        gc.collect()
+        print(json.dumps(result), flush=True)
+        content["results"][architecture.key] = result
         content["environment"] = environment("cpu") | {
-            "packages": {p: installed(p) for p in ("transformers", "timm", "torch-geometric", "peft")}
+            "packages": {package: installed(package) for package in PACKAGES}
         }
     if not arguments.quick:
+        known = {a.key: content["results"].get(a.key) for a in ARCHITECTURES}
+        content["results"] = {key: result for key, result in known.items() if result is not None}
         write_json(OUTPUT, content)
         if arguments.page:
             update_page(PAGE, "architectures", tables(content))

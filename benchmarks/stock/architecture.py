@@ -38,15 +38,21 @@ class Architecture:
         name: What it is called.
         package: Whose code it is: `"torch"`, or what has to be installed.
         make: Makes model and data; random numbers are seeded before.
-        expected: Beginnings of the warnings of kfacopt that are as they should be, with the reason.
-        why: For parameters without curvature that are known to be so: part of the name, and why.
+        warns: Parts of the warnings of kfacopt that it may cause.
+        why: For parameters without curvature that `reasons.py` does not know: part of the name,
+            and why.
     """
 
     name: str
     package: str
     make: Callable[[], Training]
-    expected: tuple[str, ...] = ()
+    warns: tuple[str, ...] = ()
     why: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Return what tells it from all others."""
+        return f"{self.package}/{self.name}"
 
 
 def batches(draw: Callable[[Generator], Any]) -> list[Any]:
@@ -60,13 +66,25 @@ def batches(draw: Callable[[Generator], Any]) -> list[Any]:
 
 
 def images(
-    generator: Generator, side: int = 32, channels: int = 3, classes: int = CLASSES
+    generator: Generator,
+    side: int = 32,
+    channels: int = 3,
+    classes: int = CLASSES,
+    shifts: float = 6.3,
 ) -> tuple[Tensor, Tensor]:
-    """Return gratings `[SIZE, channels, side, side]`, one direction a class, in noise, and labels."""
+    """Return gratings `[SIZE, channels, side, side]`, one direction a class, in noise, and labels.
+
+    Args:
+        generator: Of random numbers.
+        side: Of the images, in pixels.
+        channels: Of the images.
+        classes: How many directions.
+        shifts: Up to where a grating may begin.
+    """
     labels = torch.randint(classes, (SIZE,), generator=generator)
     angle = (labels * torch.pi / classes)[:, None, None, None]
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    phase = 6.3 * torch.rand(SIZE, channels, 1, 1, generator=generator)
+    phase = shifts * torch.rand(SIZE, channels, 1, 1, generator=generator)
     waves = torch.sin(0.8 * (x * angle.cos() + y * angle.sin()) + phase)
     return waves + 0.3 * torch.randn(waves.shape, generator=generator), labels
 

@@ -65,28 +65,22 @@ def _isomorphism() -> nn.Module:
     from torch_geometric.nn import GINConv
 
     def layer(width: int, out: int) -> nn.Module:
-        return GINConv(nn.Sequential(nn.Linear(width, 32), nn.ReLU(), nn.Linear(32, out)), train_eps=True)
+        return GINConv(
+            nn.Sequential(nn.Linear(width, 32), nn.ReLU(), nn.Linear(32, out)), train_eps=True
+        )
 
     return _Convolutions(layer, False)
 
 
-class _Pooled(nn.Module):
-    """A ready-made graph network, with the classes of its nodes."""
-
-    def __init__(self, kind: str) -> None:
-        from torch_geometric.nn import models
-
-        super().__init__()
-        self.network = getattr(models, kind)(WIDTH, 32, 2, CLASSES)
-
-    def forward(self, nodes: Tensor, edges: Tensor, kinds: Tensor) -> Tensor:
-        found: Tensor = self.network(nodes, edges)
-        return found
-
-
-def _row(name: str, kind: str, typed: bool = False, **settings: Any) -> Architecture:
+def _row(
+    name: str,
+    kind: str,
+    typed: bool = False,
+    why: tuple[tuple[str, str], ...] = (),
+    **settings: Any,
+) -> Architecture:
     make = partial(_convolutions, kind, typed, settings)
-    return Architecture(name, "torch_geometric", partial(_train, make))
+    return Architecture(name, "torch_geometric", partial(_train, make), why=why)
 
 
 ARCHITECTURES = [
@@ -96,7 +90,12 @@ ARCHITECTURES = [
     _row("GATv2", "GATv2Conv", heads=2, concat=False),
     _row("Graph transformer", "TransformerConv", heads=2, concat=False),
     _row("Chebyshev", "ChebConv", K=3),
-    _row("R-GCN", "RGCNConv", True, num_relations=RELATIONS),
+    _row(
+        "R-GCN",
+        "RGCNConv",
+        True,
+        (("weight", "slices of a 3-d parameter"),),
+        num_relations=RELATIONS,
+    ),
     Architecture("GIN", "torch_geometric", partial(_train, _isomorphism)),
-    Architecture("PMLP", "torch_geometric", partial(_train, partial(_Pooled, "PMLP"))),
 ]

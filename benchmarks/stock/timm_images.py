@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ class _AnyMember(type):
 class _Absent(types.ModuleType):
     """Stands for torchvision while timm is imported: it has any name, and nothing in it works."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -52,7 +52,12 @@ def _timm() -> Any:
 
 
 def _train(model: str, side: int, settings: dict[str, Any]) -> Training:
-    network = _timm().create_model(model, pretrained=False, num_classes=CLASSES, **settings)
+    place, _, kind = model.rpartition(".")
+    timm = _timm()
+    if place:
+        network = getattr(getattr(timm.models, place), kind)(num_classes=CLASSES, **settings)
+    else:
+        network = timm.create_model(model, num_classes=CLASSES, **settings)
     network.train()
 
     def loss(batch: Any) -> Any:
@@ -86,9 +91,9 @@ ARCHITECTURES = [
     _row("ViT, class attention", "cait_xxs24_224", **ATTENTION),
     _row("Swin", "swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4,
          embed_dim=16, depths=(1, 1), num_heads=(2, 4)),
-    _row("MLP-Mixer", "mixer_s32_224", img_size=32, patch_size=8, embed_dim=32, num_blocks=2),
-    _row("gMLP", "gmlp_ti16_224", img_size=32, patch_size=8, embed_dim=32, num_blocks=2),
-    _row("PoolFormer", "poolformer_s12", dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
-    _row("ConvMixer", "convmixer_768_32", dim=32, depth=2, patch_size=4, kernel_size=5),
+    _row("MLP-Mixer", "mlp_mixer.MlpMixer", img_size=32, patch_size=8, embed_dim=32, num_blocks=2),
+    _row("PoolFormer", "metaformer.MetaFormer", dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
+    _row("ConvMixer", "convmixer.ConvMixer", dim=32, depth=2, patch_size=4, kernel_size=5),
+    _row("VGG", "vgg.VGG", cfg=[16, "M", 32, "M", 32, "M"], mlp_ratio=1 / 32),
     _row("XCiT", "xcit_nano_12_p16_224", img_size=32, embed_dim=32, depth=2, num_heads=4),
 ]  # fmt: skip

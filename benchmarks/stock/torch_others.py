@@ -30,7 +30,11 @@ class UNet(nn.Module):
     def _pair(channels_in: int, channels_out: int) -> nn.Sequential:
         layers: list[nn.Module] = []
         for c in (channels_in, channels_out):
-            layers += [nn.Conv2d(c, channels_out, 3, 1, 1), nn.GroupNorm(4, channels_out), nn.SiLU()]
+            layers += [
+                nn.Conv2d(c, channels_out, 3, 1, 1),
+                nn.GroupNorm(4, channels_out),
+                nn.SiLU(),
+            ]
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,7 +213,7 @@ def _vae() -> Training:
         prior = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
         return F.mse_loss(found, pixels, reduction="sum") / len(pixels) + prior
 
-    return Training(network, batches(lambda g: _pictures(g)[0]), loss)
+    return Training(network, batches(lambda g: images(g, SIDE, shifts=0.3)[0]), loss)
 
 
 def _autoencoder() -> Training:
@@ -306,7 +310,10 @@ def _row(name: str, make: Callable[[], Training]) -> Architecture:
 ARCHITECTURES = [
     _row("MLP autoencoder", _autoencoder),
     _row("ResNet", partial(_classes, lambda: resnet(3, CLASSES, (8, 16), 1), _pictures)),
-    _row("ViT", partial(_classes, lambda: VisionTransformer(SIDE, 4, 3, CLASSES, 32, 2, 4), _pictures)),
+    _row(
+        "ViT",
+        partial(_classes, lambda: VisionTransformer(SIDE, 4, 3, CLASSES, 32, 2, 4), _pictures),
+    ),
     _row("U-Net", _unet),
     _row("VAE", _vae),
     _row("Deep Q-network", _q_network),

@@ -224,7 +224,11 @@ ARCHITECTURES = [
     _row("LSTM, both directions, packed", partial(PackedClassifier, nn.LSTM), _classified),
     _row("LSTMCell in a loop", CellByCell, _words),
     _row("nn.TransformerEncoder", EncoderClassifier, _classified),
-    _row("nn.Transformer", Translator, lambda g: (lambda t, m: (t, m, torch.where(m, t, IGNORED)))(*sentences(g))),
+    _row(
+        "nn.Transformer",
+        Translator,
+        lambda g: (lambda t, m: (t, m, torch.where(m, t, IGNORED)))(*sentences(g)),
+    ),
     _row("WaveNet", GatedConvolutions, _words),
     Architecture("Conv1d, GRU and CTC", "torch", _speech),
 ]

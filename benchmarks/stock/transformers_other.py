@@ -15,7 +15,6 @@ from benchmarks.stock.architecture import (
     SIZE,
     Architecture,
     Training,
-    batches,
     images,
     sentences,
     waves,
@@ -48,6 +47,7 @@ SOUND = {
     "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 4,
     "ctc_zero_infinity": True,
+    "ctc_loss_reduction": "mean",
     "mask_time_prob": 0.0,
     "layerdrop": 0.0,
 }

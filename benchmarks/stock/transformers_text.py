@@ -148,11 +148,13 @@ def _row(
     model: str,
     draw: Callable[[Generator], Any],
     config: dict[str, Any] = TINY,
+    why: tuple[tuple[str, str], ...] = (),
+    warns: tuple[str, ...] = (),
     **more: Any,
 ) -> Architecture:
     labels = {"num_labels": CLASSES} if draw in (sentence_classes, word_classes) else {}
     settings = {**config, **labels, **more}
-    return Architecture(name, "transformers", partial(train, model, settings, draw))
+    return Architecture(name, "transformers", partial(train, model, settings, draw), warns, why)
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -174,7 +176,10 @@ ARCHITECTURES = [
     _row("Mixtral", "MixtralForCausalLM", causal, GROUPED, num_local_experts=4),
     _row("Qwen2-MoE", "Qwen2MoeForCausalLM", causal, GROUPED, moe_intermediate_size=32,
          shared_expert_intermediate_size=32, **EXPERTS),
-    _row("Mamba", "MambaForCausalLM", causal, state_size=4),
+    _row("Mamba", "MambaForCausalLM", causal, state_size=4,
+         warns=("depends on their parameters in other ways",),
+         why=(("conv1d", "its module is not called: `F.conv1d`"),
+              ("dt_proj", "its module is not called: W x, not x Wᵀ"))),
     _row("RWKV", "RwkvForCausalLM", causal, attention_hidden_size=32, context_length=32),
     _row("BERT, masked words", "BertForMaskedLM", masked),
     _row("BERT, questions", "BertForQuestionAnswering", spans),
@@ -187,7 +192,8 @@ ARCHITECTURES = [
          pos_att_type=["p2c", "c2p"]),
     _row("XLNet", "XLNetForSequenceClassification", sentence_classes,
          {k: v for k, v in TINY.items() if k != "max_position_embeddings"},
-         d_model=32, n_layer=2, n_head=4, d_inner=64),
+         d_model=32, n_layer=2, n_head=4, d_inner=64,
+         why=(("rel_attn.", "`einsum` with a 3-d parameter"),)),
     _row("T5", "T5ForConditionalGeneration", translated, d_model=32, d_kv=8, d_ff=64,
          num_layers=2, num_heads=4, decoder_start_token_id=PAD),
     _row("BART", "BartForConditionalGeneration", translated, ENCODER_DECODER),
