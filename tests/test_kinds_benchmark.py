@@ -1,6 +1,7 @@
 """The comparison of kinds of layers: contestants differ in the kind alone; its tables."""
 
 import json
+import re
 import sys
 import warnings
 
@@ -12,11 +13,12 @@ from benchmarks import kinds, losses
 from benchmarks.kind_tables import COMPARISONS, TUNING_SEED, Comparison, lowest, row
 from benchmarks.kinds import PROBLEMS, Both, Fallback, Setting
 from benchmarks.loss_tables import METRIC, OBJECTIVE
+from benchmarks.problems import kinds_of_layers
 from benchmarks.problems.kinds_of_layers import GraphNetwork, graphs, signals
 from kfacopt import KFACOptimizer
 
 FALL = 0.02  # of what the objective begins with
-QUICK = [n for n in PROBLEMS if n not in {"words", "characters"}]  # whose text takes a second
+TEXT = "def spam(eggs):\n    return [ham * 2 for ham in eggs]\n" * 20
 KINDS = {  # names of parameters that have curvature in the first contestant alone
     "`nn.Embedding`": ("users", "items", "embedding"),
     "`nn.LayerNorm`": ("norm",),
@@ -28,7 +30,16 @@ KINDS = {  # names of parameters that have curvature in the first contestant alo
 }
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.fixture(autouse=True)
+def short_text(monkeypatch):
+    """The standard library's sources take a second."""
+    monkeypatch.setattr(kinds_of_layers, "texts", lambda: (TEXT, TEXT))
+    kinds_of_layers.words.cache_clear()
+    yield
+    kinds_of_layers.words.cache_clear()
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_the_loss_can_be_learnt_from_a_seed(name):
     adam = losses.Setting("AdamW", 1e-2, "constant", 0)
     learnt = [losses.run(PROBLEMS[name], adam, 12, evaluations=2) for _ in range(2)]
@@ -50,11 +61,7 @@ def _preconditioned(problem, contestant):
     return {p.parameter for p in first.describe().parameters if p.preconditioned}
 
 
-@pytest.mark.parametrize(
-    "comparison",
-    [c for c in COMPARISONS if c.problem in QUICK],
-    ids=lambda c: f"{c.kind} {c.problem}",
-)
+@pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda c: f"{c.kind} {c.problem}")
 def test_contestants_differ_in_the_kind_alone(comparison):
     having = _preconditioned(comparison.problem, comparison.with_kind)
     lacking = _preconditioned(comparison.problem, comparison.without)
@@ -89,6 +96,11 @@ def test_the_fallback_is_that_of_the_optimizer(lr):
 
 
 def test_data_are_what_is_said():
+    text, _ = kinds_of_layers.words()
+    assert len(text) == len(re.findall(r"[a-z]+|[^a-z ]| +", TEXT))
+    user, item, dense, clicked = kinds_of_layers.clicks()[0]
+    assert {len(x) for x in (user, item, dense, clicked)} == {60_000}
+    assert {*clicked.unique().tolist()} == {0.0, 1.0}
     adjacency, _, y = graphs()[0]
     assert torch.equal(adjacency, adjacency.mT)
     degrees = (adjacency > 0).sum(2, keepdim=True)
