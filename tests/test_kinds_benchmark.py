@@ -99,7 +99,7 @@ def test_data_are_what_is_said():
     text, _ = kinds_of_layers.words()
     assert len(text) == len(re.findall(r"[a-z]+|[^a-z ]| +", TEXT))
     user, item, dense, clicked = kinds_of_layers.clicks()[0]
-    assert {len(x) for x in (user, item, dense, clicked)} == {60_000}
+    assert {len(x) for x in (user, item, dense, clicked)} == {400_000}
     assert {*clicked.unique().tolist()} == {0.0, 1.0}
     adjacency, _, y = graphs()[0]
     assert torch.equal(adjacency, adjacency.mT)

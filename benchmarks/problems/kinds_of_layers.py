@@ -25,7 +25,7 @@ from benchmarks.problems.problem import (
 from benchmarks.problems.vision import TRAIN, digits
 
 BUDGET = 3.0
-USERS, ITEMS, DENSE, CLICKS, HELD_OUT = 2000, 1000, 8, 60_000, 4000
+USERS, ITEMS, DENSE, CLICKS, HELD_OUT = 1000, 500, 8, 400_000, 4000  # less than one pass
 LENGTH, SEQUENCES, VOCABULARY = 32, 128, 400
 SIGNALS, SAMPLES, NOISE = 2000, 64, 0.5
 GRAPHS, NODES, FEATURES = 400, 24, 8
