@@ -76,15 +76,18 @@ def target_like(z):
     return targets() if z.ndim == 3 else targets().flatten()
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("name", MODELS)
+# EKFAC's datum is a whole sequence where the layer sees these, but the loss single positions.
+EXACT = [(name, kind) for name in MODELS for kind in KINDS if (name, kind) != ("module", "ekfac")]
+
+
+@pytest.mark.parametrize(("name", "kind"), EXACT)
 def test_ignored_positions_are_left_out_of_linear_models(name, kind):
     """With g independent of a, F = Σ g gᵀ ⊗ E[a aᵀ] over the positions that count."""
     model, X = MODELS[name](), sequences()
     y, params = target_like(model(X)), list(model.parameters())
     options = {"fisher_type": "type-2", "separate_weight_and_bias": False}
     loss = nn.CrossEntropyLoss()
-    K = kind(model, loss, params, [(X, y)], check_deterministic=False, **options)
+    K = KINDS[kind](model, loss, params, [(X, y)], **options)
     expected = dense_ggn(model, loss, params, X, y)
     torch.testing.assert_close(to_dense(K), expected, rtol=ROUND_OFF, atol=ROUND_OFF)
 

@@ -15,7 +15,7 @@ from kfacopt.kfac.layers.linear import LinearFamily
 from kfacopt.kfac.layers.matrix import Matrix
 from kfacopt.likelihoods import Likelihood
 
-# How many entries of a row are looked at first: most rows have one among them that is not 0.
+# How many entries of all rows are looked at first: most rows have one among them that is not 0.
 _FIRST = 8
 
 
@@ -96,10 +96,16 @@ def _has_positions(use: LayerUse) -> bool:
 
 def _not_zero(rows: Tensor) -> Tensor:
     """Return which rows `[N, S]` of g `[B, N, S, d_out]` have an entry that is not 0."""
+    rows = rows[0] if len(rows) == 1 else rows.permute(1, 2, 0, 3).flatten(2)
     if rows.device.type != "cpu":
-        return (rows != 0).any(-1).any(0)
-    live = (rows[..., :_FIRST] != 0).any(-1).any(0)
-    if not bool(live.all()):
-        rest = ~live
-        live[rest] = (rows[:, rest] != 0).any(-1).any(0)
+        return (rows != 0).any(-1)
+    columns = rows[..., :_FIRST].unbind(-1)
+    live: Tensor = columns[0] != 0
+    if bool(live.all()):
+        return live
+    for column in columns[1:]:
+        live |= column != 0
+    rest = ~live
+    if bool(rest.any()):
+        live[rest] = (rows[rest] != 0).any(-1)
     return live
