@@ -36,6 +36,7 @@ class LayerUse:
         constants: The input of a bias at each position, `[S]`, where it is not 1 at all of them:
             0 at positions of derivatives, see `kfacopt.taylor_mode`.
         bias: What a product adds, if it is a parameter.
+        live: Which rows `[N, S]` A has, if not all.
     """
 
     layer: Layer
@@ -47,6 +48,7 @@ class LayerUse:
     input_edges: tuple[GradientEdge, ...]
     constants: Tensor | None = None
     bias: Parameter | None = None
+    live: Tensor | None = None
 
     @property
     def family(self) -> LayerFamily:

@@ -140,6 +140,9 @@ def input_rows(layer: Layer, use: LayerUse) -> Tensor:
 
 def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int]:
     """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
+    if use.live is not None:
+        rows = input_rows(layer, use).flatten(1, 2)[:, use.live.flatten()].unsqueeze(2)
+        return second_moment(rows, diagonal), rows.shape[1]
     dtype = factor_dtype(layer.anchor.dtype)
     known = None if diagonal else use.family.input_moment(use.call, use.checked_input().to(dtype))
     if known is None:
@@ -166,6 +169,26 @@ def _rows_moment(
         corner = squares.new_full((len(squares), 1), count * constant**2)
         return torch.cat([squares, corner], dim=-1), count
     return bordered(partial(gram, a.flatten(1, 2)), a.sum((1, 2)), count, constant), count
+
+
+def _live_means_moments(
+    layer: Layer, uses: Sequence[LayerUse], diagonal: bool
+) -> list[tuple[Tensor, int]]:
+    """Return Σ_n ā āᵀ and how many n have any a, with means over the positions that count."""
+    pairs = []
+    for use in uses:
+        a = input_rows(layer, use)
+        live = a.new_ones(a.shape[1:3]) if use.live is None else use.live.to(a)
+        pairs.append(((a * live.unsqueeze(-1)).sum(2), live.sum(1)))
+    if len({len(count) for _, count in pairs}) == 1:
+        sums, counts = zip(*pairs, strict=True)
+        pairs = [(_total(sums), _total(counts))]
+    moments = []
+    for total, count in pairs:
+        some = count > 0
+        means = (total[:, some] / count[some].unsqueeze(-1)).unsqueeze(2)
+        moments.append((second_moment(means, diagonal), means.shape[1]))
+    return moments
 
 
 def sparse_rows(uses: Sequence[LayerUse]) -> list[SparseRows]:
@@ -210,6 +233,8 @@ def input_moment(
         return second_moment(rows.unsqueeze(2), diagonal), rows.shape[1]
     if not form.reduce or layer.family.routed:
         moments = [_expanded_moment(layer, use, diagonal) for use in uses]
+    elif any(use.live is not None for use in uses):
+        moments = _live_means_moments(layer, uses, diagonal)
     else:
         means = [use.inputs(dtype, reduce=True) for use in uses]
         if len({a.shape[1] for a, _ in means}) == 1:

@@ -28,6 +28,7 @@ from kfacopt.kfac.layers import (
     KFACApprox,
     Layer,
 )
+from kfacopt.kfac.live_rows import LiveRows
 from kfacopt.kfac.loss_fisher import loss_fisher
 from kfacopt.kfac.operator_layers import layers_of, parameters_of
 from kfacopt.kfac.unrolled import unrolled
@@ -248,13 +249,18 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         for X, y, output, uses, gradients in self._passes("K-FAC factors"):
             counts.append(self._fisher.counts(output.detach(), X, y))
             reached: set[LayerUse] = set()
+            live = LiveRows()
+            live.ignore(self._fisher.likelihood, y)
             for by_use in gradients:
                 vectors += 1
                 reached.update(by_use)
+                for use, g in by_use.items():
+                    live.add(use, g)
                 for layer, own in group_by_layer(by_use).items():
                     own_grads = [by_use[use] for use in own]
                     grads[layer] += grad_output_moment(layer, own, own_grads, self._form)
-            for layer, own in group_by_layer(u for u in uses if u in reached).items():
+            counted = [live.restricted(use) for use in uses if use in reached]
+            for layer, own in group_by_layer(counted).items():
                 moment, count = input_moment(layer, own, self._form)
                 inputs[layer] += moment
                 rows[layer] = rows[layer] + count

@@ -202,8 +202,17 @@ def _product(
     order = () if order == tuple(sorted(order)) else order
     plain = not left and "g" not in roles and not order
     bias = _bias(node, parents, p, outputs, operand.shape[-1]) if plain else None
-    product = Product(left, outputs, groups, order)
+    product = Product(left, outputs, groups, order, _has_positions(node, before[0], parents))
     return MatrixUse(p, bias, roles, a, GradientEdge(node, 0), edges, product)
+
+
+def _has_positions(node: Any, before: Any, parents: Parents) -> bool:
+    """Tell whether rows were flattened before a product, or have more axes behind it."""
+    views = ("ViewBackward0", "UnsafeViewBackward0")
+    if before is not None and before.name() in views and len(before._saved_self_sym_sizes) > 2:
+        return True
+    shapes = [n._input_metadata[0].shape for n, _ in parents[node] if n.name() in views]
+    return any(len(shape) > 2 for shape in shapes)
 
 
 def _convolution(p: Parameter, view: ParameterView, node: Any) -> MatrixUse | None:
@@ -379,7 +388,7 @@ def fits(use: MatrixUse, layer: Layer) -> bool:
         letter = "c" if type(family) is Convolution else "t"
         return use.roles == f"{letter}{layer.groups}" and layer.weight is use.weight
     linear = type(family) is LinearFamily and use.roles == ("io" if family.inputs_first else "oi")
-    plain = use.call == Product() and layer.weight is use.weight
+    plain = use.call in (Product(), Product(positions=True)) and layer.weight is use.weight
     return linear and plain
 
 

@@ -38,12 +38,14 @@ class Product:
         groups: Which groups it has, if not all.
         order: The parameter's axes that its outputs have, with their sizes, if they are in another
             order.
+        positions: Whether its rows were `[N, S, d_in]`, as far as that is known.
     """
 
     left: bool = False
     outputs: Span | None = None
     groups: Span | None = None
     order: tuple[tuple[int, int], ...] = ()
+    positions: bool = False
 
 
 def by_axis(rows: Tensor, axes: Sequence[tuple[int, int]]) -> Tensor:

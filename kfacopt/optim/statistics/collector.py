@@ -127,6 +127,7 @@ class Statistics:
             edges = [get_gradient_edge(call.output)]
             self.others.look(edges, [call.output], passes)
             self.objectives.note(type(call.likelihood).__name__, "known")
+            self._candidates.rows.ignore(call.likelihood, call.target)
             if self._settings.fisher_type == "empirical":
                 self._empirical.add_loss(call, passes, upstream)
             else:
