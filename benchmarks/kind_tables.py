@@ -52,7 +52,7 @@ def _rates(run: RunRecord) -> Rates:
 
 
 def lowest(runs: Sequence[RunRecord], contestant: str, column: int) -> Rates:
-    """Return `fallback_lr` and `kl_clip` of a contestant's run on the tuning seed with the lowest end.
+    """Return `fallback_lr` and `kl_clip` of a contestant's lowest run on the tuning seed.
 
     Args:
         runs: A problem's.

@@ -6,8 +6,9 @@ Contestants are `KFACOptimizer` with and without a kind of layers; what is witho
 AdamW, with the rates of the fallback. All get the same CPU seconds of one thread: what an iteration
 costs is measured first, as in `benchmarks.losses`, and gives the number of iterations. The rate is
 a cosine over them. A grid of `kl_clip`, which says how long K-FAC's steps are (where the clip is
-active `lr` changes nothing, and it mostly is here), and `fallback_lr` is tried on a seed of its own;
-the setting with the lowest objective, and that with the lowest metric, are run on the seeds shown.
+active `lr` changes nothing, and it mostly is here), and `fallback_lr` is tried on a seed of its
+own; the setting with the lowest objective, and that with the lowest metric, are run on the seeds
+that are shown.
 
 A problem's runs are in one file, written after each run; a run that exists is not repeated.
 """
