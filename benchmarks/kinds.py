@@ -5,10 +5,10 @@
 Contestants are `KFACOptimizer` with and without a kind of layers; what is without is trained by
 AdamW, with the rates of the fallback. All get the same CPU seconds of one thread: what an iteration
 costs is measured first, as in `benchmarks.losses`, and gives the number of iterations. The rate is
-a cosine over them. A grid of `kl_clip`, which says how long K-FAC's steps are (where the clip is
-active `lr` changes nothing, and it mostly is here), and `fallback_lr` is tried on a seed of its
-own; the setting with the lowest objective, and that with the lowest metric, are run on the seeds
-that are shown.
+a cosine over them. `fallback_lr` is tuned first, then `kl_clip`, which says how long K-FAC's steps
+are (where the clip is active, which it mostly is here, `lr` changes nothing), on a seed of its own;
+the setting with the lowest objective, and that with the lowest metric, are run on the seeds that
+are shown.
 
 A problem's runs are in one file, written after each run; a run that exists is not repeated.
 """
@@ -19,7 +19,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ from kfacopt import KFACOptimizer
 PROBLEMS = {problem.name: problem for problem in ALL}
 PAGE = HERE.parent / "docs" / "layers.md"
 LR = 0.07
-KL_CLIPS = (5e-5, 3e-4, 2e-3)
-FALLBACK_RATES = (None, 3e-3)
+KL_CLIPS = (3e-4, 5e-5, 2e-3)
+FALLBACK_RATES = (None, 3e-3, 1e-2, 3e-2)
 EVALUATIONS = 8
 BASE = (nn.Linear, nn.Conv2d, nn.Conv1d)
 LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -127,7 +126,7 @@ class Plan:
     Attributes:
         folder: Of the results.
         seeds: Those that are shown.
-        kl_clips: Those that are tried.
+        kl_clips: Those that are tried; the first with all of `fallback_rates`.
         fallback_rates: Those of `fallback_lr`.
         rounds: How often the cost of an iteration is measured.
         iterations: Of the loop; `None` for as many as the budget has.
@@ -200,9 +199,14 @@ class Runs:
     def complete(self) -> None:
         """Make all runs, contestants in turn."""
         self.calibrate()
-        for rates in product(self.plan.fallback_rates, self.plan.kl_clips):
+        for fallback_lr in self.plan.fallback_rates:
             for name in self.contestants:
-                self.run(Setting(name, LR, "cosine", TUNING_SEED, *rates))
+                setting = Setting(name, LR, "cosine", TUNING_SEED, fallback_lr)
+                self.run(replace(setting, kl_clip=self.plan.kl_clips[0]))
+        for kl_clip in self.plan.kl_clips[1:]:
+            for name in self.contestants:
+                fallback_lr, _ = lowest(self.found, name, OBJECTIVE)
+                self.run(Setting(name, LR, "cosine", TUNING_SEED, fallback_lr, kl_clip))
         for name in self.contestants:
             best = [lowest(self.found, name, column) for column in (OBJECTIVE, METRIC)]
             for rates in dict.fromkeys(best):
