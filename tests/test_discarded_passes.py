@@ -123,7 +123,7 @@ class Switched(nn.Module):
         if self.how == "module":
             h = self.middle(h)
         elif self.how == "function":
-            h = F.linear(h, self.middle.weight, self.middle.bias)
+            h = F.linear(h, 1.0 * self.middle.weight, self.middle.bias)
         return self.head(h.tanh())
 
 

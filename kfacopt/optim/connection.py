@@ -136,7 +136,7 @@ def _free(
     if not kinds:
         return []
     others = [m for _, m in modules if not isinstance(m, tuple(kinds))]
-    left = {id(m._parameters[f.weight_name]) for m in others for f in families_of(m)}
+    left = {id(m._parameters.get(f.weight_name)) for m in others for f in families_of(m)}
     return [p for p in params if id(p) not in left]
 
 
