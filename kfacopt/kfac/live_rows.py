@@ -86,7 +86,7 @@ def _may_be_masked(use: LayerUse) -> bool:
     family = use.family
     if family.diagonal_input or family.elementwise or family.routed:
         return False
-    return use.constants is None and use.layer.weight is not None
+    return use.layer.weight is not None
 
 
 def _has_positions(use: LayerUse) -> bool:
