@@ -5,7 +5,10 @@ For the loss L = Σ_t ω_t ℓ_t and vectors v that carry √ω (see `kfacopt.li
     expand:  A = 1/(N S) Σ_{n,s} a aᵀ,  G = Σ_{n,v,s} g gᵀ
     reduce:  A = 1/N Σ_n ā āᵀ, ā = mean_s a,  G = Σ_{n,v} ĝ ĝᵀ, ĝ = Σ_s g
 
-Several uses of a layer within one forward pass are further positions s.
+Several uses of a layer within one forward pass are further positions s. Positions that the loss
+does not depend on (ignored labels, padding that an attention mask leaves out) have g = 0 for all v.
+They count neither in A nor in N, S or the means; convolutions, some of whose positions pooling
+leaves out, count all.
 
 References:
     Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, Eqs. 16 and 22.
@@ -124,6 +127,58 @@ def input_rows(layer: Layer, use: LayerUse) -> Tensor:
     return a
 
 
+class CountedPositions:
+    """Which positions of uses some gradient arrived at, of all vectors v."""
+
+    def __init__(self) -> None:
+        self._of: dict[LayerUse, Tensor] = {}
+
+    def add(self, use: LayerUse, rows: Tensor) -> None:
+        """Take note of a use's gradients g `[B, N, S, d_out]`."""
+        family = use.family
+        if use.constants is not None or family.elementwise or family.counts_all_positions:
+            return  # positions of derivatives belong together; entries have no A
+        if rows.numel():
+            found = torch.linalg.vector_norm(rows, torch.inf, dim=-1).ne(0).any(0)
+            known = self._of.get(use)
+            self._of[use] = found if known is None else known | found
+
+    def of(self, uses: Sequence[LayerUse]) -> list[Tensor] | None:
+        """Return which positions `[N, S]` of each use count; `None` if all do."""
+        found = [self._of.get(use) for use in uses]
+        masks = [mask for mask in found if mask is not None]
+        if len(masks) < len(found) or not masks:
+            return None
+        return None if all(bool(mask.all()) for mask in masks) else masks
+
+
+def _counted_moment(
+    layer: Layer, uses: Sequence[LayerUse], masks: Sequence[Tensor], reduce: bool, diagonal: bool
+) -> tuple[Tensor, int]:
+    """Return Σ a aᵀ over some positions, or over the means of each datum's, and their number.
+
+    Args:
+        layer: The layer.
+        uses: Its uses in one forward pass.
+        masks: For each use which positions count, `[N, S]`.
+        reduce: Whether to average over the positions.
+        diagonal: Whether the sum's diagonal alone is wanted.
+    """
+    rows = [input_rows(layer, use) for use in uses]
+    masks = [m.expand(a.shape[1:3]) for a, m in zip(rows, masks, strict=True)]
+    if not reduce:
+        kept = torch.cat([a[:, m] for a, m in zip(rows, masks, strict=True)], dim=1)
+    else:
+        if len({len(m) for m in masks}) == 1:
+            rows, masks = [torch.cat(rows, dim=2)], [torch.cat(list(masks), dim=1)]
+        means = [
+            (a * m.unsqueeze(-1)).sum(2)[:, m.any(1)] / m.sum(1)[m.any(1)].unsqueeze(-1)
+            for a, m in zip(rows, masks, strict=True)
+        ]
+        kept = torch.cat(means, dim=1)
+    return second_moment(kept.unsqueeze(2), diagonal), kept.shape[1]
+
+
 def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int]:
     """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
     dtype = factor_dtype(layer.anchor.dtype)
@@ -162,8 +217,19 @@ def sparse_rows(uses: Sequence[LayerUse]) -> list[SparseRows]:
     return found
 
 
-def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tuple[Tensor, int]:
+def input_moment(
+    layer: Layer,
+    uses: Sequence[LayerUse],
+    form: FactorForm,
+    masks: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, int]:
     """Return Σ a aᵀ and the number of summands, over the uses of a layer in one forward pass.
+
+    Args:
+        layer: The layer.
+        uses: Its uses.
+        form: How factors are formed.
+        masks: For each use which positions `[N, S]` count, if not all.
 
     Returns:
         The sum `[B, d_in, d_in]` (or its diagonal), and how many vectors it sums.
@@ -183,6 +249,12 @@ def input_moment(layer: Layer, uses: Sequence[LayerUse], form: FactorForm) -> tu
         )
     diagonal, _ = form.diagonals(layer)
     sparse = sparse_rows(uses) if layer.diagonal_input else []
+    if masks is not None:
+        if not sparse:
+            return _counted_moment(layer, uses, masks, form.reduce, diagonal)
+        masks = [torch.cat(list(masks), dim=1)] if len(sparse) == 1 else masks
+        kept = [rows.counted(m, form.reduce) for rows, m in zip(sparse, masks, strict=True)]
+        return _total([r.squares(form.reduce)[0] for r, _ in kept]), sum(n for _, n in kept)
     if sparse:
         squares = [rows.squares(form.reduce) for rows in sparse]
         return _total([values for values, _ in squares]), sum(count for _, count in squares)

@@ -14,7 +14,14 @@ from kfacopt import argument_checks
 from kfacopt.data import Batch, evaluation, iterate, run_determinism_check, some, sum_gradients
 from kfacopt.kfac.block_diagonal import KFACInverseLinearOperator, KroneckerBlockLinearOperator
 from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
-from kfacopt.kfac.factors import FactorForm, Factors, factor_dtype, grad_output_moment, input_moment
+from kfacopt.kfac.factors import (
+    CountedPositions,
+    FactorForm,
+    Factors,
+    factor_dtype,
+    grad_output_moment,
+    input_moment,
+)
 from kfacopt.kfac.layers import (
     KFAC_APPROXES,
     Block,
@@ -240,14 +247,17 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             refuse_unseen_uses(self._model_func, self._params, output, uses)
             counts.append(self._fisher.counts(output.detach(), X, y))
             reached: set[LayerUse] = set()
+            positions = CountedPositions()
             for by_use in gradients:
                 vectors += 1
                 reached.update(by_use)
                 for layer, own in group_by_layer(by_use).items():
                     own_grads = [by_use[use] for use in own]
+                    for use, g in zip(own, own_grads, strict=True):
+                        positions.add(use, use.grad_rows(g))
                     grads[layer] += grad_output_moment(layer, own, own_grads, self._form)
             for layer, own in group_by_layer(u for u in uses if u in reached).items():
-                moment, count = input_moment(layer, own, self._form)
+                moment, count = input_moment(layer, own, self._form, positions.of(own))
                 inputs[layer] += moment
                 rows[layer] += count
         self._scale = self._fisher.scale(counts)

@@ -32,6 +32,8 @@ class LayerFamily(ABC):
         diagonal_input: Whether A is kept as its diagonal, however small it is.
         elementwise: Whether all B blocks are 1 x 1. A is then 1, and G the mean squares of the
             gradients of single data, which makes G ⊗ A exact.
+        counts_all_positions: Whether positions count in A where the loss does not depend on the
+            output, too.
     """
 
     datum_axes: int
@@ -39,6 +41,7 @@ class LayerFamily(ABC):
     bias_name: str | None = "bias"
     diagonal_input: bool = False
     elementwise: bool = False
+    counts_all_positions: bool = False
 
     def computes(self, module: nn.Module, kind: type[nn.Module]) -> bool:
         """Tell whether a module of a kind, or a subclass, computes what the kind does."""

@@ -95,7 +95,10 @@ def fold_factors(
         step: The number of the step, to be remembered.
     """
     initialise_factors(state, layer, form)
+    counted = bool(moments.rows)
     values = dict(zip(FACTORS, moments.take_factors(), strict=True))
+    if not counted:  # no gradient arrived anywhere, which says nothing of A
+        values["input_factor"] = state["input_factor"].to(values["input_factor"].dtype)
     # Sums of squares: |Σ x_i x_j|² ≤ Σ x_i² Σ x_j², so that the diagonals tell.
     checked = [diagonal_of(x) for x in values.values()]
     folded = _fold_finite(state, "factor_weight", values, checked, moments.terms, ema_decay)

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from kfacopt.kfac.capture import LayerUse, group_by_layer
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
-from kfacopt.kfac.factors import grad_output_moment, input_moment
+from kfacopt.kfac.factors import CountedPositions, grad_output_moment, input_moment
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.kfac.subsampling import data_count, draw_subset, restricted_grad, restricted_use
 from kfacopt.optim.settings import CurvatureSettings
@@ -33,6 +33,7 @@ class CandidateMoments:
         self.by_layer: dict[Layer, Moments] = {}
         self._options, self._generator, self._bases = options, generator, bases
         self._counted: set[LayerUse] = set()
+        self._positions = CountedPositions()
         self._subsets: dict[int, Tensor] = {}  # by the number of data
 
     def count_gradients(
@@ -51,6 +52,8 @@ class CandidateMoments:
             g if k is None else restricted_grad(g, k) for g, k in zip(grads, kept, strict=True)
         ]
         own = self._restricted(uses)
+        for use, restricted, g in zip(uses, own, grads, strict=True):
+            self._positions.add(use, restricted.grad_rows(g))
         moments = self._moments(layer)
         value = grad_output_moment(layer, own, grads, self._options.form)
         moments.add_grad_outputs(value if is_one(scale) else value.mul_(scale))
@@ -68,7 +71,8 @@ class CandidateMoments:
         new = [u for u in uses if u not in self._counted]
         self._counted.update(new)
         for layer, own in group_by_layer(new).items():
-            value, rows = input_moment(layer, self._restricted(own), self._options.form)
+            masks = self._positions.of(own)
+            value, rows = input_moment(layer, self._restricted(own), self._options.form, masks)
             self._moments(layer).add_inputs(value, rows)
 
     def count_terms(self, layer: Layer, terms: Tensor) -> None:
