@@ -139,7 +139,7 @@ class CountedPositions:
         if use.constants is not None or family.elementwise or family.counts_all_positions:
             return  # positions of derivatives belong together; entries have no A
         if rows.numel():
-            found = torch.linalg.vector_norm(rows, torch.inf, dim=-1).ne(0).any(0)
+            found = rows.abs().amax(-1).ne(0).any(0)  # far faster than `any` on the last axis
             known = self._of.get(use)
             self._of[use] = found if known is None else known | found
 

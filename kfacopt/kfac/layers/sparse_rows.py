@@ -60,8 +60,9 @@ class SparseRows:
             more = self.shape[1] / mask.sum(1).clamp(min=1)
             value = value * more.to(value.dtype)[self.datum]
         kept = mask[self.datum, self.position]
-        parts = (x[kept] for x in (self.datum, self.position, self.index, value))
-        return SparseRows(*parts, self.shape), int((mask.any(1) if reduce else mask).sum())
+        datum, position, index = (x[kept] for x in (self.datum, self.position, self.index))
+        rows = SparseRows(datum, position, index, value[kept], self.shape)
+        return rows, int((mask.any(1) if reduce else mask).sum())
 
     def products(self, g: Tensor) -> Tensor:
         """Return Σ g aᵀ `[1, d_out, d_in]` for g `[1, N, S, d_out]`."""
