@@ -22,7 +22,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -86,22 +86,25 @@ def _iteration(problem: LossProblem, setting: Setting) -> Iterator[None]:
         yield training.step(optimizers)
 
 
-def costs(problem: LossProblem, rounds: int = 7) -> dict[str, float]:
+def costs(
+    problem: LossProblem, rounds: int = 7, settings: Mapping[str, Setting] | None = None
+) -> dict[str, float]:
     """Return the CPU seconds of an iteration of each contestant.
 
     Args:
         problem: The problem.
         rounds: How often each is timed, in turn; before, each warms up.
+        settings: The contestants and their optimizers; `None` for AdamW and K-FAC.
 
     Returns:
-        AdamW's median, and K-FAC's as the median of ratios in a round times that; without K-FAC's
-        where it fails.
+        The first one's median, and the others' as the median of ratios in a round times that;
+        without those that fail.
     """
     repeats = max(4, PERIOD // problem.steps)
-    iterations = {
-        name: _iteration(problem, Setting(name, 1e-4, "constant", 0)) for name in CONTESTANTS
-    }
-    times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    if settings is None:
+        settings = {name: Setting(name, 1e-4, "constant", 0) for name in CONTESTANTS}
+    iterations = {name: _iteration(problem, setting) for name, setting in settings.items()}
+    times: dict[str, list[float]] = {name: [] for name in settings}
     for _ in range(rounds + 1):
         for name, own in times.items():
             start = time.thread_time()
@@ -113,16 +116,17 @@ def costs(problem: LossProblem, rounds: int = 7) -> dict[str, float]:
             except Exception:  # `run` will name it; from now on the generator is at its end
                 continue
             own.append((time.thread_time() - start) / repeats)
-    theirs = times["AdamW"][1:]
-    found = {"AdamW": statistics.median(theirs)}
-    if len(times["K-FAC"]) > rounds:
-        ratios = (k / a for k, a in zip(times["K-FAC"][1:], theirs, strict=True))
-        found["K-FAC"] = found["AdamW"] * statistics.median(ratios)
+    unit, *others = settings
+    found = {unit: statistics.median(times[unit][1:])}
+    for name in others:
+        if len(times[name]) > rounds:
+            ratios = (t / u for t, u in zip(times[name][1:], times[unit][1:], strict=True))
+            found[name] = found[unit] * statistics.median(ratios)
     return found
 
 
 def _train(
-    problem: LossProblem, setting: Setting, iterations: int
+    problem: LossProblem, setting: Setting, iterations: int, evaluations: int
 ) -> Iterator[tuple[int, float, float, float]]:
     """Yield rows of iteration, seconds of this thread, objective and metric."""
     training, schedule = problem.training(setting.seed), SCHEDULES[setting.schedule]
@@ -132,7 +136,7 @@ def _train(
     optimizers = [setting.optimizer(model) for model in training.models]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     base = [group["lr"] for group in groups]
-    elapsed, when = 0.0, evaluation_steps(iterations, EVALUATIONS)
+    elapsed, when = 0.0, evaluation_steps(iterations, evaluations)
     for count in range(1, iterations + 1):
         factor = schedule.factor(count - 1, iterations)
         for group, lr in zip(groups, base, strict=True):
@@ -145,7 +149,11 @@ def _train(
 
 
 def run(
-    problem: LossProblem, setting: Setting, iterations: int, cost: float = 1.0
+    problem: LossProblem,
+    setting: Setting,
+    iterations: int,
+    cost: float = 1.0,
+    evaluations: int = EVALUATIONS,
 ) -> dict[str, Any]:
     """Train and evaluate.
 
@@ -154,6 +162,7 @@ def run(
         setting: By whom, and how.
         iterations: How many of the loop.
         cost: Seconds of an iteration.
+        evaluations: How many, at most.
 
     Returns:
         The setting, iterations, curve (iteration, seconds by the cost, objective, metric), outcome
@@ -166,7 +175,8 @@ def run(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:
-            for count, elapsed, *values in _train(problem, setting, iterations):  # noqa: B007
+            rows = _train(problem, setting, iterations, evaluations)
+            for count, elapsed, *values in rows:  # noqa: B007
                 row = (count * cost, *values)
                 curve.append([count, *(float(f"{value:.6g}") for value in row)])
                 if not math.isfinite(values[0]):

@@ -311,6 +311,23 @@ def test_a_group_that_is_added_later():
     assert optimizer.statistics()["kernel/damping"] == 1e-2
 
 
+class Routed(nn.Module):
+    """One of four experts for each datum; the second rank has those that the first has not."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.Parameter(torch.randn(4, D, D)), nn.Linear(D, 3)
+        self.shift = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        h, expert = torch.zeros_like(x), (x[:, 0] > 0).long() + 2 * (x[:, 0] > 2).long()
+        for e in range(4):
+            chosen = (expert == e).nonzero()[:, 0]
+            if len(chosen):
+                h = h.index_add(0, chosen, x[chosen] @ self.experts[e])
+        return self.head(h.tanh()) + self.shift
+
+
 class Switched(Net):
     """Has a matrix that only some data use."""
 
@@ -320,7 +337,8 @@ class Switched(Net):
 
 
 def switched(rank, options):
-    net = Switched(None).float()
+    net = Routed().float() if "experts" in options else Switched(None).float()
+    name, options = ("experts", {}) if "experts" in options else ("kernel", options)
     with torch.no_grad():  # the same in processes with another default dtype
         for p in net.double().parameters():
             p.copy_(data(*p.shape))
@@ -337,10 +355,10 @@ def switched(rank, options):
         else:
             F.cross_entropy(called(x), y).backward()
         optimizer.step()
-    return [*optimizer.factors("kernel"), *optimizer.factors("layer"), *net.parameters()]
+    return [*optimizer.factors(name), *optimizer.factors("head"), *net.parameters()]
 
 
-MOVED = {"still": {}, "moved": {"lr": 0.1, "fallback_lr": 1e-3}}
+MOVED = {"still": {}, "moved": {"lr": 0.1, "fallback_lr": 1e-3}, "experts": {"experts": True}}
 
 
 def obligations(rank):

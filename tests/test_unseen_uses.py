@@ -61,6 +61,7 @@ def cases():
         "forward called": lambda n, x: n.head(n.layer.forward(x).tanh()),
         "both": lambda n, x: n.head(n.layer(x).tanh() + F.linear(x, n.layer.weight)),
         "both, before": lambda n, x: n.head(n.layer(F.linear(x, n.layer.weight).tanh())),
+        "scaled": lambda n, x: n.head(F.linear(x, 2 * n.layer.weight).tanh()),
         "both, behind": lambda n, x: F.linear(n.head(n.layer(x).tanh()), n.layer.weight.T),
         "a row of it": lambda n, x: n.head(n.layer(x).tanh()) + n.layer.weight[0],
         "one output": lambda n, x: torch.cat(
@@ -84,7 +85,11 @@ def cases():
     }
 
 
-UNSEEN = cases()
+CASES = cases()
+# Products with the whole weight, as the layer has them: further uses of it.
+PRODUCTS = ["functional", "matmul", "einsum", "forward called", "func.vmap"]
+SEVERAL = ["both", "both, before", "a small part", "hidden module", "func.jvp"]
+UNSEEN = {name: case for name, case in CASES.items() if name not in {*PRODUCTS, *SEVERAL}}
 
 
 def loss_and_data(num_data=4):
@@ -104,9 +109,29 @@ def test_unseen_uses_are_refused_by_name(forward, operator):
         K @ torch.ones(K.shape[1], dtype=DTYPE)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
+@pytest.mark.parametrize("name", [*PRODUCTS, *SEVERAL])
+def test_products_past_the_module_have_their_whole_block(name):
+    """For one datum and one use K-FAC is exact; of several uses it has all, as `Σ g aᵀ` tells."""
+    net, (loss, data) = Net(CASES[name]), loss_and_data(1)
+    params = [net.layer.weight, net.head.weight]
+    K = KFACLinearOperator(net, loss, params, data, fisher_type="type-2")
+    found = K @ torch.eye(2 * D * D, dtype=DTYPE)
+    expected = dense.ggn(net, loss, params, data)
+    own, head = slice(D * D), slice(D * D, None)
+    torch.testing.assert_close(found[head, head], expected[head, head], **close())
+    if name in PRODUCTS:
+        torch.testing.assert_close(found[own, own], expected[own, own], **close())
+    E = EKFACLinearOperator(net, loss, params, data, fisher_type="type-2")
+    # Λ is the diagonal of the exact block in a basis, so that their traces are the same.
+    exact = expected[own, own].trace()
+    corrected = E @ torch.eye(2 * D * D, dtype=DTYPE)
+    torch.testing.assert_close(corrected[own, own].trace(), exact, **close())
+
+
 def test_the_way_out_is_one():
     """Without the parameter K-FAC has the other block, and the GGN is exact for all."""
-    net, (loss, data) = Net(UNSEEN["functional"]), loss_and_data(1)
+    net, (loss, data) = Net(UNSEEN["scaled"]), loss_and_data(1)
     params = [net.head.weight]
     K = KFACLinearOperator(net, loss, params, data, fisher_type="type-2")
     expected = dense.ggn(net, loss, params, data)
@@ -169,7 +194,7 @@ def test_checkpointing_with_reentry_is_refused():
 
 def test_autocast_shares_a_cast_between_seen_and_unseen_uses():
     """Autocast keeps a weight's cast for all of its uses."""
-    net, (loss, data) = Net(UNSEEN["both"]).float(), loss_and_data()
+    net, (loss, data) = Net(CASES["both, behind"]).float(), loss_and_data()
     data = [(X.float(), y) for X, y in data]
     with torch.autocast("cpu", torch.bfloat16):
         K = KFACLinearOperator(net, loss, [net.layer.weight], data)
@@ -205,7 +230,7 @@ def test_compiled_models_have_the_blocks_of_the_model():
 
 def test_the_search_tells_compiled_code_by_its_derivatives():
     """Compiled code is one node of the graph, which hides what leads where."""
-    for name, undercounted in (("both", True), ("a term of weight 0", False)):
+    for name, undercounted in (("scaled", True), ("a term of weight 0", False)):
         net = Net({**UNSEEN, **SEEN}[name])
         X, weight = loss_and_data()[1][0][0], net.layer.weight
         with capture(find_layers(net.named_modules(), [weight], True)) as uses:

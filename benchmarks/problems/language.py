@@ -21,20 +21,27 @@ UNKNOWN = 0
 ALPHABET = {character: 1 + i for i, character in enumerate(string.printable)}
 
 
-def _tokens(paths: list[Path]) -> Tensor:
-    text = "".join(path.read_text(encoding="utf-8") for path in paths)
+def characters(text: str) -> Tensor:
+    """Return the numbers of a text's characters."""
     return torch.tensor([ALPHABET.get(character, UNKNOWN) for character in text])
 
 
 @cache
-def corpus() -> tuple[Tensor, Tensor]:
-    """Return the training text, and sequences `[VALIDATION_SEQUENCES, LENGTH + 1]` of others.
+def texts() -> tuple[str, str]:
+    """Return the training text, and the held-out one.
 
     The text is that of the first modules of the running Python's standard library, by name.
     """
     folder = Path(argparse.__file__).parent
     paths = sorted(p for p in folder.glob("*.py") if not p.name.startswith("_"))[:FILES]
-    training, held_out = _tokens(paths[VALIDATION_FILES:]), _tokens(paths[:VALIDATION_FILES])
+    own = [path.read_text(encoding="utf-8") for path in paths]
+    return "".join(own[VALIDATION_FILES:]), "".join(own[:VALIDATION_FILES])
+
+
+@cache
+def corpus() -> tuple[Tensor, Tensor]:
+    """Return the training text's characters, and `[VALIDATION_SEQUENCES, LENGTH + 1]` of others."""
+    training, held_out = map(characters, texts())
     generator = Generator().manual_seed(DATA_SEED)
     return training, _windows(held_out, VALIDATION_SEQUENCES, generator)
 

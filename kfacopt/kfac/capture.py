@@ -36,6 +36,7 @@ class LayerUse:
         constants: The input of a bias at each position, `[S]`, where it is not 1 at all of them:
             0 at positions of derivatives, see `kfacopt.taylor_mode`.
         bias: What a product adds, if it is a parameter.
+        live: Which rows `[N, S]` A has, if not all.
     """
 
     layer: Layer
@@ -47,6 +48,7 @@ class LayerUse:
     input_edges: tuple[GradientEdge, ...]
     constants: Tensor | None = None
     bias: Parameter | None = None
+    live: Tensor | None = None
 
     @property
     def family(self) -> LayerFamily:
@@ -64,6 +66,11 @@ class LayerUse:
     def grad_rows(self, g: Tensor) -> Tensor:
         """Return the gradient by the module's output as `[B, N, S, d_out]`."""
         return self.family.grad_outputs(self.call, g)
+
+    @property
+    def groups(self) -> slice | None:
+        """Which of the layer's groups it has; `None` for all."""
+        return self.family.groups_used(self.call)
 
     def adds(self, bias: Parameter | None) -> float:
         """Return the input of a bias: 1, or 0 if the module, which may share W alone, lacks it."""

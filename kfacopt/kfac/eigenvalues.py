@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from kfacopt.kfac.capture import LayerUse
-from kfacopt.kfac.factors import elementwise_moment, factor_dtype, input_rows, sparse_rows
+from kfacopt.kfac.factors import (
+    elementwise_moment,
+    factor_dtype,
+    input_rows,
+    of_all_groups,
+    sparse_rows,
+)
 from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kronecker import multiply_left, multiply_right
 
@@ -60,6 +66,13 @@ def block_second_moments(
         else:
             a = use.bias_inputs(block.bias, g)
         inputs.append(a)
+    if block.layer.family.routed:
+        moments = []
+        for use, g, a in zip(uses, outputs, inputs, strict=True):
+            own = use.groups or slice(None)
+            basis_g, basis_a = (None if q is None else q[own] for q in bases)
+            moments.append(gradient_second_moments(g, a, (basis_g, basis_a)))
+        return of_all_groups(block.layer, uses, moments)
     if len({g.shape[1] for g in outputs}) == 1:  # else the uses have no data in common
         inputs, outputs = [torch.cat(inputs, dim=2)], [torch.cat(outputs, dim=2)]
     moments = [gradient_second_moments(g, a, bases) for g, a in zip(outputs, inputs, strict=True)]

@@ -5,10 +5,7 @@ For the loss L = Σ_t ω_t ℓ_t and vectors v that carry √ω (see `kfacopt.li
     expand:  A = 1/(N S) Σ_{n,s} a aᵀ,  G = Σ_{n,v,s} g gᵀ
     reduce:  A = 1/N Σ_n ā āᵀ, ā = mean_s a,  G = Σ_{n,v} ĝ ĝᵀ, ĝ = Σ_s g
 
-Several uses of a layer within one forward pass are further positions s. Positions that the loss
-does not depend on (ignored labels, padding that an attention mask leaves out) have g = 0 for all v.
-They count neither in A nor in N, S or the means; convolutions, some of whose positions pooling
-leaves out, count all.
+Several uses of a layer within one forward pass are further positions s.
 
 References:
     Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, Eqs. 16 and 22.
@@ -76,6 +73,10 @@ class FactorForm:
         A = layer.diagonal_input or self.diagonal(layer.d_in)
         return A, layer.family.elementwise or self.diagonal(layer.d_out)
 
+    def count_shape(self, layer: Layer) -> tuple[int, ...]:
+        """Return the shape of the number of a layer's inputs: `[B]` where groups have own ones."""
+        return (layer.groups,) if layer.family.routed else ()
+
     def shapes(self, layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of a layer's A and G."""
         B, sides = layer.groups, (layer.d_in, layer.d_out)
@@ -99,6 +100,16 @@ def second_moment(x: Tensor, diagonal: bool) -> Tensor:
 
 def _total(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(list(values)).sum(0)
+
+
+def of_all_groups(layer: Layer, uses: Sequence[LayerUse], values: Sequence[Tensor]) -> Tensor:
+    """Return the sum `[B, ...]` over uses of values for the groups that each has."""
+    if not layer.family.routed:
+        return _total(values)
+    total = values[0].new_zeros(layer.groups, *values[0].shape[1:])
+    for use, value in zip(uses, values, strict=True):
+        total[use.groups or slice(None)] += value
+    return total
 
 
 def bordered(put: Callable[[Tensor], object], sums: Tensor, count: int, constant: float) -> Tensor:
@@ -127,60 +138,11 @@ def input_rows(layer: Layer, use: LayerUse) -> Tensor:
     return a
 
 
-class CountedPositions:
-    """Which positions of uses some gradient arrived at, of all vectors v."""
-
-    def __init__(self) -> None:
-        self._of: dict[LayerUse, Tensor] = {}
-
-    def add(self, use: LayerUse, rows: Tensor) -> None:
-        """Take note of a use's gradients g `[B, N, S, d_out]`."""
-        family = use.family
-        if use.constants is not None or family.elementwise or family.counts_all_positions:
-            return  # positions of derivatives belong together; entries have no A
-        if rows.numel():
-            found = rows.abs().amax(-1).ne(0).any(0)  # far faster than `any` on the last axis
-            known = self._of.get(use)
-            self._of[use] = found if known is None else known | found
-
-    def of(self, uses: Sequence[LayerUse]) -> list[Tensor] | None:
-        """Return which positions `[N, S]` of each use count; `None` if all do."""
-        found = [self._of.get(use) for use in uses]
-        masks = [mask for mask in found if mask is not None]
-        if len(masks) < len(found) or not masks:
-            return None
-        return None if all(bool(mask.all()) for mask in masks) else masks
-
-
-def _counted_moment(
-    layer: Layer, uses: Sequence[LayerUse], masks: Sequence[Tensor], reduce: bool, diagonal: bool
-) -> tuple[Tensor, int]:
-    """Return Σ a aᵀ over some positions, or over the means of each datum's, and their number.
-
-    Args:
-        layer: The layer.
-        uses: Its uses in one forward pass.
-        masks: For each use which positions count, `[N, S]`.
-        reduce: Whether to average over the positions.
-        diagonal: Whether the sum's diagonal alone is wanted.
-    """
-    rows = [input_rows(layer, use) for use in uses]
-    masks = [m.expand(a.shape[1:3]) for a, m in zip(rows, masks, strict=True)]
-    if not reduce:
-        kept = torch.cat([a[:, m] for a, m in zip(rows, masks, strict=True)], dim=1)
-    else:
-        if len({len(m) for m in masks}) == 1:
-            rows, masks = [torch.cat(rows, dim=2)], [torch.cat(list(masks), dim=1)]
-        means = [
-            (a * m.unsqueeze(-1)).sum(2)[:, m.any(1)] / m.sum(1)[m.any(1)].unsqueeze(-1)
-            for a, m in zip(rows, masks, strict=True)
-        ]
-        kept = torch.cat(means, dim=1)
-    return second_moment(kept.unsqueeze(2), diagonal), kept.shape[1]
-
-
 def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int]:
     """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
+    if use.live is not None:
+        rows = input_rows(layer, use).flatten(1, 2)[:, use.live.flatten()].unsqueeze(2)
+        return second_moment(rows, diagonal), rows.shape[1]
     dtype = factor_dtype(layer.anchor.dtype)
     known = None if diagonal else use.family.input_moment(use.call, use.checked_input().to(dtype))
     if known is None:
@@ -209,6 +171,26 @@ def _rows_moment(
     return bordered(partial(gram, a.flatten(1, 2)), a.sum((1, 2)), count, constant), count
 
 
+def _live_means_moments(
+    layer: Layer, uses: Sequence[LayerUse], diagonal: bool
+) -> list[tuple[Tensor, int]]:
+    """Return Σ_n ā āᵀ and how many n have any a, with means over the positions that count."""
+    pairs = []
+    for use in uses:
+        a = input_rows(layer, use)
+        live = a.new_ones(a.shape[1:3]) if use.live is None else use.live.to(a)
+        pairs.append(((a * live.unsqueeze(-1)).sum(2), live.sum(1)))
+    if len({len(count) for _, count in pairs}) == 1:
+        sums, counts = zip(*pairs, strict=True)
+        pairs = [(_total(sums), _total(counts))]
+    moments = []
+    for total, count in pairs:
+        some = count > 0
+        means = (total[:, some] / count[some].unsqueeze(-1)).unsqueeze(2)
+        moments.append((second_moment(means, diagonal), means.shape[1]))
+    return moments
+
+
 def sparse_rows(uses: Sequence[LayerUse]) -> list[SparseRows]:
     """Return a layer's inputs by their entries, those of the same data as one; else nothing."""
     found = [rows for rows in (use.sparse_inputs() for use in uses) if rows is not None]
@@ -218,21 +200,13 @@ def sparse_rows(uses: Sequence[LayerUse]) -> list[SparseRows]:
 
 
 def input_moment(
-    layer: Layer,
-    uses: Sequence[LayerUse],
-    form: FactorForm,
-    masks: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, int]:
+    layer: Layer, uses: Sequence[LayerUse], form: FactorForm
+) -> tuple[Tensor, int | Tensor]:
     """Return Σ a aᵀ and the number of summands, over the uses of a layer in one forward pass.
 
-    Args:
-        layer: The layer.
-        uses: Its uses.
-        form: How factors are formed.
-        masks: For each use which positions `[N, S]` count, if not all.
-
     Returns:
-        The sum `[B, d_in, d_in]` (or its diagonal), and how many vectors it sums.
+        The sum `[B, d_in, d_in]` (or its diagonal), and how many vectors it sums; `[B]` where
+        groups have counts of their own.
 
     Raises:
         NotImplementedError: If the positions of derivatives by the input, where a bias does not
@@ -249,21 +223,18 @@ def input_moment(
         )
     diagonal, _ = form.diagonals(layer)
     sparse = sparse_rows(uses) if layer.diagonal_input else []
-    if masks is not None:
-        if not sparse:
-            return _counted_moment(layer, uses, masks, form.reduce, diagonal)
-        masks = [torch.cat(list(masks), dim=1)] if len(sparse) == 1 else masks
-        kept = [rows.counted(m, form.reduce) for rows, m in zip(sparse, masks, strict=True)]
-        return _total([r.squares(form.reduce)[0] for r, _ in kept]), sum(n for _, n in kept)
     if sparse:
         squares = [rows.squares(form.reduce) for rows in sparse]
         return _total([values for values, _ in squares]), sum(count for _, count in squares)
-    if not form.reduce and len(uses) > 1 and all(use.module is None for use in uses):
+    loop = len(uses) > 1 and all(use.module is None for use in uses)
+    if loop and not (form.reduce or layer.family.routed):
         # Products of a loop, few rows each: one sum over all of them.
         rows = torch.cat([input_rows(layer, use).flatten(1, 2) for use in uses], 1)
         return second_moment(rows.unsqueeze(2), diagonal), rows.shape[1]
-    if not form.reduce:
+    if not form.reduce or layer.family.routed:
         moments = [_expanded_moment(layer, use, diagonal) for use in uses]
+    elif any(use.live is not None for use in uses):
+        moments = _live_means_moments(layer, uses, diagonal)
     else:
         means = [use.inputs(dtype, reduce=True) for use in uses]
         if len({a.shape[1] for a, _ in means}) == 1:
@@ -275,7 +246,11 @@ def input_moment(
             _rows_moment(layer, a, diagonal, [use], [1.0])
             for use, (a, _) in zip(uses, means, strict=True)
         ]
-    return _total([moment for moment, _ in moments]), sum(count for _, count in moments)
+    summed = of_all_groups(layer, uses, [moment for moment, _ in moments])
+    if not layer.family.routed:
+        return summed, sum(count for _, count in moments)
+    counts = [moment.new_full((len(moment),), count) for moment, count in moments]
+    return summed, of_all_groups(layer, uses, counts)
 
 
 def elementwise_moment(layer: Layer, uses: Sequence[LayerUse], grads: Sequence[Tensor]) -> Tensor:
@@ -307,19 +282,32 @@ def grad_output_moment(
     if layer.weight is None:  # a bias acts on values alone, not on derivatives by the input
         pairs = zip(uses, grads, strict=True)
         grads = [g if u.constants is None else g * u.constants.to(g)[:, None] for u, g in pairs]
-    if form.reduce:
+    if form.reduce and not layer.family.routed:
         rows = [use.grad_rows(g).sum(2, keepdim=True) for use, g in zip(uses, grads, strict=True)]
         if len({g.shape[1] for g in rows}) == 1:
             rows = [_total(rows)]
         return _total([second_moment(g, diagonal) for g in rows])
-    if len(uses) > 1 and all(use.module is None for use in uses):
+    loop = len(uses) > 1 and all(use.module is None for use in uses)
+    if loop and not layer.family.routed:
         rows = [use.grad_rows(g).flatten(1, 2) for use, g in zip(uses, grads, strict=True)]
         return second_moment(torch.cat(rows, 1).unsqueeze(2), diagonal)
     moments = []
     for use, g in zip(uses, grads, strict=True):
         known = None if diagonal else use.family.grad_output_moment(g, layer.groups)
         moments.append(second_moment(use.grad_rows(g), diagonal) if known is None else known)
-    return _total(moments)
+    return of_all_groups(layer, uses, moments)
+
+
+def along(numbers: Tensor, value: Tensor) -> Tensor:
+    """Return a number, or one for each group `[B]`, to be multiplied with values `[B, ...]`."""
+    return numbers.reshape(-1, *(1,) * (value.ndim - 1)) if numbers.ndim else numbers
+
+
+def mean_input(total: Tensor, count: int | Tensor) -> Tensor:
+    """Return A from Σ a aᵀ `[B, ...]`, in its memory, and the number of summands (`[B]`)."""
+    if isinstance(count, Tensor):
+        return total.div_(along(count.clamp(min=1), total))
+    return total.div_(max(count, 1))
 
 
 def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -> None:
@@ -332,10 +320,10 @@ def fold(average: Tensor, value: Tensor, weight: Tensor, total_weight: Tensor) -
     Args:
         average: The average, of any shape.
         value: The new value, of the same shape.
-        weight: w, a scalar.
-        total_weight: W, a scalar that already includes w.
+        weight: w, a scalar, or one for each group.
+        total_weight: W, which already includes w.
     """
-    share = (weight / total_weight).to(value.dtype)
+    share = along(weight / total_weight, value).to(value.dtype)
     if average.dtype == value.dtype:
         average.lerp_(value, share)
     else:

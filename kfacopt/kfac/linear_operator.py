@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,25 +15,24 @@ from kfacopt.data import Batch, evaluation, iterate, run_determinism_check, some
 from kfacopt.kfac.block_diagonal import KFACInverseLinearOperator, KroneckerBlockLinearOperator
 from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
 from kfacopt.kfac.factors import (
-    CountedPositions,
     FactorForm,
     Factors,
     factor_dtype,
     grad_output_moment,
     input_moment,
+    mean_input,
 )
 from kfacopt.kfac.layers import (
     KFAC_APPROXES,
     Block,
     KFACApprox,
     Layer,
-    all_kinds,
-    described,
-    find_layers,
 )
+from kfacopt.kfac.live_rows import LiveRows
 from kfacopt.kfac.loss_fisher import loss_fisher
+from kfacopt.kfac.operator_layers import layers_of, parameters_of
 from kfacopt.kfac.unrolled import unrolled
-from kfacopt.kfac.unseen_uses import refuse_unseen_uses
+from kfacopt.kfac.unseen_uses import edges_of, past_modules, refuse_unseen_uses
 from kfacopt.likelihoods import SUPPORTED_LOSSES, FisherType
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod, KroneckerProduct
 
@@ -60,7 +59,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             `nn.Conv1d` to `nn.Conv3d` and `nn.ConvTranspose1d` to `nn.ConvTranspose3d` (stride,
             padding, dilation, groups), embeddings (A is diagonal), scale and shift of
             normalisations (the exact diagonal of F) and what `kfacopt.register_layer` was told of:
-            see docs/layers.md.
+            see docs/layers.md. Products with matrices
+            past modules' calls (`x @ W`, `F.linear`, `nn.MultiheadAttention`) count as well; a
+            matrix of which the model makes no other use is a layer by the parameter's name.
         loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
             log-probabilities; or any function or module that maps predictions z and targets to a
             scalar. Of this the positive part of the Hessian at z is the curvature, found exactly
@@ -151,10 +152,12 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
                 f"model_func must be an nn.Module for K-FAC, got {type(model_func).__name__}."
             )
         own = _own_parameters(model_func, argument_checks.check_params(params))
-        self._layers = _layers_of(model_func, own, separate_weight_and_bias)
+        argument_checks.check_distinct(own)
         super().__init__(own)
-        argument_checks.check_shape(shape, self.shape)
         self._model_func, self._data, self._progressbar = model_func, data, progressbar
+        batches = partial(self._batches, "K-FAC layers")
+        self._layers = layers_of(model_func, own, separate_weight_and_bias, batches)
+        argument_checks.check_shape(shape, self.shape)
         self._seed, self._form = seed, FactorForm(kfac_approx)
         if check_deterministic:
             with evaluation(model_func):
@@ -241,29 +244,32 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             inputs[layer], grads[layer] = (
                 torch.zeros(shape, dtype=dtype, device=device) for shape in self._form.shapes(layer)
             )
-        rows = dict.fromkeys(inputs, 0)
+        rows: dict[Layer, Any] = dict.fromkeys(inputs, 0)
         counts, vectors = [], 0
         for X, y, output, uses, gradients in self._passes("K-FAC factors"):
-            refuse_unseen_uses(self._model_func, self._params, output, uses)
             counts.append(self._fisher.counts(output.detach(), X, y))
             reached: set[LayerUse] = set()
-            positions = CountedPositions()
+            live = LiveRows()
+            live.ignore(self._fisher.likelihood, y)
             for by_use in gradients:
                 vectors += 1
                 reached.update(by_use)
+                for use, g in by_use.items():
+                    live.add(use, g)
                 for layer, own in group_by_layer(by_use).items():
                     own_grads = [by_use[use] for use in own]
-                    for use, g in zip(own, own_grads, strict=True):
-                        positions.add(use, use.grad_rows(g))
                     grads[layer] += grad_output_moment(layer, own, own_grads, self._form)
-            for layer, own in group_by_layer(u for u in uses if u in reached).items():
-                moment, count = input_moment(layer, own, self._form, positions.of(own))
+            counted = [live.restricted(use) for use in uses if use in reached]
+            for layer, own in group_by_layer(counted).items():
+                moment, count = input_moment(layer, own, self._form)
                 inputs[layer] += moment
-                rows[layer] += count
+                rows[layer] = rows[layer] + count
         self._scale = self._fisher.scale(counts)
         self._fisher.check_seen(vectors)
         return {
-            layer: KroneckerProduct(grads[layer] * self._scale, inputs[layer] / max(rows[layer], 1))
+            layer: KroneckerProduct(
+                grads[layer] * self._scale, mean_input(inputs[layer], rows[layer])
+            )
             for layer in inputs
         }
 
@@ -281,6 +287,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         for X, y in self._batches(description):
             with capture(self._layers) as uses, unrolled(own):
                 output = argument_checks.checked_output(self._model_func(X))
+            past = past_modules(edges_of(output), uses, parameters_of(self._layers), [])
+            uses += past.uses
+            refuse_unseen_uses(self._model_func, past.rest, output, uses)
             yield X, y, output, uses, self._gradients(output, X, y, uses, generator)
 
     def _batches(self, description: str) -> Iterator[Batch]:
@@ -310,23 +319,3 @@ def _own_parameters(
                 "layers and takes their own parameters, dict(model_func.named_parameters())."
             )
     return list(params.values())
-
-
-def _layers_of(
-    model: nn.Module, params: Sequence[Parameter], separate_weight_and_bias: bool
-) -> list[tuple[Layer, list[nn.Module]]]:
-    argument_checks.check_distinct(params)
-    layers = find_layers(model.named_modules(), params, separate_weight_and_bias)
-    covered = {id(p) for layer, _ in layers for p in (layer.weight, layer.bias)}
-    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    for i, p in enumerate(params):
-        if not p.requires_grad:
-            raise ValueError(f"params[{i}] ({names.get(id(p))}) does not require gradients.")
-        if id(p) not in names:
-            raise ValueError(f"params[{i}] is not a parameter of model_func.")
-        if id(p) not in covered:
-            raise NotImplementedError(
-                f"params: {names[id(p)]!r} is in an unsupported layer; K-FAC knows "
-                f"{described(all_kinds())}. Leave it out of params."
-            )
-    return layers

@@ -2,8 +2,8 @@
 
 `F.linear(x, self.weight)`, `torch.addmm`, `x @ W`, `torch.einsum` of two operands, and what torch's
 functions do within (`F.multi_head_attention_forward`) end in a node `Addmm`, `Mm` or `Bmm` whose
-operand is a parameter, or a view or cast of one. The node has kept the input a; g arrives at its
-output. So nobody has to watch the forward pass.
+operand is a parameter, or a view or cast of one; `F.conv2d` in a convolution of a whole one. The
+node has kept the input a; g arrives at its output. So nobody has to watch the forward pass.
 """
 
 from __future__ import annotations
@@ -12,14 +12,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
 from kfacopt.kfac.capture import LayerUse
+from kfacopt.kfac.convolution_uses import (
+    CONVOLUTION,
+    ConvolutionCall,
+    convolution_call,
+    convolution_family,
+    convolution_kind,
+)
 from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers.convolution import Convolution
+from kfacopt.kfac.layers.interface import LayerFamily
 from kfacopt.kfac.layers.linear import LinearFamily
-from kfacopt.kfac.layers.matrix import Matrix, Product, Span
+from kfacopt.kfac.layers.matrix import Matrix, Product, Span, by_axis
+from kfacopt.kfac.layers.patches import Upsampling
+from kfacopt.kfac.layers.transposed_convolution import TransposedConvolution
 from kfacopt.kfac.parameter_views import (
     AxisRange,
     ParameterView,
@@ -47,11 +58,12 @@ class MatrixUse:
     Attributes:
         weight: The parameter.
         bias: The vector that is added, if it is a parameter.
-        roles: Of the parameter's axes, see `Matrix`.
-        input: a `[R, d_in]`, or `[B, R, d_in]` for groups.
+        roles: Of the parameter's axes, see `Matrix`; "c" or "t" and the number of groups for
+            convolutions and transposed ones.
+        input: a `[R, d_in]`, or `[B, R, d_in]` for groups; a convolution's input.
         edge: The gradient edge of the product.
         input_edges: Those of a.
-        product: Which part of the matrix it has, and where.
+        call: Which part of the matrix it has, and where; a convolution's sizes.
     """
 
     weight: Parameter
@@ -60,7 +72,7 @@ class MatrixUse:
     input: Tensor
     edge: GradientEdge
     input_edges: tuple[GradientEdge, ...]
-    product: Product
+    call: Product | ConvolutionCall | Upsampling
 
 
 def matrix_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter, list[MatrixUse]]:
@@ -76,7 +88,7 @@ def matrix_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter
         leaf = leaves.get(id(p))
         uses = None if leaf is None or p.ndim < 2 else _uses_of(p, leaf, parents)
         roles = {use.roles for use in uses or ()}
-        if uses and len(roles) == 1 and "g" not in uses[0].roles:
+        if uses and len(roles) == 1:
             found[p] = uses
     return found
 
@@ -142,6 +154,8 @@ def _uses_of(p: Parameter, leaf: Any, parents: Parents) -> list[MatrixUse] | Non
             use = None
             if place >= 0 and parent.name() in _PRODUCTS:
                 use = _product(p, view, parent, place, parents)
+            elif place == 1 and parent.name() == CONVOLUTION:
+                use = _convolution(p, view, parent)
             if use is None:
                 return None
             uses.append(use)
@@ -170,39 +184,65 @@ def _product(
         return None
     left = place == places[0]
     kept = right_name if left else left_name
-    if _is_recomputed(node, kept):
-        return None
-    try:
-        a = getattr(node, kept)
-    except RuntimeError:  # changed in place since, or its memory is gone
-        return None
+    a = _kept(node, kept)
     if a is None:
         return None
     operand = view.permuted([*range(len(view.axes) - 2), -1, -2]) if left else view
     layout = _layout(p, operand)
     if layout is None:
         return None
-    roles, outputs, groups = layout
-    a = a.detach()
-    a = a.mT if left else a
+    roles, ranges, outputs, groups = layout
+    inputs = [(r.axis, r.length) for r in ranges[-2]]
+    a = by_axis(a.detach().mT if left else a.detach(), inputs)
     if "g" not in roles:
         a = a.reshape(-1, a.shape[-1])
     before = node.next_functions[places[1] if left else places[0]]
     edges = () if before[0] is None else (GradientEdge(*before),)
-    bias = None if left or "g" in roles else _bias(node, parents, p, outputs, operand.shape[-1])
-    return MatrixUse(
-        p, bias, roles, a, GradientEdge(node, 0), edges, Product(left, outputs, groups)
-    )
+    order = tuple((r.axis, r.length) for r in ranges[-1])
+    order = () if order == tuple(sorted(order)) else order
+    plain = not left and "g" not in roles and not order
+    bias = _bias(node, parents, p, outputs, operand.shape[-1]) if plain else None
+    product = Product(left, outputs, groups, order, _has_positions(node, before[0], parents))
+    return MatrixUse(p, bias, roles, a, GradientEdge(node, 0), edges, product)
 
 
-def _is_recomputed(node: Any, saved: str) -> bool:
-    """Tell whether a saved tensor is recomputed when it is asked for, which may be done once."""
+def _has_positions(node: Any, before: Any, parents: Parents) -> bool:
+    """Tell whether rows were flattened before a product, or have more axes behind it."""
+    views = ("ViewBackward0", "UnsafeViewBackward0")
+    if before is not None and before.name() in views and len(before._saved_self_sym_sizes) > 2:
+        return True
+    shapes = [n._input_metadata[0].shape for n, _ in parents[node] if n.name() in views]
+    return any(len(shape) > 2 for shape in shapes)
+
+
+def _convolution(p: Parameter, view: ParameterView, node: Any) -> MatrixUse | None:
+    """Return a node as a convolution with a whole parameter; `None` if it has a part of it."""
+    x = _kept(node, "_saved_input") if view == ParameterView.whole(p.shape) else None
+    if x is None:
+        return None
+    roles, call = convolution_call(p, node)
+    before = node.next_functions[0]
+    edges = () if before[0] is None else (GradientEdge(*before),)
+    bias = _vector(node.next_functions[2], None, node._input_metadata[0].shape[1])
+    return MatrixUse(p, bias, roles, x.detach(), GradientEdge(node, 0), edges, call)
+
+
+def _kept(node: Any, saved: str) -> Tensor | None:
+    """Return a saved tensor; `None` for one that is recomputed, which may be done once alone."""
     hook = getattr(getattr(node, saved.replace("_saved_", "_raw_saved_")), "unpack_hook", None)
-    return getattr(hook, "__qualname__", "").startswith("_checkpoint_hook")
+    if getattr(hook, "__qualname__", "").startswith("_checkpoint_hook"):
+        return None
+    try:
+        kept: Tensor | None = getattr(node, saved)
+    except RuntimeError:  # changed in place since, or its memory is gone
+        return None
+    return kept
 
 
-def _layout(p: Parameter, view: ParameterView) -> tuple[str, Span | None, Span | None] | None:
-    """Return the roles of a parameter's axes, and which outputs and groups a product has.
+def _layout(
+    p: Parameter, view: ParameterView
+) -> tuple[str, list[list[AxisRange]], Span | None, Span | None] | None:
+    """Return the roles of a parameter's axes, ranges, and which outputs and groups a product has.
 
     Args:
         p: The parameter.
@@ -216,17 +256,18 @@ def _layout(p: Parameter, view: ParameterView) -> tuple[str, Span | None, Span |
     letters = "gio" if len(found) == 3 else "io"
     roles: dict[int, str] = {r.axis: x for x, own in zip(letters, found, strict=True) for r in own}
     single = [i for i, n in enumerate(p.shape) if i not in roles]
-    if len(single) > 1 and any(p.shape[i] > 1 for i in single):
-        return None
     starts = _starts(view, p)
-    for i in single:  # one index, or an axis of one entry
-        role = "o" if p.ndim == 2 and "o" not in roles.values() else "g"
-        role = "i" if p.ndim == 2 and "i" not in roles.values() and p.shape[i] == 1 else role
-        if p.ndim == 2 and role == "g":
+    for i in reversed(single):  # one index, or an axis of one entry
+        if "o" not in roles.values():
+            roles[i] = "o"
+        elif "i" not in roles.values() and p.shape[i] == 1:
+            roles[i] = "i"
+        elif p.ndim > 2:
+            roles[i] = "g"
+        else:
             return None
-        roles[i] = role
     ranges = [r for own in found for r in own] + [AxisRange(i, starts[i], 1) for i in single]
-    if any(own != sorted(own, key=lambda r: r.axis) for own in found):
+    if len(found) == 3 and found[0] != sorted(found[0], key=lambda r: r.axis):
         return None
     spans: dict[str, Span | None] = {"g": None, "o": None, "i": None}
     for role in "goi":
@@ -234,8 +275,9 @@ def _layout(p: Parameter, view: ParameterView) -> tuple[str, Span | None, Span |
         partial = [r for r in own if r.length != p.shape[r.axis]]
         if partial and (role == "i" or len(own) != 1):
             return None
-        spans[role] = Span(partial[0].start, p.shape[partial[0].axis]) if partial else None
-    return "".join(roles[i] for i in range(p.ndim)), spans["o"], spans["g"]
+        for r in partial:
+            spans[role] = Span(r.start, r.length, p.shape[r.axis])
+    return "".join(roles[i] for i in range(p.ndim)), found, spans["o"], spans["g"]
 
 
 def _starts(view: ParameterView, p: Parameter) -> list[int]:
@@ -296,7 +338,7 @@ class MatrixLayout:
     """How a matrix that no module's call uses is multiplied.
 
     Attributes:
-        roles: Of the parameter's axes, see `Matrix`.
+        roles: As `MatrixUse` has them.
         bias: What all products with it add.
     """
 
@@ -318,9 +360,23 @@ class MatrixLayout:
             has_bias: Whether the bias, if there is one, is the layer's.
             separate: Whether W and b have blocks of their own.
         """
-        bias, family = self.bias if has_bias else None, Matrix(self.roles)
-        groups = family.matrix_shape(weight.shape, 1)[0]
+        bias, family = self.bias if has_bias else None, self._family(weight)
+        groups = int(self.roles[1:]) if self._is_convolution else 1
+        groups = family.matrix_shape(weight.shape, groups)[0]
         return Layer(name, weight, bias, groups, bias is not None and not separate, family)
+
+    @property
+    def _is_convolution(self) -> bool:
+        return self.roles[0] in "ct"
+
+    def _family(self, weight: Parameter) -> LayerFamily:
+        if self._is_convolution:
+            return convolution_family(self.roles, weight)
+        return Matrix(self.roles)
+
+    def kind(self, weight: Parameter) -> type[nn.Module]:
+        """Return which of torch's modules does the same."""
+        return convolution_kind(self.roles, weight) if self._is_convolution else nn.Linear
 
 
 def fits(use: MatrixUse, layer: Layer) -> bool:
@@ -328,8 +384,11 @@ def fits(use: MatrixUse, layer: Layer) -> bool:
     family = layer.family
     if isinstance(family, Matrix):
         return family.roles == use.roles
+    if type(family) in (Convolution, TransposedConvolution):
+        letter = "c" if type(family) is Convolution else "t"
+        return use.roles == f"{letter}{layer.groups}" and layer.weight is use.weight
     linear = type(family) is LinearFamily and use.roles == ("io" if family.inputs_first else "oi")
-    plain = use.product == Product() and layer.weight is use.weight
+    plain = use.call in (Product(), Product(positions=True)) and layer.weight is use.weight
     return linear and plain
 
 
@@ -337,4 +396,4 @@ def as_layer_use(use: MatrixUse, layer: Layer) -> LayerUse:
     """Return a product as a use of its layer."""
     a, version = use.input, use.input._version
     edges = use.input_edges
-    return LayerUse(layer, None, use.product, a, use.edge, version, edges, None, use.bias)
+    return LayerUse(layer, None, use.call, a, use.edge, version, edges, None, use.bias)

@@ -7,8 +7,8 @@ pass multiplies by the weights again, are paths from a parameter to the output p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,17 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import CheckpointFunction
 
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
-from kfacopt.kfac.matrix_uses import MatrixUse, Parents, graph_parents, matrix_uses, vector_uses
+from kfacopt.kfac.factors import of_all_groups
+from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.matrix_uses import (
+    MatrixLayout,
+    Parents,
+    as_layer_use,
+    fits,
+    graph_parents,
+    matrix_uses,
+    vector_uses,
+)
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
 _ROUND_OFFS = 16
@@ -50,25 +60,51 @@ def _leaves(nodes: Iterable[Any], params: Iterable[Parameter]) -> list[Parameter
     return [p for p in params if id(p) in found]
 
 
-def unseen_uses(
+@dataclass(frozen=True)
+class PastModules:
+    """What a graph computes with parameters past the calls of modules.
+
+    Attributes:
+        uses: Products that are uses of layers.
+        found: Matrices in no layer that products alone use, and how.
+        rest: The parameters of layers that are used in ways that products do not explain.
+    """
+
+    uses: list[LayerUse]
+    found: dict[Parameter, MatrixLayout]
+    rest: list[Parameter]
+
+
+def past_modules(
     outputs: Sequence[GradientEdge],
     uses: Sequence[LayerUse],
-    params: Iterable[Parameter],
-) -> tuple[list[Parameter], dict[Parameter, list[MatrixUse]], dict[Parameter, int]]:
-    """Return the parameters that `unseen_parameters` finds, and what their uses are.
+    layer_of: Mapping[Parameter, Layer],
+    free: Iterable[Parameter],
+) -> PastModules:
+    """Return what a graph computes with parameters past the calls of modules.
 
     Args:
         outputs: Gradient edges.
         uses: The uses of layers that were recorded in these graphs.
-        params: The parameters to look for.
-
-    Returns:
-        The parameters, the products of those matrices that are used by products alone, and how
-        often each vector is used.
+        layer_of: The parameters of layers.
+        free: Matrices in no layer.
     """
     nodes = _nodes_past(outputs, uses)
-    unseen = _leaves(nodes, params)
-    return unseen, matrix_uses(nodes, unseen), vector_uses(nodes, unseen)
+    unseen = _leaves(nodes, [*layer_of, *free])
+    vectors = vector_uses(nodes, unseen)
+    further, found, explained = [], {}, set()
+    for p, own in matrix_uses(nodes, unseen).items():
+        layer = layer_of.get(p)
+        if layer is None:
+            found[p] = MatrixLayout.of(own)
+        elif layer.weight is p and all(fits(use, layer) for use in own):
+            further += [as_layer_use(use, layer) for use in own]
+            explained.add(p)
+            adding = sum(use.bias is layer.bias for use in own)
+            if layer.bias is not None and vectors.get(layer.bias) == adding:
+                explained.add(layer.bias)
+    rest = [p for p in unseen if p in layer_of and p not in explained]
+    return PastModules(further, found, rest)
 
 
 def _nodes_past(outputs: Iterable[GradientEdge], uses: Iterable[LayerUse]) -> Parents:
@@ -115,7 +151,8 @@ def is_undercounted(
             g = use.grad_rows(arrived[use].to(wide))
             rows += g.shape[1] * g.shape[2]
             for total, product in zip((explained, bound), _products(use, g, param), strict=True):
-                total += layer.family.from_matrix(product, param.shape)
+                whole_product = of_all_groups(layer, [use], [product])
+                total += layer.family.from_matrix(whole_product, param.shape)
     dtypes = {*(z.dtype for z in values), param.dtype, *(g.dtype for g in arrived.values())}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)  # autocast's, too
     return not bool(((whole - explained).abs() <= _ROUND_OFFS * eps * rows**0.5 * bound).all())
@@ -141,19 +178,40 @@ def _products(use: LayerUse, g: Tensor, param: Parameter) -> tuple[Tensor, Tenso
 
 
 def refuse_unseen_uses(
-    model: nn.Module, params: Sequence[Parameter], output: Tensor, uses: Sequence[LayerUse]
+    model: nn.Module, unseen: Iterable[Parameter], output: Tensor, uses: Sequence[LayerUse]
 ) -> None:
-    """Raise if a parameter's block would lack uses that no hook saw.
+    """Raise if a parameter's block would lack uses that nobody saw.
 
     Args:
         model: The model, which has the parameters' names.
-        params: The parameters that have a block.
+        unseen: The parameters of which there seem to be any.
         output: z with its graph.
-        uses: The uses of layers that were recorded.
+        uses: The uses of layers that are known.
 
     Raises:
-        NotImplementedError: It names the parameters, and the ways out; also for activation
-            checkpointing with reentry, whose parts are not in the graph.
+        NotImplementedError: It names the parameters, and the ways out.
+    """
+    edges = edges_of(output)
+    missing = {id(p) for p in unseen if is_undercounted(edges, [output], uses, p)}
+    if missing:
+        named = model.named_parameters()
+        names = ", ".join(repr(name) for name, p in named if id(p) in missing)
+        raise NotImplementedError(
+            f"params: model_func uses {names} other than by calling the module or multiplying by "
+            "it, so that K-FAC's block would lack that part: a weight in a sum or penalty, times a "
+            "number, transposed, in a checkpoint past its module, in torch.func, or a derivative "
+            "by the input in the forward pass. "
+            "Call the module, or leave the parameters out of params; the other operators "
+            "(GGNLinearOperator, EFLinearOperator, ...) are exact for any use."
+        )
+
+
+def edges_of(output: Tensor) -> list[GradientEdge]:
+    """Return the gradient edges of an output, if it depends on anything.
+
+    Raises:
+        NotImplementedError: For activation checkpointing with reentry, whose parts are not in the
+            graph.
     """
     edges = [get_gradient_edge(output)] if output.requires_grad else []
     if any(getattr(n, "_forward_cls", None) is CheckpointFunction for n in _nodes_past(edges, [])):
@@ -161,15 +219,4 @@ def refuse_unseen_uses(
             "model_func: activation checkpointing with use_reentrant=True hides layers from "
             "derivatives; checkpoint with use_reentrant=False."
         )
-    unseen = unseen_parameters(edges, uses, params)
-    missing = {id(p) for p in unseen if is_undercounted(edges, [output], uses, p)}
-    if missing:
-        named = model.named_parameters()
-        names = ", ".join(repr(name) for name, p in named if id(p) in missing)
-        raise NotImplementedError(
-            f"params: model_func uses {names} other than by calling the module, so that K-FAC's "
-            "block would lack that part: F.linear(x, layer.weight), layer.forward(x), a weight in "
-            "a sum or penalty, torch.func, or a derivative by the input in the forward pass. "
-            "Call the module, or leave the parameters out of params; the other operators "
-            "(GGNLinearOperator, EFLinearOperator, ...) are exact for any use."
-        )
+    return edges

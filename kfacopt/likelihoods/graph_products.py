@@ -44,6 +44,15 @@ class GraphPiece:
         self.gradients: list[Tensor | None] = [None if g is None else g.detach() for g in found]
         self._sources = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
 
+    def is_flat(self) -> bool:
+        """Tell whether H is 0: a product with a vector without zeros is."""
+        draws = torch.Generator().manual_seed(0)
+        vectors = [
+            None if g is None else (torch.rand(g.shape, generator=draws) + 0.5).to(g)
+            for g in self.gradients
+        ]
+        return not any(bool(h.any()) for h in self.product(vectors))
+
     @contextmanager
     def _ended(self) -> Iterator[None]:
         """Let backward passes end at z."""

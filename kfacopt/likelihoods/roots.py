@@ -21,7 +21,7 @@ def positive_root(blocks: Tensor, share: float = 0.0) -> Tensor:
     """
     if not bool(blocks.isfinite().all()):
         return torch.full_like(blocks, torch.nan)
-    size = blocks.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
+    size = blocks.abs().amax(-1).amax(-1, keepdim=True)
     shift = size * (blocks.shape[-1] * 4 * torch.finfo(blocks.dtype).eps)
     shift = shift + torch.finfo(blocks.dtype).tiny
     shifted = blocks + torch.diag_embed(shift.expand(blocks.shape[:-1]))

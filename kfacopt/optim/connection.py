@@ -115,7 +115,7 @@ def connect(
     layers += _product_layers(matrices, layers, names, settings.separate_weight_and_bias)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)
-    others = OtherUses(curvature.layers, _free(params, modules, kinds))
+    others = OtherUses(curvature.layers, _free(params, modules, kinds), kinds)
     statistics = Statistics(curvature.layers, others, settings.curvature, labels, exchange)
     watch = Watch(layers, modules, settings.curvature, statistics, ranks.wrappers)
     covered = {id(p) for layer in curvature.layers for p in (layer.weight, layer.bias)}
@@ -131,9 +131,9 @@ def _free(
 ) -> list[Parameter]:
     """Return the parameters that products past modules' calls may make layers of.
 
-    Not those of modules whose kind is known, but was not chosen; and none without `nn.Linear`.
+    Not those of modules whose kind is known, but was not chosen.
     """
-    if nn.Linear not in kinds:
+    if not kinds:
         return []
     others = [m for _, m in modules if not isinstance(m, tuple(kinds))]
     left = {id(m._parameters.get(f.weight_name)) for m in others for f in families_of(m)}

@@ -114,6 +114,16 @@ def derivatives_left_out() -> str:
     )
 
 
+def transformed() -> str:
+    """Say that a model was called within transforms of `torch.func`, or in forward mode."""
+    return (
+        "the model was called within transforms of torch.func or forward mode. If the objective "
+        "contains what they compute (derivatives by the input, vmap), its gradients count, its "
+        "curvature does not; where there is nothing else, AdamW makes the step. Derivatives by the "
+        "input that are taken with kfacopt.input_derivatives(model, x) have the curvature."
+    )
+
+
 def used_otherwise(layers: Iterable[Layer]) -> str:
     """Say that layers have no curvature, as not all uses of their parameters were seen.
 

@@ -43,6 +43,7 @@ def take_pending(
     """
     watch, statistics = connection.watch, connection.statistics
     forward_seen, used, reached = watch.forward_seen, watch.used, statistics.reached
+    transformed = watch.transformed
     loss_scale = calling_loss_scale()
     exchanged, group = statistics.exchange.noticed(), ranks.group(params)
     pending = statistics.finish(loss_scale)
@@ -52,13 +53,16 @@ def take_pending(
         pending = average_moments(pending, curvature.layers, settings.curvature.form, group)
     elif exchanged:
         notices.warn("exchanged", messages.unwrapped_averaging())
+    if transformed:
+        notices.warn("transformed", messages.transformed())
     if statistics.objectives.partial:
         notices.warn("derivatives", messages.derivatives_left_out())
     due = settings.schedule.factors_due(step)
     for layer in reached if pending and due else ():
         if layer not in pending and curvature.has_statistics(layer):
             notices.warn(f"stale {layer.name}", messages.stale_factors(layer))
-    if not pending and not statistics.undercounted and (used or not forward_seen):
+    told = transformed or bool(statistics.undercounted)
+    if not pending and not told and (used or not forward_seen):
         _report_missing(curvature, messages.missing_statistics(forward_seen), notices)
     if not due:  # here for new layers alone
         pending = {la: m for la, m in pending.items() if not curvature.has_statistics(la)}

@@ -18,8 +18,6 @@ class Convolution(LayerFamily):
         dims: The number of spatial axes.
     """
 
-    counts_all_positions = True  # pooling leaves some out, as the data have it
-
     def __init__(self, dims: int) -> None:
         self.dims, self.datum_axes = dims, dims + 1
 

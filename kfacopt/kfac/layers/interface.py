@@ -30,10 +30,10 @@ class LayerFamily(ABC):
         weight_name: Which parameter of a module W is.
         bias_name: Which one b is; `None` if there is none.
         diagonal_input: Whether A is kept as its diagonal, however small it is.
+        routed: Whether a use may have some of the B groups alone, see `groups_used`; each has
+            counts of its own then.
         elementwise: Whether all B blocks are 1 x 1. A is then 1, and G the mean squares of the
             gradients of single data, which makes G ⊗ A exact.
-        counts_all_positions: Whether positions count in A where the loss does not depend on the
-            output, too.
     """
 
     datum_axes: int
@@ -41,7 +41,7 @@ class LayerFamily(ABC):
     bias_name: str | None = "bias"
     diagonal_input: bool = False
     elementwise: bool = False
-    counts_all_positions: bool = False
+    routed: bool = False
 
     def computes(self, module: nn.Module, kind: type[nn.Module]) -> bool:
         """Tell whether a module of a kind, or a subclass, computes what the kind does."""
@@ -71,6 +71,10 @@ class LayerFamily(ABC):
     def groups(self, module: Any) -> int:
         """Return the number B of blocks that W is made of."""
         return 1
+
+    def groups_used(self, module: Any) -> slice | None:
+        """Return which groups a use has, whose a and g have these alone; `None` for all."""
+        return None
 
     @abstractmethod
     def inputs(self, module: Any, x: Tensor, reduce: bool) -> tuple[Tensor, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,10 +19,12 @@ class Span:
 
     Attributes:
         start: The first one.
+        length: How many there are.
         total: How many the matrix has.
     """
 
     start: int
+    length: int
     total: int
 
 
@@ -33,11 +36,26 @@ class Product:
         left: Whether it is W x, whose data are columns.
         outputs: Which outputs it has, if not all.
         groups: Which groups it has, if not all.
+        order: The parameter's axes that its outputs have, with their sizes, if they are in another
+            order.
+        positions: Whether its rows were `[N, S, d_in]`, as far as that is known.
     """
 
     left: bool = False
     outputs: Span | None = None
     groups: Span | None = None
+    order: tuple[tuple[int, int], ...] = ()
+    positions: bool = False
+
+
+def by_axis(rows: Tensor, axes: Sequence[tuple[int, int]]) -> Tensor:
+    """Bring the last axis of rows, made of several axes and sizes, into the order of the axes."""
+    if len(axes) < 2 or list(axes) == sorted(axes):
+        return rows
+    lead = range(rows.ndim - 1)
+    places = [rows.ndim - 1 + i for i in sorted(range(len(axes)), key=lambda i: axes[i])]
+    split: Tensor = rows.unflatten(-1, [n for _, n in axes])
+    return split.permute(*lead, *places).flatten(rows.ndim - 1)
 
 
 class Matrix(LayerFamily):
@@ -53,7 +71,7 @@ class Matrix(LayerFamily):
     datum_axes, bias_name = 1, None
 
     def __init__(self, roles: str) -> None:
-        self.roles = roles
+        self.roles, self.routed = roles, "g" in roles
 
     @property
     def inputs_first(self) -> bool:
@@ -64,6 +82,11 @@ class Matrix(LayerFamily):
         """Take all rows where they are not the first axis of g."""
         return module is not None and (module.left or x.ndim > 2)
 
+    def groups_used(self, module: Any) -> slice | None:
+        """Return the experts of a product."""
+        span = module.groups
+        return None if span is None else slice(span.start, span.start + span.length)
+
     def inputs(self, module: Any, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
         """Bring `[R, d_in]` to `[1, R, 1, d_in]`, `[B, R, d_in]` to `[B, R, 1, d_in]`."""
         return (x if x.ndim == 3 else x.unsqueeze(0)).unsqueeze(2), 1
@@ -71,10 +94,11 @@ class Matrix(LayerFamily):
     def grad_outputs(self, module: Any, g: Tensor) -> Tensor:
         """Bring `[B, R, outputs]`, `[B, outputs, R]`, or without B, to `[B, R, 1, d_out]`."""
         rows = g.mT if module.left else g
-        if "g" not in self.roles:
+        if not self.routed:
             rows = rows.reshape(1, rows.shape[:-1].numel(), rows.shape[-1])
         elif rows.ndim == 2:
             rows = rows.unsqueeze(0)
+        rows = by_axis(rows, module.order)
         if module.outputs is not None:
             before = module.outputs.start
             rows = F.pad(rows, (before, module.outputs.total - before - rows.shape[-1]))

@@ -47,23 +47,6 @@ class SparseRows:
         keys, sums = _added_up(rows * d_in + self.index, self.value / S if reduce else self.value)
         return self._by_column(sums.square(), keys % d_in).unsqueeze(0), N if reduce else N * S
 
-    def counted(self, mask: Tensor, reduce: bool) -> tuple[SparseRows, int]:
-        """Return the rows at some positions alone, and the number of vectors that then count.
-
-        Args:
-            mask: Which positions count, `[N, S]`.
-            reduce: Whether `squares` will average over the positions, of which a datum then has
-                fewer.
-        """
-        value = self.value
-        if reduce:
-            more = self.shape[1] / mask.sum(1).clamp(min=1)
-            value = value * more.to(value.dtype)[self.datum]
-        kept = mask[self.datum, self.position]
-        datum, position, index = (x[kept] for x in (self.datum, self.position, self.index))
-        rows = SparseRows(datum, position, index, value[kept], self.shape)
-        return rows, int((mask.any(1) if reduce else mask).sum())
-
     def products(self, g: Tensor) -> Tensor:
         """Return Σ g aᵀ `[1, d_out, d_in]` for g `[1, N, S, d_out]`."""
         return self._by_column(self._scaled(g), self.index).mT.unsqueeze(0)

@@ -139,7 +139,8 @@ class CurvatureState:
             moments = pending.get(block.layer)
             if moments is not None and block in values:
                 state, decay = self.entries[block.anchor], self._schedule.ema_decay
-                fold_second_moments(state, values[block], moments.terms, decay)
+                weight = moments.rows if block.layer.family.routed else moments.terms
+                fold_second_moments(state, values[block], weight, decay)
 
     def due_inverses(self, step: int) -> list[Block]:
         """Return the blocks to invert in a step: all where it is time, else those without one."""

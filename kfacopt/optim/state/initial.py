@@ -97,14 +97,14 @@ def state_shapes(
     }
     for layer in layers:
         factors = factor_shapes(layer, form)
-        shapes[layer.anchor] |= factors | {"factor_weight": ()}
+        shapes[layer.anchor] |= factors | {"factor_weight": form.count_shape(layer)}
         for block in layer.blocks:
             constant = (layer.groups, 1, 1)  # a bias's input
             sides = {
                 "grad_output": factors["grad_output_factor"],
                 "input": constant if block.weight is None else factors["input_factor"],
             }
-            entries: dict[str, tuple[int, ...]] = {"second_moment_weight": ()}
+            entries: dict[str, tuple[int, ...]] = {"second_moment_weight": form.count_shape(layer)}
             for name in ("inverse_eigenvalues", "second_moments"):
                 entries[name] = (layer.groups, layer.d_out, block.d_in)
             for side, shape in sides.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.kfac.eigenvalues import Bases
-from kfacopt.kfac.factors import FactorForm, factor_dtype
+from kfacopt.kfac.factors import FactorForm, along, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.eigenbasis import rayleigh_quotients, refreshed_basis, rotated_eigenvalues
 from kfacopt.linalg.kronecker import (
@@ -23,10 +23,12 @@ from kfacopt.linalg.kronecker import (
 )
 from kfacopt.optim.settings import InverseForm
 from kfacopt.optim.state.running_averages import (
+    FACTORS,
     RECORDS,
     State,
     States,
     factor_shapes,
+    has_weight,
     is_free_to_read,
 )
 
@@ -80,8 +82,17 @@ def _kept_bases(state: State) -> Bases:
 
 def _factors(layer_state: State, block: Block) -> KroneckerProduct:
     dtype = factor_dtype(layer_state["input_factor"].dtype)
-    A = block.input_factor(layer_state["input_factor"]).to(dtype)
-    return KroneckerProduct(layer_state["grad_output_factor"].to(dtype), A)
+    A, G = (layer_state[name].to(dtype) for name in FACTORS)
+    if block.layer.family.routed:
+        A, G = (_filled(x, layer_state["factor_weight"]) for x in (A, G))
+    return KroneckerProduct(G, block.input_factor(A))
+
+
+def _filled(factor: Tensor, weights: Tensor) -> Tensor:
+    """Give groups that never had any data the mean of the others' factors."""
+    known = along(weights > 0, factor)
+    mean = torch.where(known, factor, 0.0).sum(0) / (weights > 0).sum().clamp(min=1)
+    return torch.where(known, factor, mean)
 
 
 def inverses_at_once(
@@ -120,7 +131,8 @@ def inverses_at_once(
     found = [KroneckerProduct(*pair) for pair in zip(inverses[::2], inverses[1::2], strict=True)]
     # The entries of an inverse are at most as large as those of its diagonal.
     flags = [
-        (weight > 0) & torch.isfinite(trace(x.grad_output_factor) + trace(x.input_factor)).all()
+        (weight > 0).any()
+        & torch.isfinite(trace(x.grad_output_factor) + trace(x.input_factor)).all()
         for (_, weight), x in zip(owners, found, strict=True)
     ]
     usable = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
@@ -152,7 +164,7 @@ def refresh_inverse(
         DecompositionError: If there is no earlier inverse to go on with, or after more than
             `MAX_FAILURES` failures in a row; names the layer.
     """
-    if inverse is None and not bool(layer_state.get("factor_weight", 0) > 0):
+    if inverse is None and not has_weight(layer_state):
         return False
     try:
         if inverse is not None:

@@ -16,7 +16,7 @@ from kfacopt.kfac.matrix_uses import MatrixLayout
 from kfacopt.optim.state.running_averages import States
 
 ROLES, BIAS = "matrix_roles", "matrix_bias"
-_LETTERS = "goi"
+_LETTERS, _CONVOLUTIONS = "goi", "ct"
 _MANY = 2**40
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
 
@@ -85,9 +85,18 @@ def kept_layouts(states: States, params: Sequence[Parameter]) -> dict[Parameter,
 
 
 def _number(roles: str) -> int:
-    """Return roles as digits to the base 3: states have numbers alone."""
-    return sum(_LETTERS.index(x) * 3**i for i, x in enumerate(roles))
+    """Return roles as a number, as states have numbers alone: an even one for digits to the base 3.
+
+    An odd one is for convolutions, with their number of groups.
+    """
+    if roles[0] in _CONVOLUTIONS:
+        return 4 * int(roles[1:]) + 1 + 2 * _CONVOLUTIONS.index(roles[0])
+    digits: list[int] = [_LETTERS.index(x) * 3**i for i, x in enumerate(roles)]
+    return 2 * sum(digits)
 
 
 def _roles(number: int, axes: int) -> str:
+    if number % 2:
+        return f"{_CONVOLUTIONS[number // 2 % 2]}{number // 4}"
+    number //= 2
     return "".join(_LETTERS[number // 3**i % 3] for i in range(axes))

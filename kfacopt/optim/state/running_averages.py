@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfacopt.kfac.factors import FactorForm, factor_dtype, fold
+from kfacopt.kfac.factors import FactorForm, along, factor_dtype, fold
 from kfacopt.kfac.layers import Layer
 from kfacopt.linalg.kronecker import diagonal_of
 from kfacopt.optim.statistics.moments import Moments
@@ -38,10 +38,16 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
     dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
     for name, shape in factor_shapes(layer, form).items():
         state[name] = torch.zeros(shape, dtype=form.stored_dtype or dtype, device=device)
-    state["factor_weight"] = torch.zeros((), dtype=dtype, device=device)
+    state["factor_weight"] = torch.zeros(form.count_shape(layer), dtype=dtype, device=device)
     state["factor_updates"] = 0
     for name in ("skipped_updates", "factor_step"):
         state[name] = torch.zeros((), dtype=torch.int64, device=device)
+
+
+def has_weight(state: State) -> bool:
+    """Tell whether any statistics are in a layer's running factors."""
+    weight = state.get("factor_weight")
+    return weight is not None and bool((weight > 0).any())
 
 
 def is_free_to_read(value: Tensor) -> bool:
@@ -61,8 +67,16 @@ def _fold_finite(
 
     A GPU is not waited for: values that are not finite get the weight 0 there.
 
+    Args:
+        state: Has the averages and the weight.
+        weight_key: The key of the weight.
+        values: The new values by the keys of the averages.
+        checked: What has to be finite.
+        terms: The weight of the values, one for each group where the total has so many.
+        ema_decay: The decay of the total.
+
     Returns:
-        Whether they were included, on the device.
+        Whether they were included, on the device; for each group where these have own weights.
     """
     total = state[weight_key]
     weight = torch.as_tensor(terms).to(total)
@@ -73,10 +87,10 @@ def _fold_finite(
     total.copy_(torch.where(finite, ema_decay * total + weight, total))
     safe_total = torch.where(total > 0, total, 1.0)
     known = is_free_to_read(finite)
-    if known and not bool(finite):
+    if known and not bool(finite.any()):
         return finite
     for name, value in values.items():
-        safe = value if known else torch.where(finite, value, state[name])
+        safe = value if known else torch.where(along(finite, value), value, state[name])
         fold(state[name], safe, weight, safe_total)
     return finite
 
@@ -91,32 +105,31 @@ def fold_factors(
         layer: The layer.
         moments: The statistics of this step.
         form: How factors are formed.
-        ema_decay: The decay of earlier statistics; a step's weight is its number of terms.
+        ema_decay: The decay of earlier statistics; a step's weight is its number of terms, that of
+            a group of its own its number of inputs, so that one without any stays as it is.
         step: The number of the step, to be remembered.
     """
     initialise_factors(state, layer, form)
-    counted = bool(moments.rows)
     values = dict(zip(FACTORS, moments.take_factors(), strict=True))
-    if not counted:  # no gradient arrived anywhere, which says nothing of A
-        values["input_factor"] = state["input_factor"].to(values["input_factor"].dtype)
     # Sums of squares: |Σ x_i x_j|² ≤ Σ x_i² Σ x_j², so that the diagonals tell.
     checked = [diagonal_of(x) for x in values.values()]
-    folded = _fold_finite(state, "factor_weight", values, checked, moments.terms, ema_decay)
+    weight = moments.rows if layer.family.routed else moments.terms
+    folded = _fold_finite(state, "factor_weight", values, checked, weight, ema_decay).any()
     state["factor_updates"] += 1
     state["skipped_updates"] += ~folded
     state["factor_step"].copy_(torch.where(folded, step, state["factor_step"]))
 
 
 def fold_second_moments(
-    state: State, value: Tensor, terms: Tensor | float, ema_decay: float
+    state: State, value: Tensor, weight: Tensor | float, ema_decay: float
 ) -> None:
     """Move a block's second moments in its eigenbasis to include new ones, if these are finite.
 
     Args:
         state: The optimizer's state of the block's anchor parameter.
         value: Λ `[B, d_out, d_in]`, in the basis that the state has.
-        terms: The number of terms of the loss that it stems from.
+        weight: The number of terms of the loss that it stems from, or of each group's inputs.
         ema_decay: The decay of earlier ones.
     """
     values = {"second_moments": value}
-    _fold_finite(state, "second_moment_weight", values, [value], terms, ema_decay)
+    _fold_finite(state, "second_moment_weight", values, [value], weight, ema_decay)

@@ -43,8 +43,8 @@ def average_moments(
         for value, shape in zip(sums, form.shapes(layer), strict=True):
             zeros = torch.zeros(shape, dtype=dtype, device=device)
             pieces.append(zeros + value)
-        numbers = (own.rows, own.terms)
-        pieces += [torch.as_tensor(n, dtype=dtype, device=device) for n in numbers]
+        counts = torch.zeros(form.count_shape(layer), dtype=dtype, device=device)
+        pieces += [counts + own.rows, torch.as_tensor(own.terms, dtype=dtype, device=device)]
         by_dtype.setdefault(dtype, []).append((layer, pieces))
     result: dict[Layer, Moments] = {}
     for entries in by_dtype.values():
@@ -54,12 +54,13 @@ def average_moments(
         summed = [
             tuple(next(split).reshape(piece.shape) for piece in pieces) for _, pieces in entries
         ]
-        counts = torch.stack([rows for _, _, rows, _ in summed]).tolist()  # asks the device once
-        for (layer, _), (A, G, _, terms), rows in zip(entries, summed, counts, strict=True):
-            if rows > 0:
+        totals = torch.stack([rows.sum() for _, _, rows, _ in summed]).tolist()  # asks once
+        for (layer, _), (A, G, counts, terms), total in zip(entries, summed, totals, strict=True):
+            if total > 0:
+                rows = counts if layer.family.routed else int(total)
                 mean, own = G / dist.get_world_size(group), pending.get(layer, Moments())
                 corrections = (own.second_moments, own.unprojected)
-                result[layer] = Moments(A, int(rows), mean, terms, *corrections)
+                result[layer] = Moments(A, rows, mean, terms, *corrections)
     return result
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Generator, Tensor
 
 from kfacopt.kfac.capture import LayerUse, group_by_layer
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
-from kfacopt.kfac.factors import CountedPositions, grad_output_moment, input_moment
+from kfacopt.kfac.factors import grad_output_moment, input_moment
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.kfac.live_rows import LiveRows
 from kfacopt.kfac.subsampling import data_count, draw_subset, restricted_grad, restricted_use
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.statistics.moments import Moments, UnprojectedGradients, is_one
@@ -25,6 +27,7 @@ class CandidateMoments:
 
     Attributes:
         by_layer: The moments so far.
+        rows: Which rows received gradients.
     """
 
     def __init__(
@@ -32,8 +35,8 @@ class CandidateMoments:
     ) -> None:
         self.by_layer: dict[Layer, Moments] = {}
         self._options, self._generator, self._bases = options, generator, bases
-        self._counted: set[LayerUse] = set()
-        self._positions = CountedPositions()
+        self.rows = LiveRows()
+        self._counted: dict[LayerUse, Tensor | None] = {}
         self._subsets: dict[int, Tensor] = {}  # by the number of data
 
     def count_gradients(
@@ -52,8 +55,8 @@ class CandidateMoments:
             g if k is None else restricted_grad(g, k) for g, k in zip(grads, kept, strict=True)
         ]
         own = self._restricted(uses)
-        for use, restricted, g in zip(uses, own, grads, strict=True):
-            self._positions.add(use, restricted.grad_rows(g))
+        for use, part, g in zip(uses, own, grads, strict=True):
+            self.rows.add(use, g, part)
         moments = self._moments(layer)
         value = grad_output_moment(layer, own, grads, self._options.form)
         moments.add_grad_outputs(value if is_one(scale) else value.mul_(scale))
@@ -67,13 +70,27 @@ class CandidateMoments:
             moments.add_second_moments(block, squares * scale)
 
     def count_inputs(self, uses: Iterable[LayerUse]) -> None:
-        """Count the inputs of uses of one forward pass once, however many losses reach them."""
-        new = [u for u in uses if u not in self._counted]
-        self._counted.update(new)
+        """Count the inputs of uses of one forward pass once, however many losses reach them.
+
+        Positions count when the first of these gives them a gradient.
+        """
+        new = [part for u in uses if (part := self._uncounted(u)) is not None]
         for layer, own in group_by_layer(new).items():
-            masks = self._positions.of(own)
-            value, rows = input_moment(layer, self._restricted(own), self._options.form, masks)
+            value, rows = input_moment(layer, own, self._options.form)
             self._moments(layer).add_inputs(value, rows)
+
+    def _uncounted(self, use: LayerUse) -> LayerUse | None:
+        """Return a use with the rows that have a gradient and were not counted yet, if any."""
+        live, first = self.rows.of(use), use not in self._counted
+        before = self._counted.get(use)
+        self._counted[use] = live
+        (part,) = self._restricted([use])
+        if first:
+            return replace(part, live=live)
+        if before is None:
+            return None
+        new = ~before if live is None else live & ~before
+        return replace(part, live=new) if bool(new.any()) else None
 
     def count_terms(self, layer: Layer, terms: Tensor) -> None:
         """Count the terms of a loss whose gradients reached a layer."""

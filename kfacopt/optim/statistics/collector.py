@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.optim.settings import CurvatureSettings
+from kfacopt.optim.statistics.addends import stand_ins
 from kfacopt.optim.statistics.backward_pass import CandidateMoments
 from kfacopt.optim.statistics.empirical import EmpiricalPasses
 from kfacopt.optim.statistics.label_draws import LabelDraws, Mark, rewind
@@ -126,6 +127,7 @@ class Statistics:
             edges = [get_gradient_edge(call.output)]
             self.others.look(edges, [call.output], passes)
             self.objectives.note(type(call.likelihood).__name__, "known")
+            self._candidates.rows.ignore(call.likelihood, call.target)
             if self._settings.fisher_type == "empirical":
                 self._empirical.add_loss(call, passes, upstream)
             else:
@@ -155,6 +157,7 @@ class Statistics:
         with bookkeeping_kept([objective.edge]):
             seed = self._labels.seed_of(self._num_objectives)
             found = curvature_of(objective, upstream, self._settings, seed)
+            extra = stand_ins(objective, upstream, found)
         self._num_objectives += 1
         passes = objective.passes
         if self._settings.fisher_type == "empirical":
@@ -164,7 +167,8 @@ class Statistics:
         if found.piece.derived:
             self.objectives.note_derived(found)
         if found.parts:
-            self._count_found(found, passes, layers)
+            for own in (found, *extra):
+                self._count_found(own, passes, layers)
             term = found.term(objective, upstream)
             self._candidate_terms += [] if term is None else [term]
         elif found.piece.derived and not found.piece.recognised:

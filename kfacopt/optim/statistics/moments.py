@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
+from kfacopt.kfac.factors import mean_input
 from kfacopt.kfac.layers import Block
 
 
@@ -46,7 +47,7 @@ class Moments:
 
     Attributes:
         input_sum: Σ a aᵀ.
-        rows: How many vectors it sums.
+        rows: How many vectors it sums; `[B]` where groups have counts of their own.
         grad_output_sum: Σ g gᵀ.
         terms: How many terms of the loss they stem from, a scalar tensor.
         second_moments: For EKFAC, Λ of each block whose eigenbases were known.
@@ -54,7 +55,7 @@ class Moments:
     """
 
     input_sum: Tensor | float = 0.0
-    rows: int = 0
+    rows: int | Tensor = 0
     grad_output_sum: Tensor | float = 0.0
     terms: Tensor | float = 0.0
     second_moments: dict[Block, Tensor] = field(default_factory=dict)
@@ -69,10 +70,10 @@ class Moments:
             self.add_second_moments(block, value)
         self.unprojected += other.unprojected
 
-    def add_inputs(self, value: Tensor | float, rows: int) -> None:
+    def add_inputs(self, value: Tensor | float, rows: int | Tensor) -> None:
         """Add to Σ a aᵀ; the value may be taken over, and changed later."""
         self.input_sum = _sum_in_place(self.input_sum, value)
-        self.rows += rows
+        self.rows = self.rows + rows
 
     def add_grad_outputs(self, value: Tensor | float) -> None:
         """Add to Σ g gᵀ; the value may be taken over, and changed later."""
@@ -103,4 +104,4 @@ class Moments:
     def take_factors(self) -> tuple[Tensor, Tensor]:
         """Return A and G, in the memory of the sums, which are gone then."""
         A, G = (torch.as_tensor(x) for x in (self.input_sum, self.grad_output_sum))
-        return A.div_(self.rows), G
+        return mean_input(A, self.rows), G

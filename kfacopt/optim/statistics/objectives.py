@@ -90,7 +90,7 @@ class FoundCurvature:
             factor = self.terms / loss_scale**2 if part.empirical else 1 / loss_scale
             own = part.product([vectors[k] for k in part.members])
             for k, value in zip(part.members, own, strict=True):
-                products[k] = value * factor
+                products[k] = products[k] + value * factor
         return products
 
     def term(self, objective: Objective, upstream: Tensor) -> ScalarTerm | None:
@@ -166,7 +166,7 @@ def curvature_of(
     if not piece.arrivals:
         return FoundCurvature(piece, [], [], [])
     given = (upstream, settings, seed)
-    with would_be_pass(), _retained_gradients_kept(objective.passes):
+    with would_be_pass(), retained_gradients_kept(objective.passes):
         found = _curvature_at(piece, *given)
         for part in found.parts:
             # One number, as of a loss that a model returns, has no data to count.
@@ -241,7 +241,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, str]:
 
 
 @contextmanager
-def _retained_gradients_kept(passes: Sequence[ForwardPass]) -> Iterator[None]:
+def retained_gradients_kept(passes: Sequence[ForwardPass]) -> Iterator[None]:
     """Let `.grad` of tensors on which `retain_grad` was called be what it was."""
     with torch._C.DisableTorchFunctionSubclass():
         probed = [t for p in passes for t in p.probed_tensors() if t.retains_grad]

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
-from kfacopt.kfac.layers import Layer
-from kfacopt.kfac.matrix_uses import MatrixLayout, MatrixUse, as_layer_use, fits
-from kfacopt.kfac.unseen_uses import is_undercounted, unseen_uses
+from kfacopt.kfac.layers import Kinds, Layer
+from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.unseen_uses import is_undercounted, past_modules
 from kfacopt.optim.watch.forward_pass import ForwardPass
 from kfacopt.optim.watch.wrappers import bookkeeping_kept
 
@@ -22,6 +22,7 @@ class OtherUses:
     Args:
         layers: The layers.
         params: Those that may be matrices in no layer.
+        kinds: The kinds of modules that are layers; a product is what `nn.Linear` does.
 
     Attributes:
         found: Matrices in no layer that products alone use, and how.
@@ -31,7 +32,8 @@ class OtherUses:
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
-    def __init__(self, layers: Sequence[Layer], params: Sequence[Parameter]) -> None:
+    def __init__(self, layers: Sequence[Layer], params: Sequence[Parameter], kinds: Kinds) -> None:
+        self._kinds = tuple(kinds)
         self._layer_of = {p: la for la in layers for p in (la.weight, la.bias) if p is not None}
         free = [p for p in params if p.ndim > 1 and p.requires_grad and p.is_floating_point()]
         self.free = [p for p in free if p not in self._layer_of and p.numel()]
@@ -55,27 +57,14 @@ class OtherUses:
             passes: The forward passes that z depends on.
         """
         uses = [use for p in passes for use in p.uses]
-        unseen, products, vectors = unseen_uses(edges, uses, [*self._layer_of, *self.free])
-        explained = set()
-        for p, own in products.items():
-            layer = self._layer_of.get(p)
-            if layer is None:
-                self.found.setdefault(p, MatrixLayout.of(own))
-            elif passes and layer.weight is p and all(fits(use, layer) for use in own):
-                passes[-1].uses += [as_layer_use(use, layer) for use in own]
-                explained |= {p, *_explained_bias(layer, own, vectors)}
-        rest = [p for p in unseen if p in self._layer_of and p not in explained]
-        uses = [use for p in passes for use in p.uses]
-        with bookkeeping_kept(edges) if rest else nullcontext():
+        past = past_modules(edges, uses, self._layer_of, self.free)
+        for p, layout in past.found.items():
+            if layout.kind(p) in self._kinds:
+                self.found.setdefault(p, layout)
+        if passes:
+            passes[-1].uses += past.uses
+        uses = [*uses, *past.uses]
+        with bookkeeping_kept(edges) if past.rest else nullcontext():
             self.undercounted |= {
-                self._layer_of[p] for p in rest if is_undercounted(edges, values, uses, p)
+                self._layer_of[p] for p in past.rest if is_undercounted(edges, values, uses, p)
             }
-
-
-def _explained_bias(
-    layer: Layer, uses: Sequence[MatrixUse], vectors: dict[Parameter, int]
-) -> list[Parameter]:
-    """Return the bias of a layer if the products with its matrix are all that add it."""
-    adding = sum(use.bias is layer.bias for use in uses)
-    bias = layer.bias
-    return [bias] if bias is not None and vectors.get(bias) == adding else []

@@ -105,6 +105,7 @@ class Watch:
     Attributes:
         uncompiled: The kind of the module that was called with hooks from compiled code, if any.
         forward_seen: Whether a forward pass went through the hooks since the last step.
+        transformed: Whether one happened within transforms of `torch.func`, or in forward mode.
         used: Whether one of them called a layer.
     """
 
@@ -163,7 +164,7 @@ class Watch:
             forward_is_over: Whether no backward pass of an earlier forward pass will come.
         """
         if forward_is_over:
-            self.forward_seen = self.used = False
+            self.forward_seen = self.used = self.transformed = False
 
     def close_passes(self) -> None:
         """Let outputs and losses that are left of the step be plain tensors."""
@@ -183,6 +184,7 @@ class Watch:
             self.uncompiled = type(module)
         if self._outermost is not None or not torch.is_grad_enabled():
             return None
+        self.transformed |= _is_transformed()
         if _is_foreign_call(module):
             _refuse_recomputation(self._layers_of.get(id(module), ()))
             return None
@@ -317,6 +319,13 @@ def _refuse_recomputation(layers: Iterable[Layer]) -> None:
     if torch._C._current_graph_task_id() != -1 and not is_evaluating():
         for layer in layers:
             refuse_reentrant_checkpointing(layer.name)
+
+
+def _is_transformed() -> bool:
+    """Tell whether the user calls a module in a transform of `torch.func`, or in forward mode."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    active = torch._C._are_functorch_transforms_active() or forward_mode
+    return bool(active) and not is_evaluating()
 
 
 def _is_foreign_call(module: nn.Module) -> bool:

@@ -1,0 +1,191 @@
+"""Parameters with an axis of experts, and functional convolutions, in the optimizer."""
+
+import copy
+
+import pytest
+import torch
+from product_cases import LABELS, D, data
+from test_products import DAMPING, EVERY_STEP, INTERVALS, INVERTED, OPTIONS, ROUND_OFF
+from torch import nn
+from torch.nn import functional as F
+
+from kfacopt import KFACOptimizer
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+E = 4
+X = data(6, D)
+
+
+class Experts(nn.Module):
+    """Each datum goes through the expert that `route` names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts, self.head = nn.Parameter(torch.randn(E, D, D)), nn.Linear(D, 3)
+        self.route = torch.arange(6) % E
+
+    def apply_expert(self, e, x):
+        return F.linear(x, self.experts[e])
+
+    def forward(self, x):
+        h = torch.zeros_like(x)
+        for e in range(E):
+            chosen = (self.route == e).nonzero()[:, 0]
+            h = h.index_add(0, chosen, self.apply_expert(e, x[chosen]))
+        return self.head(h.tanh())
+
+
+class Modules(Experts):
+    """The same with a module for each expert."""
+
+    def __init__(self):
+        super().__init__()
+        kept = self.experts.detach()
+        del self.experts
+        self.experts = nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(E))
+        for layer, weight in zip(self.experts, kept, strict=True):
+            layer.weight.data.copy_(weight)
+
+    def apply_expert(self, e, x):
+        return self.experts[e](x)
+
+
+def backward(net, optimizer):
+    optimizer.zero_grad()
+    loss = F.cross_entropy(net(X), LABELS)
+    loss.backward()
+    return loss.detach()
+
+
+def steps(net, optimizer, number):
+    for _ in range(number):
+        loss = backward(net, optimizer)
+        optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac"])
+def test_experts_are_layers_of_their_own(preconditioner):
+    nets = [Experts(), Modules()]
+    # EKFAC's bases are left alone while they are good for all experts together.
+    number = 1 if preconditioner == "ekfac" else 3
+    options = EVERY_STEP | {"fisher_type": "type-2", "preconditioner": preconditioner}
+    optimizers = [KFACOptimizer(net.parameters(), **options) for net in nets]
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        steps(net, optimizer, 1)
+        optimizer.param_groups[0]["lr"] = 0.1
+        steps(net, optimizer, number)
+    stacked, apart = nets[0].experts, torch.stack([la.weight for la in nets[1].experts])
+    torch.testing.assert_close(stacked, apart, rtol=INVERTED, atol=INVERTED)
+    found = optimizers[0].factors("experts")
+    for e in range(E):
+        wanted = optimizers[1].factors(f"experts.{e}")
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one[e], other, rtol=INVERTED, atol=INVERTED)
+
+
+def test_averages_are_weighted_by_an_experts_own_rows():
+    """One that has none stays as it is, one that never had any gets the others' mean."""
+    net, decay = Experts(), 0.5
+    options = EVERY_STEP | {"fisher_type": "type-2", "ema_decay": decay}
+    optimizer = KFACOptimizer(net.parameters(), **options)
+    net.route = torch.tensor([0, 0, 0, 0, 1, 2])
+    steps(net, optimizer, 2)
+    first = [f.clone() for f in optimizer.factors("experts")]
+    torch.testing.assert_close(first[0][0], X[:4].T @ X[:4] / 4, rtol=ROUND_OFF, atol=ROUND_OFF)
+    assert not first[0][3].any()
+    net.route = torch.tensor([0, 2, 2, 0, 0, 2])
+    steps(net, optimizer, 1)
+    second = optimizer.factors("experts")
+    for before, after in zip(first, second, strict=True):
+        assert torch.equal(after[1], before[1])  # had none
+        assert not torch.equal(after[0], before[0])
+    own, weight = X[[0, 3, 4]], decay * 4 + 3
+    expected = (decay * X[:4].T @ X[:4] + own.T @ own) / weight
+    torch.testing.assert_close(second[0][0], expected, rtol=ROUND_OFF, atol=ROUND_OFF)
+    state = optimizer.state[net.experts]
+    A = second[0][:3].mean(0)
+    G = second[1][:3].mean(0)
+    pi = (A.trace() / G.trace()).sqrt()
+    inverse = torch.linalg.inv(A + DAMPING**0.5 * pi * torch.eye(D))
+    torch.testing.assert_close(state["input_inverse"][3], inverse, rtol=INVERTED, atol=INVERTED)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_experts_train_and_are_resumed_bit_by_bit(name):
+    net = Experts()
+    net.route = net.route.clamp(max=2)  # the last never has data
+    optimizer = KFACOptimizer(net.parameters(), **INTERVALS | OPTIONS[name])
+    first = steps(net, optimizer, 1)
+    before = net.experts.detach().clone()
+    assert steps(net, optimizer, 5) < first
+    assert bool((net.experts != before).flatten(1).any(1)[:3].all())
+    twin = Experts()
+    twin.route = net.route
+    twin.load_state_dict(net.state_dict())
+    resumed = KFACOptimizer(twin.parameters(), **INTERVALS | OPTIONS[name])
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for own in ((net, optimizer), (twin, resumed)):
+        own[0].route = torch.tensor([3, 2, 1, 0, 3, 3])
+        steps(*own, 4)
+    assert all(map(torch.equal, twin.parameters(), net.parameters()))
+
+
+class Convolutions(nn.Module):
+    """Two convolutions, called as functions or as modules."""
+
+    def __init__(self, functional):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv1d(1, 4, 3, padding=1, stride=2)
+        self.second, self.head = nn.ConvTranspose1d(4, 2, 3, groups=2, padding=1), nn.Linear(4, 3)
+        self.functional = functional
+
+    def forward(self, x):
+        x = x[:, None]
+        if not self.functional:
+            return self.head(self.second(self.first(x).tanh()).flatten(1))
+        h = F.conv1d(x, self.first.weight, self.first.bias, stride=2, padding=1).tanh()
+        second = self.second
+        h = F.conv_transpose1d(h, second.weight, second.bias, padding=1, groups=2)
+        return self.head(h.flatten(1))
+
+
+class Hidden(Convolutions):
+    """The same with kernels that no module has."""
+
+    def __init__(self):
+        super().__init__(functional=True)
+        for name in ("first", "second"):
+            layer = getattr(self, name)
+            delattr(self, name)
+            own = nn.Module()
+            own.register_parameter("weight", layer.weight)
+            own.register_parameter("bias", layer.bias)
+            setattr(self, name, own)
+
+
+@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac"])
+@pytest.mark.parametrize("make", [lambda: Convolutions(True), Hidden], ids=["known", "hidden"])
+def test_functional_convolutions_are_those_of_modules(make, preconditioner):
+    nets = [make(), Convolutions(False)]
+    options = EVERY_STEP | {"fisher_type": "type-2", "preconditioner": preconditioner}
+    for net in nets:
+        optimizer = KFACOptimizer(net.parameters(), **options)
+        steps(net, optimizer, 1)
+        optimizer.param_groups[0]["lr"] = 0.1
+        steps(net, optimizer, 3)
+        assert optimizer.statistics()["fallback_parameters"] == 0.0
+    pairs = zip(*(sorted(n.named_parameters()) for n in nets), strict=True)
+    for (_, one), (_, other) in pairs:
+        torch.testing.assert_close(one, other, rtol=INVERTED, atol=INVERTED)
+
+
+def test_layers_chooses_by_what_is_computed():
+    net = Hidden()
+    optimizer = KFACOptimizer(net.parameters(), layers=[nn.Linear, nn.Conv1d])
+    steps(net, optimizer, 2)
+    assert "first.weight/damping" in optimizer.statistics()
+    assert optimizer.statistics()["fallback_parameters"] == 2.0
