@@ -110,9 +110,8 @@ def by_forward_mode(model):
         return forward_ad.unpack_dual(model(forward_ad.make_dual(X, X))).tangent.square().mean()
 
 
-@pytest.mark.parametrize("beside", [0.0, 1.0], ids=["alone", "beside a known loss"])
 @pytest.mark.parametrize("loss", [by_vmap, by_forward_mode])
-def test_transformed_calls_are_named_once_and_train(loss, beside):
+def test_transformed_calls_are_named_once_and_train(loss):
     model = mlp()
     optimizer = KFACOptimizer(model.parameters())
     values = []
@@ -121,12 +120,10 @@ def test_transformed_calls_are_named_once_and_train(loss, beside):
         for _ in range(30):
             optimizer.zero_grad()
             value = loss(model)
-            if beside:
-                value = value + beside * F.mse_loss(model(X), TARGETS)
             value.backward()
             optimizer.step()
             values.append(value.item())
     own = [str(w.message) for w in caught if issubclass(w.category, KFACWarning)]
-    assert sum("kfacopt.input_derivatives" in message for message in own) >= 1
+    assert any("kfacopt.input_derivatives" in message for message in own)
     assert len(set(own)) == len(own)
     assert values[-1] < values[0]

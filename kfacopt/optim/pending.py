@@ -53,7 +53,7 @@ def take_pending(
         pending = average_moments(pending, curvature.layers, settings.curvature.form, group)
     elif exchanged:
         notices.warn("exchanged", messages.unwrapped_averaging())
-    if transformed:
+    if transformed and not pending:  # else it may have been an evaluation
         notices.warn("transformed", messages.transformed())
     if statistics.objectives.partial:
         notices.warn("derivatives", messages.derivatives_left_out())
