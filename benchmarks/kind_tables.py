@@ -44,15 +44,15 @@ COMPARISONS = (
     Comparison("`A @ (x @ W)`", "graphs", "base", "no products"),
 )
 
-Rates = tuple[float, "float | None"]
+Rates = tuple["float | None", float]
 
 
 def _rates(run: RunRecord) -> Rates:
-    return run["lr"], run["fallback_lr"]
+    return run["fallback_lr"], run["kl_clip"]
 
 
 def lowest(runs: Sequence[RunRecord], contestant: str, column: int) -> Rates:
-    """Return `lr` and `fallback_lr` of a contestant's run on the tuning seed with the lowest end.
+    """Return `fallback_lr` and `kl_clip` of a contestant's lowest run on the tuning seed.
 
     Args:
         runs: A problem's.
@@ -77,8 +77,8 @@ def _cell(values: Sequence[float], ahead: bool, rates: Rates) -> str:
     text = f"{median:.4g}"
     text = f"**{text}**" if ahead else text
     spread = "" if len(values) == 1 else f" ({min(values):.4g}…{max(values):.4g})"
-    fallback = "default" if rates[1] is None else f"{rates[1]:g}"
-    return f"{text}{spread} at {rates[0]:g}, {fallback}"
+    fallback = "default" if rates[0] is None else f"{rates[0]:g}"
+    return f"{text}{spread} at {rates[1]:g}, {fallback}"
 
 
 def row(comparison: Comparison, content: dict[str, Any]) -> tuple[list[str], list[int]] | None:

@@ -112,9 +112,9 @@ def test_data_are_what_is_said():
     assert float((noisy - clean).std()) == pytest.approx(0.5, abs=0.01), "of 128,000 draws"
 
 
-def _run(contestant, lr, seed, end, metric, fallback_lr=None, outcome="finished"):
+def _run(contestant, kl_clip, seed, end, metric, fallback_lr=None, outcome="finished"):
     curve = [[0, 0.0, 9.0, 9.0], [9, 4.0, end, metric]]
-    entry = vars(Setting(contestant, lr, "cosine", seed, fallback_lr))
+    entry = vars(Setting(contestant, 0.07, "cosine", seed, fallback_lr, kl_clip))
     return entry | {"curve": curve, "outcome": outcome, "iterations": 9, "warnings": []}
 
 
@@ -122,9 +122,9 @@ def test_the_table_by_hand():
     runs = [_run("with", 0.03, TUNING_SEED, 1.0, 3.0), _run("with", 0.07, TUNING_SEED, 2.0, 2.0)]
     runs += [_run("base", 0.03, TUNING_SEED, 1.0, 1.0, 3e-3)]
     runs += [_run("base", 0.07, TUNING_SEED, 0.0, 0.0, outcome="diverged")]
-    assert lowest(runs, "with", OBJECTIVE) == (0.03, None)
-    assert lowest(runs, "with", METRIC) == (0.07, None)
-    assert lowest(runs, "base", METRIC) == (0.03, 3e-3), "the other diverged"
+    assert lowest(runs, "with", OBJECTIVE) == (None, 0.03)
+    assert lowest(runs, "with", METRIC) == (None, 0.07)
+    assert lowest(runs, "base", METRIC) == (3e-3, 0.03), "the other diverged"
     comparison = Comparison("kind", "p", "with", "base")
     content = {"runs": runs, "costs": {"with": 3.0, "base": 2.0}}
     assert row(comparison, content) is None, "only tuned so far"

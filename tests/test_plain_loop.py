@@ -116,15 +116,15 @@ def test_sequence_logits_are_counted_by_tokens():
     optimizer = make(model.parameters())
     logits = model(tokens)
     step(optimizer, F.cross_entropy(logits[:, :2].reshape(-1, 3), y[:, :2].flatten()))
-    # the same tokens as data of their own; A also sees the positions that the loss cuts off
+    # the same tokens as data of their own; A has the positions that the loss reaches
     flat = tokens[:, :2].reshape(-1, 2)
     expected = KFACLinearOperator(
         model, CE(), list(model.parameters()), [(flat, y[:, :2].flatten())], fisher_type="type-2"
     )
     G = optimizer.factors("2").grad_output_factor
     assert torch.allclose(G, expected.factors("2").grad_output_factor, atol=TOLERANCE)
-    inputs = torch.cat([tokens.reshape(-1, 2), torch.ones(12, 1)], dim=1)
-    assert torch.allclose(optimizer.factors("0").input_factor, inputs.T @ inputs / 12)
+    inputs = torch.cat([tokens[1:, :2].reshape(-1, 2), torch.ones(6, 1)], dim=1)
+    assert torch.allclose(optimizer.factors("0").input_factor, inputs.T @ inputs / 6)
 
 
 # Objectives -------------------------------------------------------------------------------------

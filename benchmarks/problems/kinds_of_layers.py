@@ -24,7 +24,7 @@ from benchmarks.problems.problem import (
 )
 from benchmarks.problems.vision import TRAIN, digits
 
-BUDGET = 3.0
+BUDGET = 2.5
 USERS, ITEMS, DENSE, CLICKS, HELD_OUT = 1000, 500, 8, 400_000, 4000  # less than one pass
 LENGTH, SEQUENCES, VOCABULARY = 32, 128, 400
 SIGNALS, SAMPLES, NOISE = 2000, 64, 0.5

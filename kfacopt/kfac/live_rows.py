@@ -7,6 +7,7 @@ times the mean of a aᵀ over the others.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -32,10 +33,10 @@ class LiveRows:
         self._live: dict[LayerUse, Tensor | None] = {}  # None: all of them
         self._ignored: dict[int, Tensor] = {}  # by their number
 
-    def ignore(self, likelihood: Likelihood, target: Tensor | None) -> None:
+    def ignore(self, likelihood: Likelihood | None, target: Any) -> None:
         """Take note of the targets that a loss ignores."""
         index = getattr(likelihood, "ignore_index", None)
-        if target is None or index is None or target.is_floating_point():
+        if index is None or not isinstance(target, Tensor) or target.is_floating_point():
             return
         ignored = (target == index).flatten()
         if ignored.device.type == "cpu" and not bool(ignored.any()):
@@ -85,7 +86,7 @@ def _may_be_masked(use: LayerUse) -> bool:
     family = use.family
     if family.diagonal_input or family.elementwise or family.routed:
         return False
-    return use.constants is None and use.layer.weight is not None
+    return use.layer.weight is not None
 
 
 def _has_positions(use: LayerUse) -> bool:

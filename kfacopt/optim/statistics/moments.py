@@ -104,4 +104,6 @@ class Moments:
     def take_factors(self) -> tuple[Tensor, Tensor]:
         """Return A and G, in the memory of the sums, which are gone then."""
         A, G = (torch.as_tensor(x) for x in (self.input_sum, self.grad_output_sum))
-        return mean_input(A, self.rows), G
+        if isinstance(self.rows, Tensor):  # groups without any weigh nothing
+            return mean_input(A, self.rows), G
+        return A.div_(self.rows), G  # not finite without any, so that it is left out
