@@ -160,12 +160,12 @@ def main() -> None:
         content["environment"] = environment("cpu") | {
             "packages": {package: installed(package) for package in PACKAGES}
         }
-    if not arguments.quick:
-        known = {a.key: content["results"].get(a.key) for a in ARCHITECTURES}
-        content["results"] = {key: result for key, result in known.items() if result is not None}
-        write_json(OUTPUT, content)
-        if arguments.page:
-            update_page(PAGE, "architectures", tables(content))
+        if not arguments.quick:
+            known = {a.key: content["results"].get(a.key) for a in ARCHITECTURES}
+            content["results"] = {key: r for key, r in known.items() if r is not None}
+            write_json(OUTPUT, content)
+    if arguments.page:
+        update_page(PAGE, "architectures", tables(content))
 
 
 if __name__ == "__main__":

@@ -76,11 +76,10 @@ def _row(
     name: str,
     kind: str,
     typed: bool = False,
-    why: tuple[tuple[str, str], ...] = (),
     **settings: Any,
 ) -> Architecture:
     make = partial(_convolutions, kind, typed, settings)
-    return Architecture(name, "torch_geometric", partial(_train, make), why=why)
+    return Architecture(name, "torch_geometric", partial(_train, make))
 
 
 ARCHITECTURES = [
@@ -94,7 +93,6 @@ ARCHITECTURES = [
         "R-GCN",
         "RGCNConv",
         True,
-        (("weight", "slices of a 3-d parameter"),),
         num_relations=RELATIONS,
     ),
     Architecture("GIN", "torch_geometric", partial(_train, _isomorphism)),

@@ -13,7 +13,7 @@ FROZEN = "AdamW: frozen"
 UNKNOWN = "unknown"
 NORMALISED = "weight norm, or standardised weights"
 ENTRIES = "added or multiplied entry by entry"
-EXPERTS = "experts in a 3-d parameter"
+EXPERTS = "experts by `torch._grouped_mm`"
 TIED = "embedding tied to the head"
 EMBEDDING = "embedding, a layer with `layers=` alone"
 _BY_KIND = {
