@@ -72,6 +72,7 @@ def test_contestants_differ_in_the_kind_alone(comparison):
     assert lacking < having
 
 
+@pytest.mark.filterwarnings("ignore:KFACOptimizer. none of the parameters")
 @pytest.mark.parametrize("lr", [None, 0.02])
 def test_the_fallback_is_that_of_the_optimizer(lr):
     batch = graphs()[0]
@@ -84,9 +85,7 @@ def test_the_fallback_is_that_of_the_optimizer(lr):
         if fallback:
             optimizer = Fallback(params, lr)
         else:  # without nn.Linear there are no products either
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                optimizer = KFACOptimizer(params, layers=[nn.Conv2d], fallback_lr=lr)
+            optimizer = KFACOptimizer(params, layers=[nn.Conv2d], fallback_lr=lr)
         for _ in range(3):
             optimizer.zero_grad()
             (model(batch[0][:8], batch[1][:8]) - batch[2][:8]).square().mean().backward()

@@ -173,7 +173,7 @@ def assert_all_products_found(module, outputs, tolerance):
         (expected,) = torch.autograd.grad(loss, [p], retain_graph=True)
         grads = torch.autograd.grad(loss, [use.edge for use in uses], retain_graph=True)
         explained = sum(g.mT @ use.input for g, use in zip(grads, uses, strict=True))
-        assert not any(use.inputs_first or use.outputs for use in uses)
+        assert {use.roles for use in uses} == {"oi"}
         assert torch.allclose(explained, expected, rtol=tolerance, atol=tolerance)
         (bias,) = {use.bias for use in uses}
         if bias is not None:

@@ -1,9 +1,8 @@
 """Products with matrices past the calls of their modules, found in the graph.
 
-`F.linear(x, self.weight)`, `torch.addmm`, `x @ W`, `torch.einsum` of two operands, and what torch's
-functions do within (`F.multi_head_attention_forward`) end in a node `Addmm`, `Mm` or `Bmm` whose
-operand is a parameter, or a view or cast of one; `F.conv2d` in a convolution of a whole one. The
-node has kept the input a; g arrives at its output. So nobody has to watch the forward pass.
+`F.linear(x, W)`, `torch.addmm`, `x @ W`, `torch.einsum`, and what torch's functions do within end in
+a node `Addmm`, `Mm` or `Bmm` whose operand is a parameter, or a view or cast of one. The node has
+kept the input a; g arrives at its output. So nobody has to watch the forward pass.
 """
 
 from __future__ import annotations
@@ -380,16 +379,19 @@ class MatrixLayout:
 
 
 def fits(use: MatrixUse, layer: Layer) -> bool:
-    """Tell whether a product can count as a use of a layer."""
+    """Tell whether a product can count as a use of a layer; blocks of W and b share their G."""
     family = layer.family
+    if layer.bias is not None and not layer.joint and use.bias is not layer.bias:
+        return False
     if isinstance(family, Matrix):
         return family.roles == use.roles
     if type(family) in (Convolution, TransposedConvolution):
-        letter = "c" if type(family) is Convolution else "t"
-        return use.roles == f"{letter}{layer.groups}" and layer.weight is use.weight
+        roles = f"{'c' if type(family) is Convolution else 't'}{layer.groups}"
+        return use.roles == roles and layer.weight is use.weight
     linear = type(family) is LinearFamily and use.roles == ("io" if family.inputs_first else "oi")
-    plain = use.call in (Product(), Product(positions=True)) and layer.weight is use.weight
-    return linear and plain
+    return (
+        linear and use.call in (Product(), Product(positions=True)) and layer.weight is use.weight
+    )
 
 
 def as_layer_use(use: MatrixUse, layer: Layer) -> LayerUse:

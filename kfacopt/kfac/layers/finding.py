@@ -80,15 +80,16 @@ def _used_in_several_ways(
     For instance that of an embedding that is a linear layer's, too.
     """
     found: set[int] = set()
-    ways: dict[int, tuple[LayerFamily, int, int]] = {}
+    ways: dict[int, tuple[LayerFamily, int, int | None]] = {}
     for _, module, families in candidates:
         if isinstance(module, nn.ParameterList | nn.ParameterDict):
             continue  # they use none
         known: set[int] = set()
         for family in families:
-            for place, p in enumerate(_matrix_of(module, family)):
-                if p is not None:
-                    way = (family, family.groups(module), place)
+            weight, _ = own = _matrix_of(module, family)
+            for p, partner in zip(own, (None, id(weight)), strict=True):
+                if p is not None:  # a bias with two weights would have two factors
+                    way = (family, family.groups(module), partner)
                     known.add(id(p))
                     if ways.setdefault(id(p), way) != way:
                         found.add(id(p))
