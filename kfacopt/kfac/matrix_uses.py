@@ -1,8 +1,7 @@
 """Products with matrices past the calls of their modules, found in the graph.
 
-`F.linear(x, W)`, `torch.addmm`, `x @ W`, `torch.einsum`, and what torch's functions do within end in
-a node `Addmm`, `Mm` or `Bmm` whose operand is a parameter, or a view or cast of one. The node has
-kept the input a; g arrives at its output. So nobody has to watch the forward pass.
+`F.linear`, `torch.addmm`, `x @ W`, `torch.einsum` and attention end in a node `Addmm`, `Mm` or `Bmm`
+whose operand is a parameter, or a view or cast of one; it keeps the input a, and g arrives at it.
 """
 
 from __future__ import annotations
