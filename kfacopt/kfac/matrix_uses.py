@@ -1,6 +1,6 @@
 """Products with matrices past the calls of their modules, found in the graph.
 
-`F.linear`, `torch.addmm`, `x @ W`, `torch.einsum` and attention end in a node `Addmm`, `Mm` or `Bmm`
+`F.linear`, `torch.addmm`, `x @ W`, `torch.einsum` and attention end in a node `Addmm`, `Mm`, `Bmm`
 whose operand is a parameter, or a view or cast of one; it keeps the input a, and g arrives at it.
 """
 
