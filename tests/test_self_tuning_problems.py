@@ -1,6 +1,7 @@
 """lr="auto" on the examples' problems, small, beside baselines at about equal operations."""
 
 import importlib.util
+import statistics
 from pathlib import Path
 
 import pytest
@@ -71,19 +72,18 @@ def test_pinn():
             loss.backward()
             return loss
 
-        for _ in range(count):
-            optimizer.step(closure)
-        return closure().item()
+        losses = [optimizer.step(closure).item() for _ in range(count)]
+        return [*losses, closure().item()]
 
-    tuned = loss_after(lambda p: KFACOptimizer(p, lr="auto"), steps)
+    tuned = loss_after(lambda p: KFACOptimizer(p, lr="auto"), steps)[-1]
     adam = loss_after(lambda p: torch.optim.Adam(p, 1e-2), STEP_COST * steps)  # the best lr
     lbfgs = loss_after(
         lambda p: torch.optim.LBFGS(
             p, max_iter=20, history_size=50, line_search_fn="strong_wolfe", tolerance_change=0.0
         ),
         STEP_COST * steps // 20,
-    )
-    # Measured on several processors: 0.009 to 0.024 of Adam's loss, which round-off decides,
-    # and 1.2 to 1.8 times that of L-BFGS: on a par on so few points; the example has more.
-    assert tuned < 0.1 * adam
+    )[-1]
+    # Adam's loss goes up and down by ten from step to step (0.07 to 0.9 in the end, by processor):
+    # its median over the last hundred steps counts. Ours is 0.005 to 0.0075.
+    assert tuned < 0.1 * statistics.median(adam[-100:])
     assert tuned < 4 * lbfgs

@@ -331,8 +331,9 @@ def _is_transformed() -> bool:
 def _is_foreign_call(module: nn.Module) -> bool:
     """Tell whether a forward pass is none of the user's training loop.
 
-    kfacopt's own evaluations, transforms of `torch.func`, traces of `torch.jit` and `torch.export`,
-    and the recomputation of activation checkpointing, which happens within a backward pass.
+    kfacopt's own evaluations, transforms of `torch.func`, forward mode, traces of `torch.jit` and
+    `torch.export`, and the recomputation of activation checkpointing, which happens within a
+    backward pass.
     """
     if getattr(module, "_is_replica", False):
         raise RuntimeError(
@@ -344,5 +345,6 @@ def _is_foreign_call(module: nn.Module) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
         or torch._C._current_graph_task_id() != -1
     )
