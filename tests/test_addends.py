@@ -80,6 +80,12 @@ def test_a_small_curved_term_does_not_hide_one_without_curvature(name, weight):
     torch.testing.assert_close(G, expected, rtol=TOLERANCE, atol=1e-12)
 
 
+def test_several_such_terms_are_of_the_same_data():
+    z, G = factors(lambda z: l1(z) + hinge(z) + squares(z))
+    expected = empirical(z, l1) + empirical(z, hinge) + 2 / 3 * torch.eye(3)
+    torch.testing.assert_close(G, expected, rtol=TOLERANCE, atol=1e-12)
+
+
 def test_linear_terms_are_part_of_what_the_others_mean():
     by_sums = factors(lambda z: z.logsumexp(1).mean() - z.gather(1, LABELS[:, None]).mean())[1]
     known = factors(lambda z: F.cross_entropy(z, LABELS))[1]

@@ -108,6 +108,22 @@ def test_the_quadratic_model_is_that_of_the_positive_part(name, inside):
         assert math.isclose(record["change"], after - value.item(), rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside the model"])
+def test_steps_whose_factors_are_not_due_have_the_objective_too(inside):
+    loss, body = LOSSES["diagonal"], mlp()
+    model = WithLoss(body, loss) if inside else body
+    optimizer = make(model, factor_update_interval=3)
+    values = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        value = model(X)["loss"] if inside else loss(model(X))
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+        assert math.isclose(optimizer.statistics()["loss"], values[-1], rel_tol=TOLERANCE)
+    assert values == sorted(values, reverse=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["diagonal", "blocks", "mixed rows"])
 def test_it_trains_in_other_precisions(name, dtype):

@@ -134,4 +134,5 @@ def uncompiled(loss_func: Any) -> Any:
 
 def no_second_derivative(error: Exception) -> str:
     """Return torch's reason in a line."""
-    return f"no second derivative: {str(error).splitlines()[0][:80]}"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return f"no second derivative: {lines[0][:80]}"

@@ -141,6 +141,8 @@ def _curvature(
         return "AdamW: used in other ways than by calls of its module, too"
     if not curvature.has_statistics(block.layer):
         return "AdamW: no curvature so far"
+    if block.layer.family.elementwise:
+        return f"diagonal of the Fisher, {block.layer.groups}"
     groups = f"{block.layer.groups} × " if block.layer.groups > 1 else ""
     state = curvature.entries[block.layer.anchor]
     sides = []

@@ -22,14 +22,10 @@ from kfacopt.optim.statistics.backward_pass import CandidateMoments
 from kfacopt.optim.statistics.empirical import EmpiricalPasses
 from kfacopt.optim.statistics.label_draws import LabelDraws, Mark, rewind
 from kfacopt.optim.statistics.moments import Moments
-from kfacopt.optim.statistics.objectives import (
-    FoundCurvature,
-    ObjectiveLog,
-    curvature_of,
-)
+from kfacopt.optim.statistics.objectives import ObjectiveLog, curvature_of
 from kfacopt.optim.statistics.other_uses import OtherUses
 from kfacopt.optim.statistics.waiting import WaitingMoments
-from kfacopt.optim.statistics.would_be import count_would_be, known_vectors
+from kfacopt.optim.statistics.would_be import count_found, count_would_be, known_vectors
 from kfacopt.optim.watch.forward_pass import ForwardPass, node_key
 from kfacopt.optim.watch.gradient_exchange import ExchangeWatch
 from kfacopt.optim.watch.loss_calls import LossCall
@@ -145,7 +141,7 @@ class Statistics:
     def arrive_at_objective(self, objective: Objective, upstream: Tensor) -> None:
         """Collect moments of what is no known loss; see `LossReceiver`."""
         self._begin_task()
-        if not self.collecting:
+        if not (self.collecting or self._settings.recording):
             return
         maximised = {la for la in self._layers if id(la.anchor) in self.maximised}
         for sign, own in ((1, {*self._layers} - maximised), (-1, maximised)):
@@ -157,8 +153,12 @@ class Statistics:
         with bookkeeping_kept([objective.edge]):
             seed = self._labels.seed_of(self._num_objectives)
             found = curvature_of(objective, upstream, self._settings, seed)
-            extra = stand_ins(objective, upstream, found)
+            extra = stand_ins(objective, upstream, found) if self.collecting else []
         self._num_objectives += 1
+        term = found.term(objective, upstream) if found.parts else None
+        self._candidate_terms += [] if term is None else [term]
+        if not self.collecting:
+            return
         passes = objective.passes
         if self._settings.fisher_type == "empirical":
             # The gradients of known losses in the user's own pass are those of the whole objective.
@@ -166,11 +166,13 @@ class Statistics:
             passes = [p for p in passes if not known & p.recognised]
         if found.piece.derived:
             self.objectives.note_derived(found)
-        if found.parts:
+        if found.parts and passes:
+            self.others.look(found.edges, found.gradients, passes)
+            where, told = (self._candidates, self._candidate_squares), set[Layer]()
             for own in (found, *extra):
-                self._count_found(own, passes, layers)
-            term = found.term(objective, upstream)
-            self._candidate_terms += [] if term is None else [term]
+                self.objectives.note(own.piece.title, own.description())
+                drawn = (self._settings, self._labels.generator())
+                count_found(where, own, passes, *drawn, layers, told)
         elif found.piece.derived and not found.piece.recognised:
             # All curvature there is lies behind derivatives: none is counted, not a part.
             like = [torch.ones_like(upstream)]
@@ -187,20 +189,6 @@ class Statistics:
             self.objectives.note_unseen(value)
             self.others.look([behind], [value], passes)
             self._empirical.add_unseen(value, passes)
-
-    def _count_found(
-        self, found: FoundCurvature, passes: list[ForwardPass], layers: set[Layer]
-    ) -> None:
-        if not passes:
-            return
-        self.objectives.note(found.piece.title, found.description())
-        edges, generator = found.edges, self._labels.generator()
-        self.others.look(edges, found.gradients, passes)
-        with bookkeeping_kept(edges):
-            for empirical in (False, True):
-                vectors = found.vectors(empirical, self._settings, generator)
-                where = self._candidate_squares if empirical else self._candidates
-                count_would_be(where, edges, vectors, passes, found.terms, layers=layers)
 
     def _drop_what_was_reset(self) -> None:
         """Forget the statistics of gradients that others than `zero_grad` reset.

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 
 from kfacopt.kfac.capture import would_be_pass
 from kfacopt.likelihoods.graph_products import GraphPiece
+from kfacopt.likelihoods.loss_parts import no_second_derivative
 from kfacopt.likelihoods.parts import CurvaturePart, joint_vectors
 from kfacopt.likelihoods.structure import KRYLOV_SAMPLES, find_parts
 from kfacopt.optim.messages import log_objective
@@ -236,8 +237,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, str]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        return None, f"no second derivative: {lines[0][:80]}"
+        return None, no_second_derivative(error)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import torch
+
 from kfacopt.kfac.layers import Layer
 from kfacopt.optim.statistics.moments import Moments
 
@@ -53,7 +55,7 @@ class WaitingMoments:
         for layer, moments in self.squares.items():
             moments.scale_curvature(moments.terms / loss_scale)
             known = self.moments.setdefault(layer, Moments())
-            terms = max(known.terms, moments.terms, key=float)
+            terms = torch.maximum(*map(torch.as_tensor, (known.terms, moments.terms)))
             known.add(moments)
             known.terms = terms
         return self.moments

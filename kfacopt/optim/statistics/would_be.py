@@ -12,8 +12,10 @@ from kfacopt.kfac.layers import Layer
 from kfacopt.likelihoods import widened
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.statistics.backward_pass import CandidateMoments
+from kfacopt.optim.statistics.objectives import FoundCurvature
 from kfacopt.optim.watch.forward_pass import ForwardPass
 from kfacopt.optim.watch.loss_calls import LossCall
+from kfacopt.optim.watch.wrappers import bookkeeping_kept
 
 
 def known_vectors(
@@ -42,6 +44,7 @@ def count_would_be(
     terms: Tensor,
     share: Tensor | float = 1.0,
     layers: Collection[Layer] | None = None,
+    told: set[Layer] | None = None,
 ) -> None:
     """Count the gradients of a loss with drawn labels, or of its Hessian's columns.
 
@@ -55,6 +58,7 @@ def count_would_be(
         terms: The loss's number of terms.
         share: What their G counts.
         layers: Which layers count; all of them if `None`.
+        told: Layers of which the number of terms was counted for the same data; grows.
     """
     counted = [[u for u in p.uses if layers is None or u.layer in layers] for p in passes]
     uses = [use for own in counted for use in own]
@@ -84,4 +88,36 @@ def count_would_be(
     for own in counted:
         candidates.count_inputs([u for u in own if u in reached])
     for layer in group_by_layer(u for u in uses if u in reached):
-        candidates.count_terms(layer, terms)
+        if layer not in (told or ()):
+            candidates.count_terms(layer, terms)
+    if told is not None:
+        told.update(use.layer for use in reached)
+
+
+def count_found(
+    where: tuple[CandidateMoments, CandidateMoments],
+    found: FoundCurvature,
+    passes: Sequence[ForwardPass],
+    settings: CurvatureSettings,
+    generator: Generator,
+    layers: Collection[Layer],
+    told: set[Layer],
+) -> None:
+    """Count the curvature that was found of an objective.
+
+    Args:
+        where: Where it is counted, and where squares of whole objectives' gradients are.
+        found: The curvature.
+        passes: The forward passes that the objective depends on.
+        settings: Which curvature is collected.
+        generator: Draws labels, or signs.
+        layers: Which layers count.
+        told: Layers whose squares know the number of data; grows.
+    """
+    edges = found.edges
+    with bookkeeping_kept(edges):
+        for empirical in sorted({part.empirical for part in found.parts}):
+            vectors = found.vectors(empirical, settings, generator)
+            known = told if empirical else None
+            counted = (vectors, passes, found.terms)
+            count_would_be(where[empirical], edges, *counted, layers=layers, told=known)

@@ -53,16 +53,17 @@ class ClippedStep:
         Returns:
             That a step was taken.
         """
-        lr = {p: group["lr"] for group in groups for p in group["params"]}
+        group_of = {p: group for group in groups for p in group["params"]}
         if directions and self._kl_clip is not None:
-            initial = {p: g["base_lr"] or g["lr"] for g in groups for p in g["params"]}
-            grads, lrs = [gradients[p] for p in directions], [initial[p] for p in directions]
+            grads = [gradients[p] for p in directions]
+            lrs = [group_of[p]["base_lr"] or group_of[p]["lr"] for p in directions]
             self.scale = kl_clip_scale(grads, list(directions.values()), lrs, self._kl_clip)
         factors: dict[tuple[float, torch.device], Any] = {}
         for p, d in directions.items():
-            key = (lr[p], d.device)
+            lr = group_of[p]["lr"]
+            key = (lr, d.device)
             if key not in factors:
-                factors[key] = lr[p] if self.scale is None else lr[p] * self.scale.to(d.device)
+                factors[key] = lr if self.scale is None else lr * self.scale.to(d.device)
             d.mul_(factors[key])
         for group in groups:
             own = [p for p in group["params"] if p in directions]

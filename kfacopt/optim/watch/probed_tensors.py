@@ -64,8 +64,10 @@ class ProbedTensor(Tensor):
         # A backward pass calls modules again, where their activations are checkpointed.
         backward = func in _DIFFERENTIATIONS
         alone = not backward and all(issubclass(t, ProbedTensor) for t in types)
-        with _plain(probed, alone), _differentiated(func, args, kwargs, probed):
-            result = func(*args, **kwargs)
+        with _plain(probed, alone):
+            told = _differentiated(func, args, kwargs, probed) if backward else nullcontext()
+            with told:
+                result = func(*args, **kwargs)
         if func in KNOWN_LOSSES:
             origin = None if call is None else LossOrigin(call)
             with torch._C.DisableTorchFunctionSubclass():
@@ -171,18 +173,17 @@ def _by_observer(passes: Iterable[ForwardPass]) -> list[tuple[PassObserver, list
 def _differentiated(
     func: Callable[..., Any], args: Any, kwargs: dict[str, Any], probed: Sequence[ProbedTensor]
 ) -> Iterator[None]:
-    """Tell observers of what is differentiated while a function runs that does that."""
+    """Tell observers of what is differentiated while one of `_DIFFERENTIATIONS` runs."""
     handles: list[Any] = []
-    if func in _DIFFERENTIATIONS:
-        arguments = dict(zip(_DIFFERENTIATIONS[func], args, strict=False)) | kwargs
-        roots = tree_flatten(arguments[_DIFFERENTIATIONS[func][0]])[0]
-        inputs = arguments.get("inputs")
-        given = {id(x): x for x in roots if isinstance(x, Tensor)}
-        for root in {id(x): x for x in probed if id(x) in given}.values():
-            others = [x for x in given.values() if x is not root]
-            for observer, own in _by_observer(vars(root)["_passes"]):
-                if root.grad_fn is not None:
-                    handles += observer.observe_objective(root, own, others, inputs)
+    arguments = dict(zip(_DIFFERENTIATIONS[func], args, strict=False)) | kwargs
+    roots = tree_flatten(arguments[_DIFFERENTIATIONS[func][0]])[0]
+    inputs = arguments.get("inputs")
+    given = {id(x): x for x in roots if isinstance(x, Tensor)}
+    for root in {id(x): x for x in probed if id(x) in given}.values():
+        others = [x for x in given.values() if x is not root]
+        for observer, own in _by_observer(vars(root)["_passes"]):
+            if root.grad_fn is not None:
+                handles += observer.observe_objective(root, own, others, inputs)
     try:
         yield
     finally:

@@ -229,7 +229,8 @@ class Watch:
         layers = self._layers_of.get(id(module), ())
         if layers:
             self._wrappers.look()
-        if self._receiver.collecting and not torch._C._are_functorch_transforms_active():
+        wanted = self._receiver.collecting or self._settings.recording
+        if wanted and not torch._C._are_functorch_transforms_active():
             for layer in layers:
                 if not torch.is_grad_enabled():
                     refuse_reentrant_checkpointing(layer.name)
@@ -241,7 +242,6 @@ class Watch:
         self._end_pass()
         self.forward_seen = True
         self.used = self.used or bool(forward_pass.uses)
-        wanted = self._receiver.collecting or self._settings.recording
         if output is None or not (forward_pass.uses or parents or wanted):
             return None
         probed = probe(output, forward_pass, parents)
