@@ -6,6 +6,8 @@ from kfacopt.curvature.fisher import FisherMCLinearOperator
 from kfacopt.curvature.ggn import GGNLinearOperator
 from kfacopt.curvature.hessian import HessianLinearOperator
 from kfacopt.curvature.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
+from kfacopt.diagnosis.diagnose import diagnose
+from kfacopt.diagnosis.report import Diagnosis
 from kfacopt.elementwise_derivatives import register_elementwise_derivatives
 from kfacopt.estimators.diagonal import HutchinsonDiagonalEstimator
 from kfacopt.estimators.spectrum import (
@@ -37,6 +39,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CGConvergenceWarning",
     "CGInverseLinearOperator",
+    "Diagnosis",
     "EFLinearOperator",
     "EKFACLinearOperator",
     "Elementwise",
@@ -62,6 +65,7 @@ __all__ = [
     "SubmatrixLinearOperator",
     "TransposedJacobianLinearOperator",
     "default_layers",
+    "diagnose",
     "experimental",
     "input_derivatives",
     "lanczos_approximate_log_spectrum",

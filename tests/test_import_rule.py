@@ -24,6 +24,9 @@ ALLOWED = {
     "kfac": BASE | {"linalg", "likelihoods", "data", "taylor_mode"},
     "optim": BASE | {"linalg", "likelihoods", "data", "module_search", "kfac"},
     "experimental": {"curvature"},
+    # The one part that sees both sides, to compare them: K-FAC (and an optimizer) with the oracle.
+    "diagnosis": BASE
+    | {"linalg", "estimators", "likelihoods", "data", "curvature", "kfac", "optim"},
 }
 
 # Folders in a part, in an order: a file in one imports, of its own part, what is in this folder, in

@@ -432,3 +432,27 @@ def test_progress_bar(make, capsys):
     assert "100%" not in capsys.readouterr().err
     operator @ torch.ones(operator.shape[0])
     assert "100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("operator", [KFACLinearOperator, EKFACLinearOperator])
+def test_sides_wider_than_max_factor_dim_are_diagonal(operator):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    data = [(torch.randn(10, 6).double(), torch.randn(10, 3).double())]
+    params, options = list(model.parameters()), {"fisher_type": "type-2", "max_factor_dim": 5}
+    narrow = operator(model, nn.MSELoss(), params, data, **options)
+    dense = KFACLinearOperator(model, nn.MSELoss(), params, data, fisher_type="type-2")
+    (A, G), (full_A, full_G) = narrow.factors("0"), dense.factors("0")
+    torch.testing.assert_close(A, full_A.diagonal())
+    torch.testing.assert_close(G, full_G)
+    torch.testing.assert_close(narrow.factors("2").input_factor, dense.factors("2").input_factor)
+    matrix = narrow @ torch.eye(sum(p.numel() for p in params)).double()
+    if operator is KFACLinearOperator:
+        torch.testing.assert_close(matrix[:24, :24], torch.kron(G, A.diag()))
+    else:  # the diagonal of the exact block in the basis Q_G ⊗ I
+        Q = torch.kron(torch.linalg.eigh(G)[1], torch.eye(6).double())
+        exact = GGNLinearOperator(model, nn.MSELoss(), params[:1], data) @ torch.eye(24).double()
+        expected = Q @ (Q.T @ exact @ Q).diagonal().diag() @ Q.T
+        torch.testing.assert_close(matrix[:24, :24], expected)
+    with pytest.raises(ValueError, match="max_factor_dim"):
+        operator(model, nn.MSELoss(), params, data, max_factor_dim=0)

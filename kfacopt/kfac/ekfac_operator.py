@@ -54,6 +54,7 @@ class EKFACLinearOperator(KFACLinearOperator):
         loss_average: See there.
         separate_weight_and_bias: See there.
         batch_size_fn: See there.
+        max_factor_dim: See there; a diagonal factor's basis is the identity.
 
     Raises:
         UnsupportedLossError: As all errors, those of `KFACLinearOperator`.

@@ -93,6 +93,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             where both are in `params`.
         batch_size_fn: A function from X to the number of data in a batch, for inputs that do not
             tell it themselves; `"empirical"` asks for it, and means of losses other than the four.
+        max_factor_dim: A side of a layer wider than that gets a diagonal factor, as in
+            `KFACOptimizer`; `None` keeps all dense.
 
     Raises:
         UnsupportedLossError: (a `NotImplementedError`) If the loss has no exact curvature, or none
@@ -141,8 +143,11 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         separate_weight_and_bias: bool = True,
         *,
         batch_size_fn: Callable[[Any], int] | None = None,
+        max_factor_dim: int | None = None,
     ) -> None:
         argument_checks.check_evaluation(data, progressbar, check_deterministic, batch_size_fn)
+        if max_factor_dim is not None:
+            argument_checks.check_count("max_factor_dim", max_factor_dim)
         argument_checks.check_flag("separate_weight_and_bias", separate_weight_and_bias)
         self._fisher = loss_fisher(loss_func, fisher_type, mc_samples, loss_average, batch_size_fn)
         argument_checks.check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
@@ -158,7 +163,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         batches = partial(self._batches, "K-FAC layers")
         self._layers = layers_of(model_func, own, separate_weight_and_bias, batches)
         argument_checks.check_shape(shape, self.shape)
-        self._seed, self._form = seed, FactorForm(kfac_approx)
+        self._seed, self._form = seed, FactorForm(kfac_approx, max_factor_dim)
         if check_deterministic:
             with evaluation(model_func):
                 run_determinism_check(data, self.device, model_func)

@@ -1,0 +1,1 @@
+"""K-FAC beside the exact GGN on a user's own model: one call, one report."""

@@ -1,0 +1,207 @@
+"""From measurements to a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from kfacopt.diagnosis import exact
+from kfacopt.diagnosis.advice import Findings, advice_of
+from kfacopt.diagnosis.candidates import Candidate
+from kfacopt.diagnosis.distances import product_distance
+from kfacopt.diagnosis.measurement import (
+    Blocks,
+    Parts,
+    Solved,
+    candidates_of,
+    compare_directions,
+    directions_of,
+    exact_step,
+    measure_blocks,
+    measure_outside,
+    whole_matrix,
+)
+from kfacopt.diagnosis.report import (
+    KFAC,
+    Diagnosis,
+    LayerReport,
+    RunningReport,
+    SampleReport,
+    SolveReport,
+    StepReport,
+)
+from kfacopt.diagnosis.spectra import describe_damping
+from kfacopt.diagnosis.steps import cosine
+from kfacopt.diagnosis.subject import Subject
+from kfacopt.diagnosis.text import listed
+from kfacopt.linalg.kronecker import KroneckerProduct
+
+# What is measured beside the blocks: steps of the progress bar.
+OTHER_STEPS = 7
+
+
+def report_of(subject: Subject, in_training: bool) -> Diagnosis:
+    """Measure, and return what was found.
+
+    Args:
+        subject: What is examined.
+        in_training: Whether the model was in a training mode that computes something else.
+    """
+    clock, own = subject.clock, subject.partition
+    clock.expect(len(own.blocks) + OTHER_STEPS)
+    clock.begin("gradient")
+    ggn = subject.ggn(own.params, check=True)
+    gradients, loss = ggn.gradient_and_loss()
+    gradient = torch.cat([g.flatten() for g in gradients])
+    candidates = candidates_of(subject)
+    clock.begin("exact step")
+    matrix = whole_matrix(subject, ggn)
+    solved = exact_step(subject, ggn, matrix, gradient, candidates[0])
+    blocks = measure_blocks(subject, candidates, own.split(gradient), matrix)
+    clock.begin("outside of blocks")
+    outside = measure_outside(subject, ggn, matrix, blocks)
+    clock.begin("comparison")
+    steps = directions_of(subject, candidates, blocks, gradient)
+    compared: tuple[StepReport, ...] = ()
+    if solved is not None and bool(gradient.any()):
+        compared = compare_directions(subject, steps, solved[0], gradient, ggn)
+    layers = _layers(subject, candidates[0], blocks, steps, solved, gradient)
+    trained = sum(p.numel() for p in subject.model.parameters() if p.requires_grad)
+    share = 1 - sum(own.sizes) / trained
+    other = next((c.name for c in candidates if c.name.startswith(f"{KFAC} ")), None)
+    approx, count = subject.options.approx, subject.sample.num_data
+    findings = Findings(layers, compared, outside, other, approx, share, count)
+    return Diagnosis(
+        float(loss),
+        float(gradient.norm()),
+        subject.plan.shown,
+        _sample(subject),
+        None if solved is None else SolveReport(**asdict(solved[1])),
+        compared,
+        layers,
+        outside,
+        subject.coverage.uncovered,
+        share,
+        tuple(_notes(subject, in_training, solved, blocks, bool(gradient.any()))),
+        advice_of(findings),
+        clock.seconds,
+    )
+
+
+def _layers(
+    subject: Subject,
+    kfac: Candidate,
+    found: Blocks,
+    steps: Parts,
+    solved: Solved | None,
+    gradient: Tensor,
+) -> tuple[LayerReport, ...]:
+    own, squared = subject.partition, float(gradient.double().square().sum())
+    best = None if solved is None or not squared else own.split(solved[0])
+    layers = []
+    for i, (name, g) in enumerate(zip(own.names, own.split(gradient), strict=True)):
+        matrix = kfac.matrices[i]
+        assert isinstance(matrix, KroneckerProduct)
+        A, G, damping = describe_damping(matrix, own.damping[i], subject.options.method)
+        cosines = {}
+        for step, parts in steps.items():
+            part = parts[i]
+            if best is not None and part is not None:
+                cosines[step] = cosine(part, best[i])
+        layer = LayerReport(
+            name,
+            own.sizes[i],
+            found.estimator[i],
+            {c: x[0] for c, x in found.distance[i].items()},
+            {c: x[1] for c, x in found.distance[i].items()},
+            cosines,
+            float(g.double().square().sum()) / squared if squared else float("nan"),
+            found.residual[i],
+            A,
+            G,
+            damping,
+            _running(subject, i, matrix),
+        )
+        layers.append(layer)
+    return tuple(layers)
+
+
+def _running(subject: Subject, index: int, fresh: KroneckerProduct) -> RunningReport | None:
+    seen, block = subject.plan.inspection, subject.partition.blocks[index]
+    kept = None if seen is None else seen.blocks.get(tuple(map(id, block.parameters)))
+    if kept is None:
+        return None
+    drift = A = G = None
+    if isinstance(kept.matrix, KroneckerProduct):
+        drift = product_distance(kept.matrix, fresh)
+        damping, method = subject.partition.damping[index], subject.options.method
+        A, G, _ = describe_damping(kept.matrix, damping, method)
+    ages = kept.scalars["factor_age"], kept.scalars["inverse_age"]
+    return RunningReport(drift, kept.scalars["condition"], *ages, A, G)
+
+
+def _sample(subject: Subject) -> SampleReport:
+    sample, options = subject.sample, subject.options.operator
+    return SampleReport(
+        len(sample.batches),
+        sample.num_data,
+        bool(sample.held_out),
+        subject.coverage.operations,
+        options["fisher_type"],
+        options["mc_samples"],
+        subject.limits.seed,
+        sum(subject.partition.sizes),
+    )
+
+
+def _notes(
+    subject: Subject,
+    in_training: bool,
+    solved: Solved | None,
+    blocks: Blocks,
+    has_gradient: bool,
+) -> list[str]:
+    notes = list(subject.notes)
+    if subject.clock.cut:
+        seconds, what = subject.limits.max_seconds, listed(subject.clock.cut)
+        notes.append(f"Time ran out (max_seconds={seconds:g}); not measured: {what}.")
+    if in_training:
+        notes.append(
+            "The model was in training mode; it is looked at in evaluation mode: without "
+            "dropout, and with batch norm's running statistics."
+        )
+    if solved is None:
+        notes.append(
+            "There is no exact step: the loss is not convex in the predictions, so that the "
+            "damped GGN is not positive definite; K-FAC has the positive part."
+        )
+    elif not solved[1].converged:
+        notes.append(
+            f"Conjugate gradients stopped at the relative residual {solved[1].residual:.1e}. "
+            "Cosines are to where they came, to which the iterate at about half the iterations "
+            f"has the cosine {solved[1].halfway:.2f}. More damping or fewer data help."
+        )
+    notes += _of_blocks(blocks.residual)
+    if not has_gradient:
+        notes.append("The gradient is 0: there are no steps to compare.")
+    if subject.plan.reduction is None:
+        notes.append("The loss has no `reduction`, so that a single batch is looked at.")
+    return notes
+
+
+def _of_blocks(residuals: Sequence[float | None]) -> list[str]:
+    """Say how far the iterations on blocks came."""
+    known = [r for r in residuals if r is not None]
+    worst, largest = max(known, default=0.0), exact.LARGEST_RESIDUAL
+    far = sum(r > largest for r in known)
+    if far:
+        return [
+            f"The steps of {far} exact blocks are not shown: the iterations that there were left "
+            f"relative residuals above {largest} (up to {worst:.2f})."
+        ]
+    if worst > 10 * exact.TOLERANCE:
+        return [f"The exact blocks' steps have relative residuals of up to {worst:.1e}."]
+    return []

@@ -1,0 +1,115 @@
+"""`kfacopt.diagnose`, whose measurements are in `measurement`; what it leaves as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from kfacopt.data import Batch, evaluation
+from kfacopt.diagnosis.assembly import report_of
+from kfacopt.diagnosis.clock import Clock
+from kfacopt.diagnosis.plan import check_arguments, evaluation_mode, make_plan
+from kfacopt.diagnosis.report import Diagnosis
+from kfacopt.diagnosis.sample import generators_put_back
+from kfacopt.diagnosis.subject import Limits, take
+from kfacopt.optim.kfac import KFACOptimizer
+
+
+def diagnose(
+    model: nn.Module,
+    loss_func: Callable[[Tensor, Any], Tensor],
+    data: Iterable[Batch],
+    optimizer: KFACOptimizer | None = None,
+    *,
+    damping: float | None = None,
+    layers: Collection[type[nn.Module]] | None = None,
+    max_batches: int = 4,
+    max_data: int | None = None,
+    max_seconds: float = 100.0,
+    seed: int = 0,
+    progressbar: bool = False,
+    batch_size_fn: Callable[[Any], int] | None = None,
+) -> Diagnosis:
+    r"""Compare K-FAC with the exact GGN on a sample of data, and say what follows.
+
+    With F the GGN over the parameters θ that K-FAC covers, F_l its diagonal block of layer l, g the
+    gradient and δ the damping, the report has, on one sample of data,
+
+    - for each block and M_l of K-FAC (expand and reduce) and EKFAC, ‖M_l − F_l‖_F / ‖F_l‖_F;
+    - the cosine of the steps (M + δI)⁻¹ g, of diag(F_l + δI)⁻¹ g and of g to (F + δI)⁻¹ g, and that
+      of their parts; the share of the best decrease of gᵀd + ½ dᵀ(F + δI)d that each reaches at its
+      best length; and what the loss falls by there, on the sample and on data that follow, over
+      what gᵀd + ½ dᵀFd says;
+    - 1 − Σ_l ‖F_l‖²_F / ‖F‖²_F, the share of curvature outside of the blocks;
+    - rank, condition and eigenvalues of each A and G, δ beside those of G ⊗ A, and π;
+    - with an optimizer, its direction for g by its running inverses, and how far its running
+      factors are from those of the sample.
+
+    F is that of `GGNLinearOperator`. A block of at most 1,024 parameters is formed where that is
+    cheap, a larger one multiplied onto 8 vectors v of random signs: E‖(M_l − F_l) v‖² is the
+    squared distance, and its error the jackknife's over these. (F + δI)⁻¹ g is solved for by
+    conjugate gradients to a relative residual of 1e-5 or up to a number of iterations; the report
+    says how far it came. Numbers follow from the arguments alone, unless time runs out, which the
+    report says. Model (in evaluation mode meanwhile), gradients, buffers and generators of random
+    numbers are as before afterwards. Memory: about 20 vectors of θ's size, the factors twice or
+    three times, and what a backward pass of the sample keeps.
+
+    Args:
+        model: The network.
+        loss_func: The loss, of predictions and targets; see `KFACLinearOperator`. Without a
+            `reduction`, one batch is looked at.
+        data: Batches `(X, y)`, of which the first ones are read.
+        optimizer: Its layers, damping, settings and running factors are looked at; it is not
+            changed.
+        damping: δ > 0, in units of F; `None` is the optimizer's, or `KFACOptimizer`'s default.
+        layers: Which kinds of modules are layers, as for `KFACOptimizer`; not with an optimizer.
+        max_batches: How many batches are looked at, at most.
+        max_data: How many data (entries of the first axis), at most. `None`: so many that a forward
+            pass takes about 3e9 multiplications, at most 1,024, at least one. Batches whose tensors
+            have first axes of several lengths are not cut.
+        max_seconds: When to stop measuring; a single product is not interrupted.
+        seed: Of labels and probes.
+        progressbar: Show a bar.
+        batch_size_fn: A function from X to the number of data, see `KFACLinearOperator`.
+
+    Returns:
+        The report: `print` shows tables and advice, `to_dict()` returns plain data, and `plot()`
+        draws a picture (with matplotlib).
+
+    Raises:
+        ValueError: If an argument is out of its range, or K-FAC covers no parameter.
+        UnsupportedLossError: If the loss has no curvature that K-FAC knows.
+        RuntimeError: If the model gives different predictions for the same data.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]
+        >>> report = diagnose(model, nn.CrossEntropyLoss(), data, damping=0.01)
+        >>> [layer.layer for layer in report.layers]
+        ['0', '2']
+        >>> [step.step for step in report.steps]
+        ['gradient', 'K-FAC', 'EKFAC', 'exact blocks']
+        >>> all(step.cosine > 0 for step in report.steps)
+        True
+    """
+    settings = {"damping": damping, "layers": layers, "progressbar": progressbar}
+    limits = Limits(max_batches, max_data, max_seconds, seed, batch_size_fn)
+    check_arguments(model, loss_func, data, optimizer, settings | vars(limits))
+    clock = Clock(max_seconds, progressbar)
+    try:
+        with (
+            generators_put_back(data),
+            evaluation_mode(model, loss_func) as in_training,
+            evaluation(model, loss_func),
+        ):
+            plan = make_plan(model, loss_func, optimizer, damping, layers)
+            subject = take(model, loss_func, data, plan, limits, clock)
+            report = report_of(subject, in_training)
+    finally:
+        clock.close()
+    return report

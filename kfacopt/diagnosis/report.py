@@ -1,0 +1,281 @@
+"""What `kfacopt.diagnose` returns, as data and as text; nothing is computed from tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kfacopt.diagnosis import text
+
+GRADIENT, KFAC, EKFAC = "gradient", "K-FAC", "EKFAC"
+OPTIMIZER, BLOCKS = "optimizer", "exact blocks"
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What was looked at.
+
+    Attributes:
+        num_batches: How many batches.
+        num_data: How many data; `None` if the batches do not tell.
+        held_out: Whether there were further data to try steps on.
+        operations: About how many multiplications a forward pass takes.
+        fisher_type: Of K-FAC and EKFAC.
+        mc_samples: How many labels were drawn for each datum.
+        seed: Of labels and probes.
+        num_parameters: How many entries θ has: the parameters that K-FAC covers.
+    """
+
+    num_batches: int
+    num_data: int | None
+    held_out: bool
+    operations: int
+    fisher_type: str
+    mc_samples: int
+    seed: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class FactorReport:
+    """A Kronecker factor; what is `None` was not computed, as the factor is too wide.
+
+    Attributes:
+        side: d.
+        groups: B, of independent blocks; eigenvalues are those of all.
+        diagonal: Whether it is kept as its diagonal.
+        mean: The mean eigenvalue, tr / d.
+        damping: What is added to it, with factored damping; the mean over groups.
+        rank: How many eigenvalues are not 0, but for round-off.
+        largest: The largest eigenvalue.
+        smallest: The smallest one.
+        condition: Their ratio, in the worst group (of groups with one entry, over all); infinite if
+            the rank is not full.
+        damped_condition: The same with the damping.
+        eigenvalues: At most 64, from the largest to the smallest, at equally spaced ranks.
+    """
+
+    side: int
+    groups: int
+    diagonal: bool
+    mean: float
+    damping: float | None = None
+    rank: int | None = None
+    largest: float | None = None
+    smallest: float | None = None
+    condition: float | None = None
+    damped_condition: float | None = None
+    eigenvalues: tuple[float, ...] = ()
+
+    @property
+    def full_rank(self) -> int:
+        """B d."""
+        return self.side * self.groups
+
+
+@dataclass(frozen=True)
+class DampingReport:
+    """δ beside the spectrum of G ⊗ A.
+
+    Attributes:
+        damping: δ.
+        pi: π of the split √δ/π and π√δ; `None` for exact damping.
+        relative: δ over the mean eigenvalue of G ⊗ A.
+        share_below: The share of the eigenvalues of G ⊗ A that are below δ.
+        effective_dimension: Σ λ / (λ + δ) over these.
+    """
+
+    damping: float
+    pi: float | None
+    relative: float
+    share_below: float
+    effective_dimension: float
+
+
+@dataclass(frozen=True)
+class RunningReport:
+    """What the optimizer keeps of a block.
+
+    Attributes:
+        drift: ‖Ḡ ⊗ Ā − G ⊗ A‖_F / ‖G ⊗ A‖_F, to the factors of the sample; `None` for EKFAC.
+        condition: Of the damped curvature.
+        factor_age: Steps since the factors were updated.
+        inverse_age: Steps since the inverse was.
+        input_factor: Ā; `None` for EKFAC.
+        grad_output_factor: Ḡ; `None` for EKFAC.
+    """
+
+    drift: float | None
+    condition: float
+    factor_age: float
+    inverse_age: float
+    input_factor: FactorReport | None
+    grad_output_factor: FactorReport | None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A diagonal block of the GGN: a layer, or its weight or bias.
+
+    Attributes:
+        layer: Its name.
+        size: How many parameters it has.
+        estimator: How its exact block was measured: `"formed"`, `"16 probes"`, `"not measured"`.
+        distance: By candidate ‖M − F‖_F / ‖F‖_F.
+        distance_error: The standard errors; 0 where the block was formed.
+        cosine: By step the cosine of its part to the exact step's.
+        gradient_share: The share of the squared gradient.
+        block_residual: ‖g − (F + δI) x‖ / ‖g‖ of the exact block's step.
+        input_factor: A.
+        grad_output_factor: G.
+        damping: δ beside both.
+        running: What the optimizer keeps of it.
+    """
+
+    layer: str
+    size: int
+    estimator: str
+    distance: dict[str, float]
+    distance_error: dict[str, float]
+    cosine: dict[str, float]
+    gradient_share: float
+    block_residual: float | None
+    input_factor: FactorReport
+    grad_output_factor: FactorReport
+    damping: DampingReport
+    running: RunningReport | None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A direction d beside the exact damped step; its length is that which its model likes best.
+
+    Attributes:
+        step: What it is.
+        cosine: To the exact step.
+        decrease: The share of the best decrease of the damped quadratic model.
+        ratio: What the loss of the sample falls by, over what the undamped model says.
+        held_out_ratio: What the loss of the held-out data falls by, over the same.
+    """
+
+    step: str
+    cosine: float
+    decrease: float
+    ratio: float
+    held_out_ratio: float | None
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """How the exact damped step was computed.
+
+    Attributes:
+        method: `"solved"` for a dense matrix, or `"CG"`.
+        iterations: How many.
+        residual: ‖g − (F + δI) x‖ / ‖g‖.
+        converged: Whether that is below the tolerance.
+        halfway: The cosine of the iterate after about half the iterations to the last one.
+    """
+
+    method: str
+    iterations: int
+    residual: float
+    converged: bool
+    halfway: float
+
+
+@dataclass(frozen=True)
+class OutsideReport:
+    """The share of the GGN outside of its diagonal blocks, 1 − Σ_l ‖F_ll‖²_F / ‖F‖²_F.
+
+    Attributes:
+        share: The share.
+        error: Its standard error; 0 if the matrix was formed.
+    """
+
+    share: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A sentence that follows from a number.
+
+    Attributes:
+        topic: What it is about, in a word or two.
+        sentence: The sentence, with the number.
+        value: The number.
+        layers: The layers that it is about; empty for the whole.
+    """
+
+    topic: str
+    sentence: str
+    value: float
+    layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """K-FAC beside the exact GGN, on a sample of data; `print` shows it as tables.
+
+    Attributes:
+        loss: The loss of the sample.
+        gradient_norm: The norm of its gradient by θ.
+        settings: How K-FAC was set: `kfac_approx`, `damping_method`, and with an optimizer its
+            `preconditioner` and intervals.
+        sample: What was looked at.
+        solve: How the exact step was found; `None` if it was not.
+        steps: Directions beside it.
+        layers: The diagonal blocks.
+        outside: The share of curvature outside of these; `None` if it was not measured.
+        uncovered: The names of trained parameters that are not in θ, with the reason.
+        uncovered_share: Their share of all trained entries.
+        notes: What was left out or cut short, and how the model was evaluated.
+        advice: What follows.
+        seconds: How long it took.
+    """
+
+    loss: float
+    gradient_norm: float
+    settings: dict[str, Any]
+    sample: SampleReport
+    solve: SolveReport | None
+    steps: tuple[StepReport, ...]
+    layers: tuple[LayerReport, ...]
+    outside: OutsideReport | None
+    uncovered: dict[str, str]
+    uncovered_share: float
+    notes: tuple[str, ...]
+    advice: tuple[Advice, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same as dictionaries, lists, strings and numbers."""
+        return {k: _plain(v) for k, v in asdict(self).items()}
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw distances, cosines and spectra.
+
+        Args:
+            path: Where to save the picture, if anywhere.
+
+        Returns:
+            The `matplotlib` figure.
+
+        Raises:
+            ImportError: If `matplotlib` is not installed.
+        """
+        from kfacopt.diagnosis.picture import draw
+
+        return draw(self, path)
+
+    def __str__(self) -> str:
+        """Return the tables and the advice."""
+        return text.of(self)
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
+    return [_plain(v) for v in x] if isinstance(x, list | tuple) else x

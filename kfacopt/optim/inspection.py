@@ -1,0 +1,81 @@
+"""An optimizer's settings and running curvature, for those who examine it; nothing is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.nn import Parameter
+
+from kfacopt.kfac.layers import Block, Kinds, default_kinds
+from kfacopt.linalg.kronecker import KroneckerEigendecomposition, KroneckerMatrix, KroneckerProduct
+from kfacopt.optim.kfac import KFACOptimizer
+from kfacopt.optim.monitoring import Scalars, block_statistics
+from kfacopt.optim.settings import Settings, as_number
+from kfacopt.optim.state.inverses import bases_of
+from kfacopt.optim.state.running_averages import FACTORS, State, has_weight
+
+
+@dataclass(frozen=True)
+class RunningBlock:
+    """What an optimizer keeps of a block of F.
+
+    Attributes:
+        matrix: Ḡ ⊗ Ā, or EKFAC's second moments in their bases; `None` before there is one.
+        inverse: The damped inverse that gradients are multiplied by.
+        scalars: The block's entries in `KFACOptimizer.statistics`.
+    """
+
+    matrix: KroneckerMatrix | None
+    inverse: KroneckerMatrix | None
+    scalars: Scalars
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an optimizer is set to, and what it has.
+
+    Attributes:
+        settings: Those of the whole optimizer.
+        damping: δ of each parameter's group.
+        blocks: What is kept of each block, by the `id`s of its parameters.
+        num_steps: How many steps were made.
+    """
+
+    settings: Settings
+    damping: dict[Parameter, float]
+    blocks: dict[tuple[int, ...], RunningBlock]
+    num_steps: int
+
+    @property
+    def kinds(self) -> Kinds:
+        """The kinds of modules that are preconditioned."""
+        chosen = self.settings.layers
+        return default_kinds() if chosen is None else chosen
+
+
+def inspect(optimizer: KFACOptimizer) -> Inspection:
+    """Return an optimizer's settings and running curvature."""
+    groups, curvature = optimizer.param_groups, optimizer._curvature
+    damping = {p: float(as_number(g["damping"])) for g in groups for p in g["params"]}
+    steps = int(groups[0]["num_steps"])
+    blocks = {}
+    for block in curvature.blocks:
+        delta, states = damping[block.anchor], curvature.entries
+        own, state = states.get(block.anchor, {}), states.get(block.layer.anchor, {})
+        known = block.anchor in states
+        blocks[tuple(map(id, block.parameters))] = RunningBlock(
+            _matrix(own, state, block) if known else None,
+            curvature.inverse(block, delta) if known else None,
+            block_statistics(states, block, delta, steps),
+        )
+    return Inspection(optimizer._settings, damping, blocks, steps)
+
+
+def _matrix(own: State, layer_state: State, block: Block) -> KroneckerMatrix | None:
+    if not has_weight(layer_state):
+        return None
+    bases = bases_of(own)
+    if bases is not None:
+        return KroneckerEigendecomposition(*bases, own["second_moments"]).widened()
+    A, G = (layer_state[name] for name in FACTORS)
+    return KroneckerProduct(G, block.input_factor(A)).widened()
