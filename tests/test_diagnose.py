@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from dense_curvature import ggn as dense_ggn
+from dense_curvature import predictions, targets
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,8 +18,6 @@ from kfacopt import (
     diagnose,
 )
 from kfacopt.diagnosis import exact
-from tests.dense_curvature import ggn as dense_ggn
-from tests.dense_curvature import predictions, targets
 
 DAMPING = 0.02
 # All oracles are dense, in float64; conjugate gradients stop at a relative residual of 1e-5, which

@@ -21,7 +21,7 @@ from kfac_cases import (
 )
 from torch import nn
 
-from kfacopt import GGNLinearOperator, KFACLinearOperator
+from kfacopt import EKFACLinearOperator, GGNLinearOperator, KFACLinearOperator
 from kfacopt.likelihoods import UnsupportedLossError
 
 pytestmark = [
@@ -450,7 +450,7 @@ def test_sides_wider_than_max_factor_dim_are_diagonal(operator):
     if operator is KFACLinearOperator:
         torch.testing.assert_close(matrix[:24, :24], torch.kron(G, A.diag()))
     else:  # the diagonal of the exact block in the basis Q_G ⊗ I
-        Q = torch.kron(torch.linalg.eigh(G)[1], torch.eye(6).double())
+        Q = torch.kron(torch.linalg.eigh(G)[1].contiguous(), torch.eye(6).double())
         exact = GGNLinearOperator(model, nn.MSELoss(), params[:1], data) @ torch.eye(24).double()
         expected = Q @ (Q.T @ exact @ Q).diagonal().diag() @ Q.T
         torch.testing.assert_close(matrix[:24, :24], expected)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
-from kfacopt import KFACOptimizer
+from kfacopt import KFACLinearOperator, KFACOptimizer
 from kfacopt.kfac import unrolled as loops
 from kfacopt.kfac.matrix_uses import graph_parents, matrix_uses
 from kfacopt.kfac.unrolled import unrolled
@@ -427,3 +427,17 @@ def test_copies_pickles_and_scripts_know_nothing_of_it():
     del optimizer
     assert is_fused(loss_of(model)) == is_fused(loss_of(Network()))
     assert not model.lstm._forward_pre_hooks
+
+
+@pytest.mark.usefixtures("fused_here")
+def test_operators_find_the_products_of_a_fused_lstm():
+    """The factors are those in float64, for which there is no fused kernel, but for round-off."""
+    data, factors = [(X, LABELS)], []
+    for model, dtype in ((Network(), torch.float32), (Network().double(), torch.float64)):
+        own = [(x.to(dtype), y) for x, y in data]
+        params = list(model.parameters())
+        K = KFACLinearOperator(model, nn.CrossEntropyLoss(), params, own, fisher_type="type-2")
+        names = ("lstm.weight_ih_l0", "lstm.weight_hh_l0", "head")
+        factors.append([side.double() for name in names for side in K.factors(name)])
+    for single, double in zip(*factors, strict=True):
+        torch.testing.assert_close(single, double, rtol=0, atol=1e-5 * float(double.abs().max()))

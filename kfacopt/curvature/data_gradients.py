@@ -66,7 +66,9 @@ def watch_linear_layers(
     calls: list[LayerCall] = []
     index = {id(p): i for i, p in enumerate(leaves)}
 
-    def record(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
+    def record(module: nn.Linear, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor):  # features with derivatives, see `kfacopt.taylor_mode`
+            return
         # Inside of `functional_call` the tensors that stand in for them.
         weight, bias = index.get(id(module.weight)), index.get(id(module.bias))
         if (weight is None and bias is None) or not output.requires_grad:

@@ -227,14 +227,16 @@ def _approximations(x: Findings) -> Iterator[Advice]:
     if own is None or other is None:
         return
     name = "reduce" if x.approx == "expand" else "expand"
-    cosines = ""
+    numbers = f"mean relative distance {other:.2f} ({name}) and {own:.2f} ({x.approx})"
     if kfac is not None and step is not None:
-        cosines = f" (cosines of the steps {step.cosine:.2f} and {kfac.cosine:.2f})"
-    numbers = f"mean relative distance {other:.2f} against {own:.2f}{cosines}"
+        numbers += f", cosines of the steps {step.cosine:.2f} and {kfac.cosine:.2f}"
+    gain = step.cosine - kfac.cosine if kfac is not None and step is not None else 0.0
     if other < CLOSER * own:
-        sentence = f'{name} is closer than {x.approx}: {numbers}. Try kfac_approx="{name}".'
+        further = f'Try kfac_approx="{name}".' if gain > -BETTER else "Its step is farther, though."
+        sentence = f"{name}'s blocks are closer than those of {x.approx}: {numbers}. {further}"
     elif own < CLOSER * other:
-        sentence = f"{x.approx} is closer than {name}: {numbers}."
+        further = " Its step is farther, though." if gain > BETTER else ""
+        sentence = f"{x.approx}'s blocks are closer than those of {name}: {numbers}.{further}"
     elif name == "reduce":
         sentence = f"reduce is as good as expand here, and costs less: {numbers}."
     else:

@@ -41,6 +41,8 @@ from kfacopt.linalg.kronecker import KroneckerProduct
 
 # What is measured beside the blocks: steps of the progress bar.
 OTHER_STEPS = 7
+# Iterations that did not reach the tolerance are no matter where this was the cosine halfway.
+SETTLED = 0.999
 
 
 def report_of(subject: Subject, in_training: bool) -> Diagnosis:
@@ -178,7 +180,7 @@ def _notes(
             "There is no exact step: the loss is not convex in the predictions, so that the "
             "damped GGN is not positive definite; K-FAC has the positive part."
         )
-    elif not solved[1].converged:
+    elif not solved[1].converged and solved[1].halfway < SETTLED:
         notes.append(
             f"Conjugate gradients stopped at the relative residual {solved[1].residual:.1e}. "
             "Cosines are to where they came, to which the iterate at about half the iterations "

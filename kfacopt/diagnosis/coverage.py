@@ -117,10 +117,11 @@ def find_coverage(
     uses = _Uses(model, own, kinds, separate)
     for batch in batches:
         uses.look(batch)
+    mine = set(own)
     biases = {x.bias for x in uses.found.values() if x.bias is not None}
     covered, uncovered = [], {}
     for p in trained:
-        of_product = p in uses.found or (p in biases and p in own and p not in uses.layer_of)
+        of_product = p in uses.found or (p in biases and p in mine and p not in uses.layer_of)
         of_module = p in uses.layer_of and p in uses.reached and p not in uses.otherwise
         if of_product or of_module:
             covered.append(p)

@@ -107,6 +107,8 @@ def diagnose(
             evaluation_mode(model, loss_func) as in_training,
             evaluation(model, loss_func),
         ):
+            if type(model).__name__ == "OptimizedModule":  # of torch.compile
+                model = model.get_submodule("_orig_mod")
             plan = make_plan(model, loss_func, optimizer, damping, layers)
             subject = take(model, loss_func, data, plan, limits, clock)
             report = report_of(subject, in_training)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kfacopt.diagnosis.report import Diagnosis
+from kfacopt.diagnosis.report import BLOCKS, EKFAC, GRADIENT, KFAC, OPTIMIZER, Diagnosis
+
+COLORS = {
+    GRADIENT: "tab:gray",
+    KFAC: "tab:blue",
+    EKFAC: "tab:green",
+    OPTIMIZER: "tab:red",
+    BLOCKS: "black",
+}
 
 
 def draw(report: Diagnosis, path: str | Path | None) -> Any:
@@ -28,8 +36,9 @@ def _by_layer(axes: Any, report: Diagnosis, what: str) -> None:
     places = list(range(len(report.layers)))
     names = list(dict.fromkeys(n for layer in report.layers for n in getattr(layer, what)))
     for name in names:
+        color = COLORS.get(name, "tab:orange")  # K-FAC with the other of expand and reduce
         values = [getattr(layer, what).get(name, float("nan")) for layer in report.layers]
-        axes.plot(values, places, "o", label=name, markersize=4)
+        axes.plot(values, places, "o", label=name, markersize=5, color=color, alpha=0.8)
     axes.set_yticks(places, [layer.layer for layer in report.layers])
     axes.invert_yaxis()
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))

@@ -80,7 +80,9 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def _bullet(sentence: str) -> str:
-    return fill(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ")
+    return fill(
+        sentence, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False
+    )
 
 
 def _head(report: Diagnosis) -> str:

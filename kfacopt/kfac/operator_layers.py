@@ -12,6 +12,7 @@ from kfacopt.data import Batch, evaluation
 from kfacopt.kfac.capture import capture
 from kfacopt.kfac.layers import Layer, all_kinds, described, find_layers
 from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.unrolled import unrolled
 from kfacopt.kfac.unseen_uses import edges_of, past_modules
 
 LayersWithModules = list[tuple[Layer, list[nn.Module]]]
@@ -75,9 +76,10 @@ def _find_products(
 ) -> dict[Parameter, MatrixLayout]:
     """Return the layouts of matrices that products alone use."""
     found: dict[Parameter, MatrixLayout] = {}
+    own = [m for m in model.modules() if any(p is q for p in free for q in m._parameters.values())]
     with evaluation(model):
         for X, _ in batches():
-            with capture(layers) as uses:
+            with capture(layers) as uses, unrolled(own):
                 output = argument_checks.checked_output(model(X))
             left = [p for p in free if p not in found]
             found |= past_modules(edges_of(output), uses, {}, left).found

@@ -63,9 +63,10 @@ def inspect(optimizer: KFACOptimizer) -> Inspection:
         delta, states = damping[block.anchor], curvature.entries
         own, state = states.get(block.anchor, {}), states.get(block.layer.anchor, {})
         known = block.anchor in states
+        inverse = curvature.inverse(block, delta) if known else None
         blocks[tuple(map(id, block.parameters))] = RunningBlock(
             _matrix(own, state, block) if known else None,
-            curvature.inverse(block, delta) if known else None,
+            None if inverse is None else inverse.widened(),
             block_statistics(states, block, delta, steps),
         )
     return Inspection(optimizer._settings, damping, blocks, steps)
