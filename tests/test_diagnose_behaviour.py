@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from kfacopt import KFACOptimizer, default_layers, diagnose
+from kfacopt import KFACOptimizer, default_layers, diagnose, input_derivatives
 from kfacopt.diagnosis import advice, plan
+from kfacopt.diagnosis.report import OutsideReport, StepReport
 from kfacopt.diagnosis.text import table
 
 
@@ -441,6 +442,33 @@ def test_stale_factors_are_told():
     assert max(drifts) > advice.MUCH_DRIFT
 
 
+def test_a_fused_lstm_and_derivatives_by_inputs_are_looked_at():
+    torch.manual_seed(0)
+
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    report = diagnose(Sequence(), nn.MSELoss(), [(torch.randn(6, 5, 3), torch.randn(6, 2))])
+    names = {layer.layer for layer in report.layers}
+    assert names == {"head", "lstm.weight_ih_l0", "lstm.weight_hh_l0"}
+
+    class Laplacian(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+
+        def forward(self, x):
+            return input_derivatives(self.net, x)[2]
+
+    report = diagnose(Laplacian(), nn.MSELoss(), [(torch.randn(9, 2), torch.randn(9, 1))])
+    assert [layer.layer for layer in report.layers] == ["net.0", "net.2"]
+
+
 def test_wide_factors_leave_ekfac_out(monkeypatch):
     model, data = case()
     monkeypatch.setattr("kfacopt.diagnosis.candidates.WIDEST", 4)
@@ -451,6 +479,82 @@ def test_wide_factors_leave_ekfac_out(monkeypatch):
     assert report.layers[0].input_factor.rank is None
     assert report.layers[0].grad_output_factor.rank is not None
     assert str(report)
+
+
+def step(name, cosine, ratio=0.5, held_out=0.5):
+    return StepReport(name, cosine, 0.5, ratio, held_out)
+
+
+def sentences(*steps, outside=None):
+    """Advice from directions alone."""
+    share = None if outside is None else OutsideReport(outside, 0.0)
+    return advice.advice_of(advice.Findings((), steps, share, None, "expand", 0.0, 64))
+
+
+RULES = {
+    # numbers: (topic, what the sentence says, its number) or None
+    "the loss rises": (
+        [step("K-FAC", 0.5, -2.0), step("gradient", 0.1)],
+        ("damping", "-2.00 of what the model says", -2.0),
+    ),
+    "it rises on other data": (
+        [step("K-FAC", 0.5, 0.9, -0.4), step("gradient", 0.1)],
+        ("damping", "raises that of the data that follow (-0.40)", -0.4),
+    ),
+    "the model is right": (
+        [step("K-FAC", 0.5, 0.97, 0.8), step("gradient", 0.1)],
+        ("damping", "a smaller one may do", 0.97),
+    ),
+    "the model is right for the sample alone": (
+        [step("K-FAC", 0.5, 0.97, 0.3), step("gradient", 0.1)],
+        None,
+    ),
+    "the optimizer's direction counts": (
+        [step("K-FAC", 0.5), step("gradient", 0.1), step("optimizer", 0.5, 0.1)],
+        ("damping", "the optimizer's direction", 0.1),
+    ),
+    "the gradient is closer": (
+        [step("K-FAC", 0.25), step("gradient", 0.5)],
+        ("K-FAC or the gradient", "0.25 against 0.50", -0.25),
+    ),
+    "EKFAC is closer": (
+        [step("K-FAC", 0.25), step("gradient", 0.1), step("EKFAC", 0.5)],
+        ("EKFAC", "cosine 0.50, K-FAC's 0.25", 0.25),
+    ),
+    "the blocks are no better": (
+        [step("K-FAC", 0.5), step("gradient", 0.1), step("exact blocks", 0.5)],
+        ("blocks", "0.50 against 0.50", 0.0),
+    ),
+    "the blocks are better": (
+        [step("K-FAC", 0.5), step("gradient", 0.1), step("exact blocks", 0.75)],
+        None,
+    ),
+    "running factors lag": (
+        [step("K-FAC", 0.5), step("gradient", 0.1), step("optimizer", 0.25)],
+        ("running factors", "the cosine 0.25", 0.25),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_advice_follows_from_the_number_that_it_has(name):
+    steps, expected = RULES[name]
+    found = sentences(*steps)
+    if expected is None:
+        assert found == ()
+    else:
+        topic, words, value = expected
+        assert [a.topic for a in found] == [topic]
+        assert words in found[0].sentence
+        assert found[0].value == pytest.approx(value)
+
+
+def test_curvature_between_layers_is_told_where_it_is_most():
+    (found,) = sentences(step("exact blocks", 0.25), outside=0.75)
+    assert found.value == 0.75
+    assert "75%" in found.sentence
+    assert "0.25" in found.sentence
+    assert sentences(outside=0.25) == ()
 
 
 # The report ---------------------------------------------------------------------------------------

@@ -48,13 +48,15 @@ def diagnose(
       factors are from those of the sample.
 
     F is that of `GGNLinearOperator`. A block of at most 1,024 parameters is formed where that is
-    cheap, a larger one multiplied onto 8 vectors v of random signs: E‖(M_l − F_l) v‖² is the
-    squared distance, and its error the jackknife's over these. (F + δI)⁻¹ g is solved for by
-    conjugate gradients to a relative residual of 1e-5 or up to a number of iterations; the report
-    says how far it came. Numbers follow from the arguments alone, unless time runs out, which the
-    report says. Model (in evaluation mode meanwhile), gradients, buffers and generators of random
-    numbers are as before afterwards. Memory: about 20 vectors of θ's size, the factors twice or
-    three times, and what a backward pass of the sample keeps.
+    cheap, a larger one multiplied onto 16 vectors v of random signs (4 where products are
+    expensive): E‖(M_l − F_l) v‖² is the squared distance, and its error the jackknife's over these.
+    (F + δI)⁻¹ g is solved for by conjugate gradients to a relative residual of 1e-5 or up to a
+    number of iterations; the report says how far it came. Numbers follow from the arguments alone,
+    unless time runs out, which the report says. Model (in evaluation mode meanwhile), gradients,
+    buffers and generators of random numbers are as before afterwards. Memory: factors and inverses
+    of all candidates, some dozens of vectors of θ's size, and what passes of the sample keep.
+
+    `docs/diagnose.md` has an example of a report, and all formulas.
 
     Args:
         model: The network.
@@ -67,8 +69,8 @@ def diagnose(
         layers: Which kinds of modules are layers, as for `KFACOptimizer`; not with an optimizer.
         max_batches: How many batches are looked at, at most.
         max_data: How many data (entries of the first axis), at most. `None`: so many that a forward
-            pass takes about 3e9 multiplications, at most 1,024, at least one. Batches whose tensors
-            have first axes of several lengths are not cut.
+            pass takes about 2e9 multiplications, at most 1,024, at least one. Where tensors of a
+            batch have first axes of several lengths, the first batch alone is looked at.
         max_seconds: When to stop measuring; a single product is not interrupted.
         seed: Of labels and probes.
         progressbar: Show a bar.

@@ -26,9 +26,9 @@ MANY_PROBES, FEW_PROBES, CHEAP = 16, 4, 10**8
 # Of conjugate gradients: the relative residual, and the iterations for the whole matrix (between
 # two bounds, in all at most so many multiplications) and for blocks.
 TOLERANCE = 1e-5
-FEWEST, MOST = 40, 300
+FEWEST, MOST = 32, 300
 MOST_ITERATED = 3 * 10**11
-FEW_ON_BLOCKS, MANY_ON_BLOCKS = 8, 100
+FEW_ON_BLOCKS, MANY_ON_BLOCKS = 12, 100
 # A block's step whose relative residual is above that is not shown: it is still K-FAC's, from which
 # the iterations start.
 LARGEST_RESIDUAL = 0.25

@@ -24,13 +24,11 @@ class Sample:
         batches: What is looked at.
         held_out: What follows them, at most as many; empty if nothing does.
         num_data: How many data there are in the batches; `None` if they do not tell.
-        is_cut: Whether a batch was cut.
     """
 
     batches: list[Batch]
     held_out: list[Batch]
     num_data: int | None
-    is_cut: bool
 
 
 @contextmanager
@@ -94,7 +92,6 @@ def divide(batches: Sequence[Batch], max_batches: int, max_data: int) -> Sample:
     taken: list[Batch] = []
     held_out: list[Batch] = []
     count: int | None = 0
-    is_cut = False
     for batch in batches:
         size = size_of(batch)
         room = max_data - (count or 0)
@@ -109,10 +106,10 @@ def divide(batches: Sequence[Batch], max_batches: int, max_data: int) -> Sample:
         else:
             start = room if wanted else 0
             if wanted:
-                taken, is_cut = [*taken, (cut(batch, slice(0, room)))], True
+                taken = [*taken, cut(batch, slice(0, room))]
                 count = (count or 0) + room
             rest = slice(start, start + (count or size))
-            held_out = held_out or [(cut(batch, rest))]
+            held_out = held_out or [cut(batch, rest)]
         if held_out:
             break
-    return Sample(taken, held_out, count, is_cut)
+    return Sample(taken, held_out, count)
