@@ -327,6 +327,9 @@ BAD = {
     "layers must be None or classes": lambda: bad(layers=[nn.ReLU]),
     "model: its parameters must be in float32": lambda: bad(model=Model().bfloat16()),
     "model: it has no parameters": lambda: bad(model=nn.ReLU()),
+    "model: at its parameters": lambda: bad(
+        data=[(torch.full((2, 2, 4, 4), float("nan")), torch.zeros(2).long())]
+    ),
     "model: K-FAC covers none": lambda: bad(model=nn.Sequential(nn.BatchNorm2d(2), nn.Flatten())),
 }
 

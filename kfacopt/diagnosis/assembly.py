@@ -58,6 +58,11 @@ def report_of(subject: Subject, in_training: bool) -> Diagnosis:
     ggn = subject.ggn(own.params, check=True)
     gradients, loss = ggn.gradient_and_loss()
     gradient = torch.cat([g.flatten() for g in gradients])
+    if not bool(gradient.isfinite().all()):
+        raise ValueError(
+            f"model: at its parameters the gradient for data has NaN or infinite entries (loss "
+            f"{float(loss)}), so that there is nothing to compare."
+        )
     candidates = candidates_of(subject)
     clock.begin("exact step")
     matrix = whole_matrix(subject, ggn)
@@ -81,7 +86,7 @@ def report_of(subject: Subject, in_training: bool) -> Diagnosis:
         float(gradient.norm()),
         subject.plan.shown,
         _sample(subject),
-        None if solved is None else SolveReport(**asdict(solved[1])),
+        _solve(None if solved is None else solved[1]),
         compared,
         layers,
         outside,
@@ -91,6 +96,10 @@ def report_of(subject: Subject, in_training: bool) -> Diagnosis:
         advice_of(findings),
         clock.seconds,
     )
+
+
+def _solve(solve: exact.Solve | None) -> SolveReport | None:
+    return None if solve is None else SolveReport(**asdict(solve))
 
 
 def _layers(
@@ -121,7 +130,7 @@ def _layers(
             {c: x[1] for c, x in found.distance[i].items()},
             cosines,
             float(g.double().square().sum()) / squared if squared else float("nan"),
-            found.residual[i],
+            _solve(found.solve[i]),
             A,
             G,
             damping,
@@ -186,7 +195,7 @@ def _notes(
             "Cosines are to where they came, to which the iterate at about half the iterations "
             f"has the cosine {solved[1].halfway:.2f}. More damping or fewer data help."
         )
-    notes += _of_blocks(blocks.residual)
+    notes += _of_blocks(blocks.solve)
     if not has_gradient:
         notes.append("The gradient is 0: there are no steps to compare.")
     if subject.plan.reduction is None:
@@ -194,16 +203,22 @@ def _notes(
     return notes
 
 
-def _of_blocks(residuals: Sequence[float | None]) -> list[str]:
+def _of_blocks(solves: Sequence[exact.Solve | None]) -> list[str]:
     """Say how far the iterations on blocks came."""
-    known = [r for r in residuals if r is not None]
-    worst, largest = max(known, default=0.0), exact.LARGEST_RESIDUAL
-    far = sum(r > largest for r in known)
-    if far:
-        return [
-            f"The steps of {far} exact blocks are not shown: the iterations that there were left "
-            f"relative residuals above {largest} (up to {worst:.2f})."
-        ]
+    known = [x for x in solves if x is not None]
+    shown = [x for x in known if x.is_near]
+    notes = []
+    if len(shown) < len(known):
+        notes.append(
+            f"The steps of {len(known) - len(shown)} exact blocks are not shown: their relative "
+            f"residuals stayed above {exact.LARGEST_RESIDUAL}, and the last half of the iterations "
+            f"turned them by more than a cosine of {exact.SMALLEST_COSINE}."
+        )
+    worst = max((x.residual for x in shown), default=0.0)
     if worst > 10 * exact.TOLERANCE:
-        return [f"The exact blocks' steps have relative residuals of up to {worst:.1e}."]
-    return []
+        halfway = min(x.halfway for x in shown)
+        notes.append(
+            f"The exact blocks' steps that are shown have relative residuals of up to {worst:.1e}; "
+            f"the last half of the iterations turned them by a cosine of {halfway:.2f} or more."
+        )
+    return notes

@@ -81,7 +81,8 @@ def diagnose(
         draws a picture (with matplotlib).
 
     Raises:
-        ValueError: If an argument is out of its range, or K-FAC covers no parameter.
+        ValueError: If an argument is out of its range, K-FAC covers no parameter, or the gradient
+            is not finite.
         UnsupportedLossError: If the loss has no curvature that K-FAC knows.
         RuntimeError: If the model gives different predictions for the same data.
 

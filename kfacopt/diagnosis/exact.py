@@ -29,9 +29,9 @@ TOLERANCE = 1e-5
 FEWEST, MOST = 32, 300
 MOST_ITERATED = 3 * 10**11
 FEW_ON_BLOCKS, MANY_ON_BLOCKS = 12, 100
-# A block's step whose relative residual is above that is not shown: it is still K-FAC's, from which
-# the iterations start.
-LARGEST_RESIDUAL = 0.25
+# A block's step is shown if its relative residual is at most that, or if the last half of the
+# iterations has turned it little: else it is still near K-FAC's, from which they start.
+LARGEST_RESIDUAL, SMALLEST_COSINE = 0.25, 0.9
 
 # Columns that are multiplied at once have together at most so many entries.
 ENTRIES = 2**26
@@ -47,8 +47,8 @@ class Solve:
         iterations: How many, of CG.
         residual: ‖g − (F + δI) x‖ / ‖g‖.
         converged: Whether that is small enough.
-        halfway: The cosine of the iterate after half the iterations to the last one; 1 where there
-            are none.
+        halfway: The cosine of the iterate after half the iterations to the last one; 1 where none
+            are needed, 0 where there was time for one alone.
     """
 
     method: str
@@ -56,6 +56,11 @@ class Solve:
     residual: float
     converged: bool
     halfway: float
+
+    @property
+    def is_near(self) -> bool:
+        """Whether a block's step is shown."""
+        return self.residual <= LARGEST_RESIDUAL or self.halfway >= SMALLEST_COSINE
 
 
 @dataclass(frozen=True)
@@ -203,10 +208,10 @@ def solve_iteratively(
         residual, converged = float((B - damped(x)).norm()), False
     except NotPositiveDefiniteError:
         return None
-    count = max(seen, default=0)
-    half = min(seen, key=lambda i: abs(i - count / 2), default=0)
-    before = seen[half][:, 0] if seen else x[:, 0]
-    halfway = float(torch.nn.functional.cosine_similarity(before, x[:, 0], dim=0))
+    count = max(seen)
+    half = min(seen, key=lambda i: abs(i - count / 2))
+    cosine = torch.nn.functional.cosine_similarity(seen[half][:, 0], x[:, 0], dim=0)
+    halfway = 0.0 if half == count else float(cosine)
     return x[:, 0], Solve("CG", count, residual / norm, converged, halfway)
 
 

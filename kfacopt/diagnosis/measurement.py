@@ -19,6 +19,7 @@ from kfacopt.diagnosis.candidates import (
     kfac_candidate,
 )
 from kfacopt.diagnosis.distances import Estimate, relative_distance, share_outside
+from kfacopt.diagnosis.exact import Solve
 from kfacopt.diagnosis.report import BLOCKS, GRADIENT, KFAC, OPTIMIZER, OutsideReport, StepReport
 from kfacopt.diagnosis.steps import LossAlong, compare
 from kfacopt.diagnosis.subject import Subject
@@ -26,7 +27,7 @@ from kfacopt.diagnosis.subject import Subject
 # The parts of the time that is left that the exact step, and the blocks after it, may take.
 STEP_SHARE, BLOCKS_SHARE = 0.5, 0.85
 
-Solved = tuple[Tensor, exact.Solve]
+Solved = tuple[Tensor, Solve]
 Parts = dict[str, list[Tensor | None]]
 
 
@@ -39,14 +40,14 @@ class Blocks:
         estimator: How.
         exact: The block, or its products.
         step: Its damped inverse times the gradient.
-        residual: How far the iterations for that came.
+        solve: How that was found.
     """
 
     distance: list[dict[str, Estimate]] = field(default_factory=list)
     estimator: list[str] = field(default_factory=list)
     exact: list[exact.ExactBlock | None] = field(default_factory=list)
     step: list[Tensor | None] = field(default_factory=list)
-    residual: list[float | None] = field(default_factory=list)
+    solve: list[Solve | None] = field(default_factory=list)
 
     def skip(self) -> None:
         """Take note of a block that was not measured."""
@@ -57,10 +58,8 @@ class Blocks:
 
     def add_step(self, solved: Solved | None) -> None:
         """Add a block's step, if it was found to some accuracy."""
-        residual = None if solved is None else solved[1].residual
-        near = residual is not None and residual <= exact.LARGEST_RESIDUAL
-        self.step.append(solved[0] if solved is not None and near else None)
-        self.residual.append(residual)
+        self.step.append(solved[0] if solved is not None and solved[1].is_near else None)
+        self.solve.append(None if solved is None else solved[1])
 
 
 # Approximations ----------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class LayerReport:
         distance_error: The standard errors; 0 where the block was formed.
         cosine: By step the cosine of its part to the exact step's.
         gradient_share: The share of the squared gradient.
-        block_residual: ‖g − (F + δI) x‖ / ‖g‖ of the exact block's step.
+        block_solve: How the exact block's step was found.
         input_factor: A.
         grad_output_factor: G.
         damping: δ beside both.
@@ -140,7 +140,7 @@ class LayerReport:
     distance_error: dict[str, float]
     cosine: dict[str, float]
     gradient_share: float
-    block_residual: float | None
+    block_solve: SolveReport | None
     input_factor: FactorReport
     grad_output_factor: FactorReport
     damping: DampingReport
