@@ -147,6 +147,19 @@ def test_no_time_is_told_and_not_guessed():
     assert "exact blocks" not in [step.step for step in report.steps]
 
 
+def test_iterations_that_time_ends_say_how_far_they_came(monkeypatch):
+    monkeypatch.setattr("kfacopt.diagnosis.exact.FORMED", 0)
+    model, data = case()
+    report = diagnose(model, nn.CrossEntropyLoss(), data, max_seconds=1e-9)
+    assert (report.solve.iterations, report.solve.converged) == (1, False)
+    assert report.solve.halfway == 0
+    assert report.solve.residual > 1e-3
+    assert any("Conjugate gradients stopped" in note for note in report.notes)
+    # One iteration from K-FAC's step is K-FAC's step.
+    cosines = {step.step: step.cosine for step in report.steps}
+    assert cosines["K-FAC"] == pytest.approx(1, rel=1e-5)
+
+
 def test_a_progress_bar_is_shown_where_it_is_asked_for(capsys):
     model, data = case()
     diagnose(model, nn.CrossEntropyLoss(), data)

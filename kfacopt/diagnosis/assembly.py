@@ -211,14 +211,14 @@ def _of_blocks(solves: Sequence[exact.Solve | None]) -> list[str]:
     if len(shown) < len(known):
         notes.append(
             f"The steps of {len(known) - len(shown)} exact blocks are not shown: their relative "
-            f"residuals stayed above {exact.LARGEST_RESIDUAL}, and the last half of the iterations "
-            f"turned them by more than a cosine of {exact.SMALLEST_COSINE}."
+            f"residuals stayed above {exact.LARGEST_RESIDUAL}, and the iterates after half of the "
+            f"iterations have cosines below {exact.SMALLEST_COSINE} to the last ones."
         )
     worst = max((x.residual for x in shown), default=0.0)
     if worst > 10 * exact.TOLERANCE:
         halfway = min(x.halfway for x in shown)
         notes.append(
-            f"The exact blocks' steps that are shown have relative residuals of up to {worst:.1e}; "
-            f"the last half of the iterations turned them by a cosine of {halfway:.2f} or more."
+            f"The exact blocks' steps that are shown have relative residuals of up to {worst:.1e}, "
+            f"and cosines of at least {halfway:.2f} to the iterates after half of the iterations."
         )
     return notes

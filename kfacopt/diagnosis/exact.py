@@ -31,7 +31,7 @@ MOST_ITERATED = 3 * 10**11
 FEW_ON_BLOCKS, MANY_ON_BLOCKS = 12, 100
 # A block's step is shown if its relative residual is at most that, or if the last half of the
 # iterations has turned it little: else it is still near K-FAC's, from which they start.
-LARGEST_RESIDUAL, SMALLEST_COSINE = 0.25, 0.9
+LARGEST_RESIDUAL, SMALLEST_COSINE = 0.25, 0.8
 
 # Columns that are multiplied at once have together at most so many entries.
 ENTRIES = 2**26
