@@ -108,6 +108,11 @@ def _parts(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(joined)
 
 
+def joined(axes: Sequence[tuple[Part, ...]]) -> tuple[Part, ...]:
+    """Return the parts of several axes as those of one."""
+    return _parts([part for parts in axes for part in parts])
+
+
 _SAME = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0")
 _RESHAPED = tuple(
     f"{name}Backward{number}"

@@ -18,17 +18,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Parameter
 from torch.utils.checkpoint import CheckpointFunction
 
+from kfacopt.kfac.added_biases import Parents
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
 from kfacopt.kfac.factors import of_all_groups
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.matrix_uses import (
     MatrixLayout,
-    Parents,
     as_layer_use,
     fits,
     graph_parents,
     matrix_uses,
-    vector_uses,
+    operand_uses,
 )
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
@@ -91,7 +91,8 @@ def past_modules(
     """
     nodes = _nodes_past(outputs, uses)
     unseen = _leaves(nodes, [*layer_of, *free])
-    vectors = vector_uses(nodes, unseen)
+    biases = {la.bias for la in layer_of.values()}
+    operands = operand_uses(nodes, [p for p in unseen if p in biases])
     further, found, explained = [], {}, set()
     for p, own in matrix_uses(nodes, unseen).items():
         layer = layer_of.get(p)
@@ -100,8 +101,8 @@ def past_modules(
         elif layer.weight is p and all(fits(use, layer) for use in own):
             further += [as_layer_use(use, layer) for use in own]
             explained.add(p)
-            adding = sum(use.bias is layer.bias for use in own)
-            if layer.bias is not None and vectors.get(layer.bias) == adding:
+            adding = {use.edge.node for use in own if use.bias is layer.bias}
+            if layer.bias is not None and operands.get(layer.bias) == len(adding):
                 explained.add(layer.bias)
     rest = [p for p in unseen if p in layer_of and p not in explained]
     return PastModules(further, found, rest)
