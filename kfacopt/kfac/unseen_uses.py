@@ -68,11 +68,14 @@ class PastModules:
         uses: Products that are uses of layers.
         found: Matrices in no layer that products alone use, and how.
         rest: The parameters of layers that are used in ways that products do not explain.
+        hidden: Matrices in no layer that are not in the graph, but may be in activation
+            checkpointing with reentry, whose parts are not.
     """
 
     uses: list[LayerUse]
     found: dict[Parameter, MatrixLayout]
     rest: list[Parameter]
+    hidden: list[Parameter]
 
 
 def past_modules(
@@ -105,7 +108,13 @@ def past_modules(
             if layer.bias is not None and operands.get(layer.bias) == len(adding):
                 explained.add(layer.bias)
     rest = [p for p in unseen if p in layer_of and p not in explained]
-    return PastModules(further, found, rest)
+    seen, reentrant = {id(p) for p in unseen}, any(map(_is_reentrant, nodes))
+    hidden = [p for p in free if id(p) not in seen] if reentrant else []
+    return PastModules(further, found, rest, hidden)
+
+
+def _is_reentrant(node: Any) -> bool:
+    return getattr(node, "_forward_cls", None) is CheckpointFunction
 
 
 def _nodes_past(outputs: Iterable[GradientEdge], uses: Iterable[LayerUse]) -> Parents:
@@ -215,7 +224,7 @@ def edges_of(output: Tensor) -> list[GradientEdge]:
             graph.
     """
     edges = [get_gradient_edge(output)] if output.requires_grad else []
-    if any(getattr(n, "_forward_cls", None) is CheckpointFunction for n in _nodes_past(edges, [])):
+    if any(map(_is_reentrant, _nodes_past(edges, []))):
         raise NotImplementedError(
             "model_func: activation checkpointing with use_reentrant=True hides layers from "
             "derivatives; checkpoint with use_reentrant=False."

@@ -22,6 +22,7 @@ from kfacopt.optim.description import Description, describe
 from kfacopt.optim.distributed import Ranks, mean_over_ranks
 from kfacopt.optim.messages import (
     Notices,
+    hidden_by_checkpointing,
     log_new_layer,
     skipped_step,
     used_otherwise,
@@ -489,8 +490,13 @@ class KFACOptimizer(Optimizer):
             return False
         others, params = self._statistics.others, self._parameters()
         found = agreed_layouts(others.found, others.free, params, self._group)
-        if not found:
+        hidden = [p for p in params if p in others.hidden and p.grad is not None]
+        if hidden:
+            names = [self._connection.names[id(p)] for p in hidden]
+            self._notices.warn("hidden", hidden_by_checkpointing(names))
+        elif not found:
             self._warn_without_layers()
+        if not found:
             return False
         self._matrices |= found
         keep_layouts(self.state, found, params)

@@ -199,6 +199,22 @@ def without_layers(layers: Kinds | None) -> str:
     )
 
 
+def hidden_by_checkpointing(names: Sequence[str]) -> str:
+    """Say that reentrant checkpointing hides what matrices are used for.
+
+    Args:
+        names: The matrices' names.
+    """
+    shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    return (
+        f"the products with {shown} are not to be seen: activation checkpointing with "
+        "use_reentrant=True keeps what is within out of autograd's graph. The AdamW fallback "
+        "trains what is named here. Call torch.utils.checkpoint.checkpoint(..., "
+        "use_reentrant=False); in transformers, gradient_checkpointing_kwargs="
+        '{"use_reentrant": False}.'
+    )
+
+
 def missing_statistics(forward_seen: bool) -> str:
     """Say why there are gradients but no statistics, and the way out.
 

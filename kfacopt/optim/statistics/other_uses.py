@@ -29,6 +29,8 @@ class OtherUses:
         free: The matrices in no layer that are looked for.
         undercounted: The layers that are used in other ways, too, of which K-FAC knows nothing;
             since the last call of `finish`.
+        hidden: Those of the last loss whose graph has none of them, but reentrant activation
+            checkpointing, which may hide them.
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
@@ -39,6 +41,7 @@ class OtherUses:
         self.free = [p for p in free if p not in self._layer_of and p.numel()]
         self.found: dict[Parameter, MatrixLayout] = {}
         self.undercounted: set[Layer] = set()
+        self.hidden: set[Parameter] = set()
         self.looks_on = bool(self.free or self._layer_of)
 
     def finish(self) -> set[Layer]:
@@ -58,6 +61,7 @@ class OtherUses:
         """
         uses = [use for p in passes for use in p.uses]
         past = past_modules(edges, uses, self._layer_of, self.free)
+        self.hidden = set(past.hidden)
         for p, layout in past.found.items():
             if layout.kind(p) in self._kinds:
                 self.found.setdefault(p, layout)
