@@ -39,6 +39,17 @@ class Experts(nn.Module):
         return self.head(h.tanh())
 
 
+class Biased(Experts):
+    """The same with a bias for each expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.shifts = nn.Parameter(torch.randn(E, D))
+
+    def apply_expert(self, e, x):
+        return F.linear(x, self.experts[e], self.shifts[e])
+
+
 class Modules(Experts):
     """The same with a module for each expert."""
 
@@ -115,16 +126,19 @@ def test_averages_are_weighted_by_an_experts_own_rows():
     torch.testing.assert_close(state["input_inverse"][3], inverse, rtol=INVERTED, atol=INVERTED)
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_experts_train_and_are_resumed_bit_by_bit(name):
-    net = Experts()
+def test_experts_train_and_are_resumed_bit_by_bit(name, biased):
+    make = Biased if biased else Experts
+    net = make()
     net.route = net.route.clamp(max=2)  # the last never has data
     optimizer = KFACOptimizer(net.parameters(), **INTERVALS | OPTIONS[name])
     first = steps(net, optimizer, 1)
     before = net.experts.detach().clone()
     assert steps(net, optimizer, 5) < first
+    assert optimizer.statistics()["fallback_parameters"] == 0.0
     assert bool((net.experts != before).flatten(1).any(1)[:3].all())
-    twin = Experts()
+    twin = make()
     twin.route = net.route
     twin.load_state_dict(net.state_dict())
     resumed = KFACOptimizer(twin.parameters(), **INTERVALS | OPTIONS[name])

@@ -13,7 +13,6 @@ FROZEN = "AdamW: frozen"
 UNKNOWN = "unknown"
 NORMALISED = "weight norm, or standardised weights"
 ENTRIES = "added or multiplied entry by entry"
-EXPERTS = "experts by `torch._grouped_mm`"
 TIED = "embedding tied to the head"
 EMBEDDING = "embedding, a layer with `layers=` alone"
 _BY_KIND = {
@@ -24,7 +23,6 @@ _BY_KIND = {
     "EmbeddingBag": EMBEDDING,
 }
 _BY_NAME = {
-    r"\.experts\.": EXPERTS,
     r"(^|\.)(cls|mask|distillation)_token$": ENTRIES,
     r"(^|\.)(pos_embed|positions?|position_embeddings|mask_emb|seg_embed)$": ENTRIES,
     r"(^|\.)(att|att_src|att_dst|time_mix_\w+|A_log|temperature|r_\w_bias)$": ENTRIES,

@@ -24,7 +24,7 @@ from kfacopt.kfac.parameter_views import (
     parameter_behind,
     ranges_of,
 )
-from kfacopt.kfac.saved_tensors import is_recomputed, kept
+from kfacopt.kfac.saved_tensors import kept
 
 # Of products L R: the operands' places among the node's inputs, and what has kept them.
 _PRODUCTS = {
@@ -37,11 +37,6 @@ _PRODUCTS = {
     "AddbmmBackward0": (1, 2, "_saved_batch1", "_saved_batch2"),
 }
 _SUMMED, _GROUPED, _BILINEAR = "AddbmmBackward0", "GroupedMmBackward0", "TrilinearBackward0"
-_OTHERS = {
-    _GROUPED: ("_saved_self", "_saved_offs"),
-    _BILINEAR: ("_saved_i1", "_saved_i3"),
-    CONVOLUTION: ("_saved_input",),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +61,6 @@ class MatrixUse:
     edge: GradientEdge
     input_edges: tuple[GradientEdge, ...]
     call: Product | ConvolutionCall | Upsampling
-
-
-def reads_recomputed(node: Any) -> bool:
-    """Tell whether a node would be read whose tensors activation checkpointing recomputes."""
-    name = node.name()
-    saved = _PRODUCTS[name][2:] if name in _PRODUCTS else _OTHERS.get(name, ())
-    return is_recomputed(node, saved)
 
 
 def products_at(
@@ -267,7 +255,9 @@ def _layout(p: Parameter, view: ParameterView) -> _Layout | None:
         p: The parameter.
         view: Which of its entries the product has as `[..., d_in, outputs]`.
     """
-    if len(view.axes) == 3 and all(stride == 0 for _, stride in view.axes[0]):
+    expanded = len(view.axes) == 3 and all(stride == 0 for _, stride in view.axes[0])
+    repeated = expanded and view.shape[0] > 1
+    if expanded:
         view = view.selected(0, 0)
     found = ranges_of(view, p.shape)
     if found is None:
@@ -281,7 +271,7 @@ def _layout(p: Parameter, view: ParameterView) -> _Layout | None:
             roles[i] = "o"
         elif "i" not in roles.values() and (p.shape[i] == 1 or p.ndim == 2):
             roles[i] = "i"
-        elif p.ndim > 2:
+        elif p.ndim > 2 and not repeated:
             roles[i] = "g"
         else:
             return None

@@ -23,9 +23,9 @@ from kfacopt.kfac.layers.interface import LayerFamily
 from kfacopt.kfac.layers.linear import LinearFamily
 from kfacopt.kfac.layers.matrix import Matrix
 from kfacopt.kfac.layers.transposed_convolution import TransposedConvolution
-from kfacopt.kfac.matrix_products import MatrixUse, products_at, reads_recomputed
+from kfacopt.kfac.matrix_products import MatrixUse, products_at
 from kfacopt.kfac.parameter_views import ParameterView, is_view, view_at
-from kfacopt.kfac.saved_tensors import in_own_pass
+from kfacopt.kfac.saved_tensors import where_it_can_be_read
 
 
 def matrix_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter, list[MatrixUse]]:
@@ -46,8 +46,7 @@ def matrix_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter
                 found[p] = uses
         return found
 
-    own_pass = wanted and any(map(reads_recomputed, parents))
-    return in_own_pass(look) if own_pass else look()
+    return where_it_can_be_read(look)
 
 
 def operand_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter, int]:

@@ -209,8 +209,7 @@ def refuse_unseen_uses(
         raise NotImplementedError(
             f"params: model_func uses {names} other than by calling the module or multiplying by "
             "it, so that K-FAC's block would lack that part: a weight in a sum or penalty, times a "
-            "number, transposed, in a checkpoint past its module, in torch.func, or a derivative "
-            "by the input in the forward pass. "
+            "number, transposed, in torch.func, or a derivative by the input in the forward pass. "
             "Call the module, or leave the parameters out of params; the other operators "
             "(GGNLinearOperator, EFLinearOperator, ...) are exact for any use."
         )

@@ -135,8 +135,8 @@ def used_otherwise(layers: Iterable[Layer]) -> str:
     return (
         f"{kind} {', '.join(names)}: the loss depends on {whose} parameters in other ways, too, "
         "than by calls of the module and products with its weight (a weight in a sum, times a "
-        "number, transposed, in activation checkpointing past the module; a derivative of the "
-        f"model by its input), which {whose} factors would lack; the AdamW fallback updates them. "
+        "number, transposed; a derivative of the model by its input), which "
+        f"{whose} factors would lack; the AdamW fallback updates them. "
         "To have them preconditioned, take derivatives by the input with "
         "kfacopt.input_derivatives(model, x), and call the module wherever its weight is used."
     )
