@@ -74,7 +74,11 @@ class LiveRows:
         live = self._live.get(use)
         if live is None or bool(live.all()):
             return None
-        return live if self._ignored or bool(live.any()) else None
+        return live if bool(live.any()) or self._all_ignored() else None
+
+    def _all_ignored(self) -> bool:
+        """Tell whether there are targets, and losses ignore all of them."""
+        return bool(self._ignored) and all(bool(x.all()) for x in self._ignored.values())
 
     def restricted(self, use: LayerUse) -> LayerUse:
         """Return a use whose A has these rows alone."""

@@ -108,8 +108,9 @@ def past_modules(
             if layer.bias is not None and operands.get(layer.bias) == len(adding):
                 explained.add(layer.bias)
     rest = [p for p in unseen if p in layer_of and p not in explained]
-    seen, reentrant = {id(p) for p in unseen}, any(map(_is_reentrant, nodes))
-    hidden = [p for p in free if id(p) not in seen] if reentrant else []
+    seen = {id(p) for p in unseen}
+    hidden = [p for p in free if id(p) not in seen]
+    hidden = hidden if hidden and any(map(_is_reentrant, nodes)) else []
     return PastModules(further, found, rest, hidden)
 
 
