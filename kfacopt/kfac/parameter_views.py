@@ -117,7 +117,7 @@ _SAME = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0")
 _RESHAPED = tuple(
     f"{name}Backward{number}"
     for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
-    for number in (0, 1, 2, 3)
+    for number in (0, 1, 2, 3, 4)
 )
 
 
