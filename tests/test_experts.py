@@ -240,6 +240,19 @@ def grouped(x, W, b):
     return h[: len(x)]
 
 
+def gathered(x, W, b):
+    return torch.bmm(W[INDEX], x.unsqueeze(-1)).squeeze(-1) + b[INDEX]
+
+
+def gathered_and_turned(x, W, b):
+    mixed = torch.tensor([3, 0, 5, 1, 4, 2])
+    h = torch.bmm(x[mixed].unsqueeze(1), W.mT[INDEX[mixed]]).squeeze(1)
+    return (h + b[INDEX[mixed]])[mixed.argsort()]
+
+
+ONE_EACH = [one_by_one, added_behind, gathered, gathered_and_turned]
+
+
 class Sorted(nn.Module):
     """Data in the order of their experts."""
 
@@ -256,7 +269,7 @@ class Sorted(nn.Module):
 
 
 @pytest.mark.parametrize("kind", OPERATORS.values(), ids=OPERATORS)
-@pytest.mark.parametrize("use", [one_by_one, added_behind, all_of_them, all_on_the_left])
+@pytest.mark.parametrize("use", [*ONE_EACH, all_of_them, all_on_the_left])
 def test_biases_are_in_the_blocks_of_their_experts(use, kind):
     """Experts without data have zeros there."""
     net = Sorted(use, head=False)
@@ -274,7 +287,7 @@ def test_biases_are_in_the_blocks_of_their_experts(use, kind):
 @pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])
 @pytest.mark.parametrize("preconditioner", ["kfac", "ekfac"])
 def test_a_step_of_experts_with_biases(preconditioner, separate):
-    nets = [Sorted(use) for use in (one_by_one, added_behind)]
+    nets = [Sorted(use) for use in ONE_EACH]
     options = EVERY_STEP | {"fisher_type": "type-2", "preconditioner": preconditioner}
     for net in nets:
         optimizer = KFACOptimizer(net.parameters(), separate_weight_and_bias=separate, **options)
@@ -283,8 +296,9 @@ def test_a_step_of_experts_with_biases(preconditioner, separate):
         steps(net, optimizer, 2)
         assert optimizer.statistics()["fallback_parameters"] == 0.0
         assert not net.experts.grad[1].any()
-    for one, other in zip(*(net.parameters() for net in nets), strict=True):
-        torch.testing.assert_close(one, other, rtol=INVERTED, atol=INVERTED)
+    for first, *others in zip(*(net.parameters() for net in nets), strict=True):
+        for other in others:
+            torch.testing.assert_close(first, other, rtol=INVERTED, atol=INVERTED)
 
 
 FLOAT32 = 1e-4  # of what follows, in float32, as the grouped product is not there in float64

@@ -13,6 +13,8 @@ from kfacopt.kfac.layers.matrix import Span
 from kfacopt.kfac.parameter_views import ParameterView, is_view, parameter_behind, view_at
 from kfacopt.kfac.saved_tensors import kept
 
+_SQUEEZES = tuple(f"SqueezeBackward{number}" for number in range(5))
+
 Parents = dict[Any, list[tuple[Any, int]]]
 
 # Those that have an operand that is added, at place 0.
@@ -112,10 +114,29 @@ def routed_bias(
         counts: How many groups and outputs the matrix has.
         axes: How many axes the matrix has.
     """
-    if len(parents[node]) != 1:
-        return None
-    parent, place = parents[node][0]
-    if place < 0 or parent.name() != "AddBackward0" or parent._saved_alpha != 1:
+    groups = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
+    return gathered_bias(node, parents, groups, counts, axes)
+
+
+def gathered_bias(
+    node: Any, parents: Parents, groups: Tensor, counts: tuple[int, int], axes: int
+) -> Parameter | None:
+    """Return a parameter `[groups, outputs]` that is added as `b[index]`, to `[S, outputs]`.
+
+    Args:
+        node: A product, of which views may make `[S, outputs]`.
+        parents: The graph.
+        groups: The group of each s, or of the first ones, behind which nothing counts.
+        counts: How many groups and outputs the matrix has.
+        axes: How many axes the matrix has.
+    """
+    parent, place = node, 0
+    while len(parents[parent]) == 1:
+        node = parent
+        parent, place = parents[node][0]
+        if place < 0 or parent.name() not in _SQUEEZES:
+            break
+    if parent is node or place < 0 or parent.name() != "AddBackward0" or parent._saved_alpha != 1:
         return None
     chosen = parent.next_functions[1 - place][0]
     if chosen is None or chosen.name() != "IndexBackward0":
@@ -126,9 +147,11 @@ def routed_bias(
     indices = kept(chosen, "_saved_indices")
     if indices is None or len(indices) != 1 or not isinstance(indices[0], Tensor):
         return None
-    index = indices[0].flatten()
-    own = torch.arange(len(rows), device=index.device).repeat_interleave(
-        torch.tensor(rows, device=index.device)
+    shapes = [tuple(n._input_metadata[0].shape) for n in (node, chosen)]
+    index = indices[0]
+    if index.ndim != 1 or shapes[0] != shapes[1] or len(shapes[0]) != 2:
+        return None
+    same = index.dtype is not torch.bool and torch.equal(
+        index[: len(groups)].to(torch.int64), groups.to(index.device, torch.int64)
     )
-    same = index.dtype is not torch.bool and torch.equal(index[: len(own)].to(own.dtype), own)
     return found[0] if same and _has_shape(found[0], counts, axes) else None

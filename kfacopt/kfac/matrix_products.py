@@ -9,11 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
-from kfacopt.kfac.added_biases import Parents, added_bias, places_of_bias, routed_bias
+from kfacopt.kfac.added_biases import (
+    Parents,
+    added_bias,
+    gathered_bias,
+    places_of_bias,
+    routed_bias,
+)
 from kfacopt.kfac.convolution_uses import CONVOLUTION, ConvolutionCall, convolution_call
 from kfacopt.kfac.layers.matrix import Product, Span, by_axis
 from kfacopt.kfac.layers.patches import Upsampling
@@ -64,7 +71,12 @@ class MatrixUse:
 
 
 def products_at(
-    p: Parameter, view: ParameterView, node: Any, place: int, parents: Parents
+    p: Parameter,
+    view: ParameterView,
+    node: Any,
+    place: int,
+    parents: Parents,
+    gathered: Tensor | None,
 ) -> list[MatrixUse] | None:
     """Return what a node computes with a parameter, as products; `None` if it is anything else.
 
@@ -74,10 +86,15 @@ def products_at(
         node: The node.
         place: Which operand.
         parents: The graph.
+        gathered: Which index of the parameter's first axis each of the operand's has, if it is
+            `p[index]`.
     """
     name = node.name()
     if place < 0:
         return None
+    if gathered is not None:
+        known = name in ("BmmBackward0", "BaddbmmBackward0")
+        return _gathered(p, view, node, place, parents, gathered) if known else None
     if name == _GROUPED:
         return _grouped(p, view, node, parents) if place == 1 else None
     use = None
@@ -225,6 +242,49 @@ def _grouped(
             part = a[start : start + count]
             uses.append(MatrixUse(p, bias, layout.roles, part, edge, edges, product))
     return uses
+
+
+def _gathered(
+    p: Parameter, view: ParameterView, node: Any, place: int, parents: Parents, index: Tensor
+) -> list[MatrixUse] | None:
+    """Return a product `[S, ., .]` with a matrix for each s: a use for each matrix that has any."""
+    *places, left_name, right_name = _PRODUCTS[node.name()]
+    if place not in places or len(view.axes) != 3 or any(stride for _, stride in view.axes[0]):
+        return None
+    left = place == places[0]
+    a = kept(node, right_name if left else left_name)
+    operand = view.selected(0, 0)
+    layout = _layout(p, operand.permuted([1, 0]) if left else operand)
+    if a is None or layout is None or layout.roles[0] != "g" or "g" in layout.roles[1:]:
+        return None
+    if layout.order or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    a = layout.rows(a.detach().mT if left else a.detach())
+    bias = gathered_bias(node, parents, index, layout.counts, p.ndim)
+    edges, edge = _edges(node, places[1] if left else places[0]), GradientEdge(node, 0)
+    whole = Product(left, layout.outputs, layout.inputs)
+    uses = []
+    for e in sorted(set(index.tolist())):
+        chosen = (index == e).nonzero()[:, 0]
+        product = replace(whole, groups=Span(e % len(p), 1, len(p)), chosen=chosen)
+        rows = a[chosen].flatten(0, 1)
+        uses.append(MatrixUse(p, bias, layout.roles, rows, edge, edges, product))
+    return uses
+
+
+def gathered_index(node: Any) -> Tensor | None:
+    """Return the index `[S]` of a node that is `p[index]`; `None` for any other."""
+    if node.name() != "IndexBackward0":
+        return None
+    indices = kept(node, "_saved_indices")
+    if indices is None or len(indices) != 1 or not isinstance(indices[0], Tensor):
+        return None
+    index = indices[0]
+    return (
+        index
+        if index.ndim == 1 and len(index) and index.dtype in (torch.int32, torch.int64)
+        else None
+    )
 
 
 def _has_positions(node: Any, before: Any, parents: Parents) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
@@ -23,7 +23,7 @@ from kfacopt.kfac.layers.interface import LayerFamily
 from kfacopt.kfac.layers.linear import LinearFamily
 from kfacopt.kfac.layers.matrix import Matrix
 from kfacopt.kfac.layers.transposed_convolution import TransposedConvolution
-from kfacopt.kfac.matrix_products import MatrixUse, products_at
+from kfacopt.kfac.matrix_products import MatrixUse, gathered_index, products_at
 from kfacopt.kfac.parameter_views import ParameterView, is_view, view_at
 from kfacopt.kfac.saved_tensors import where_it_can_be_read
 
@@ -93,9 +93,10 @@ def graph_parents(edges: Iterable[GradientEdge], behind: dict[Any, list[Any]]) -
 def _uses_of(p: Parameter, leaf: Any, parents: Parents) -> list[MatrixUse] | None:
     """Return all uses of a matrix; `None` if one of them is no product."""
     uses: list[MatrixUse] = []
-    waiting: list[tuple[Any, int, ParameterView]] = [(leaf, 0, ParameterView.whole(p.shape))]
+    whole = ParameterView.whole(p.shape)
+    waiting: list[tuple[Any, int, ParameterView, Tensor | None]] = [(leaf, 0, whole, None)]
     while waiting:
-        node, output_nr, view = waiting.pop()
+        node, output_nr, view, gathered = waiting.pop()
         own = [(n, k) for n, k in parents[node] if k < 0 or n.next_functions[k][1] == output_nr]
         if not own:
             return None
@@ -105,9 +106,13 @@ def _uses_of(p: Parameter, leaf: Any, parents: Parents) -> list[MatrixUse] | Non
                     seen = view_at(parent, nr, view)
                     if seen is None:
                         return None
-                    waiting.append((parent, nr, seen))
+                    waiting.append((parent, nr, seen, gathered))
                 continue
-            found = products_at(p, view, parent, place, parents)
+            index = gathered_index(parent) if place == 0 and gathered is None else None
+            if index is not None and p.ndim > 2 and view.axes[:1] == whole.axes[:1] != ((),):
+                waiting.append((parent, 0, view.gathered(len(index)), index))
+                continue
+            found = products_at(p, view, parent, place, parents, gathered)
             if found is None:
                 return None
             uses += found

@@ -86,6 +86,10 @@ class ParameterView:
             index //= n
         return ParameterView(offset, (*self.axes[:axis], *self.axes[axis + 1 :]))
 
+    def gathered(self, count: int) -> ParameterView:
+        """Return entries of the first index of the first axis, in the place of those of others."""
+        return ParameterView(self.offset, (_parts([(count, 0)]), *self.axes[1:]))
+
     def expanded(self, shape: Sequence[int]) -> ParameterView:
         """Return the entries repeated along axes of size 1, or new ones in front."""
         new = len(shape) - len(self.axes)

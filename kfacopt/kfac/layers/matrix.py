@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -42,6 +42,7 @@ class Product:
         inputs: Which inputs it has, if not all.
         groups: Which groups it has, if not all.
         rows: Which rows of the node's output are its own, if not all.
+        chosen: Indices of its own along the first axis of a node's output `[S, ...]`, if not all.
         order: The parameter's axes that its outputs have, with their sizes, if they are in another
             order.
         positions: Whether its rows were `[N, S, d_in]`, as far as that is known.
@@ -54,6 +55,7 @@ class Product:
     rows: Span | None = None
     order: tuple[tuple[int, int], ...] = ()
     positions: bool = False
+    chosen: Tensor | None = field(default=None, compare=False)
 
 
 def by_axis(rows: Tensor, axes: Sequence[tuple[int, int]]) -> Tensor:
@@ -89,7 +91,10 @@ class Matrix(LayerFamily):
 
     def is_single(self, module: Any, x: Tensor) -> bool:
         """Take all rows where they are not the first axis of g, or others are there, too."""
-        return module is not None and (module.left or x.ndim > 2 or module.rows is not None)
+        if module is None:
+            return False
+        partial = module.rows is not None or module.chosen is not None
+        return module.left or x.ndim > 2 or partial
 
     def groups_used(self, module: Any) -> slice | None:
         """Return the experts of a product."""
@@ -108,6 +113,8 @@ class Matrix(LayerFamily):
         rows = g.mT if module.left else g
         if module.rows is not None:
             rows = rows.narrow(0, module.rows.start, module.rows.length)
+        if module.chosen is not None:
+            rows = rows[module.chosen].flatten(0, 1)
         if not self.routed:
             rows = rows.reshape(1, rows.shape[:-1].numel(), rows.shape[-1])
         elif rows.ndim == 2:
