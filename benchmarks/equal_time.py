@@ -33,12 +33,15 @@ import torch
 from torch import Generator, nn
 from tqdm import tqdm
 
-from benchmarks import held_out, optimizers
+from benchmarks import choosing, held_out, optimizers
 from benchmarks.environment import HERE, RESULTS, environment
 from benchmarks.problems.problem import Batch, Problem, Task
 from kfacopt import KFACOptimizer
 
-SETS: dict[str, Mapping[str, Problem]] = {"held-out": held_out.PROBLEMS}
+SETS: dict[str, Mapping[str, Problem]] = {
+    "held-out": held_out.PROBLEMS,
+    "choosing": choosing.PROBLEMS,
+}
 PAGES = {"held-out": HERE.parent / "docs" / "results_held_out.md"}
 SECONDS = 4.0
 SEEDS = 3
