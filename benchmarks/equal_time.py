@@ -70,7 +70,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     },
     # Fewer, so that all fits in 45 minutes of two cores.
     "constant": {
-        "AdamW": (1e-3, 2.5e-3, 6e-3),
+        "AdamW": (1e-3, 4e-3, 1.5e-2),
         "SGD": (0.03, 0.1),
         "SOAP": (1e-3, 3e-3),
         "Muon": (1e-3, 3e-3),
