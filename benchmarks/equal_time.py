@@ -33,12 +33,15 @@ import torch
 from torch import Generator, nn
 from tqdm import tqdm
 
-from benchmarks import held_out, optimizers
+from benchmarks import choosing, held_out, optimizers
 from benchmarks.environment import HERE, RESULTS, environment
 from benchmarks.problems.problem import Batch, Problem, Task
 from kfacopt import KFACOptimizer
 
-SETS: dict[str, Mapping[str, Problem]] = {"held-out": held_out.PROBLEMS}
+SETS: dict[str, Mapping[str, Problem]] = {
+    "held-out": held_out.PROBLEMS,
+    "choosing": choosing.PROBLEMS,
+}
 PAGES = {"held-out": HERE.parent / "docs" / "results_held_out.md"}
 SECONDS = 4.0
 SEEDS = 3
@@ -67,7 +70,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     },
     # Fewer, so that all fits in 45 minutes of two cores.
     "constant": {
-        "AdamW": (1e-3, 2.5e-3, 6e-3),
+        "AdamW": (1e-3, 4e-3, 1.5e-2),
         "SGD": (0.03, 0.1),
         "SOAP": (1e-3, 3e-3),
         "Muon": (1e-3, 3e-3),
