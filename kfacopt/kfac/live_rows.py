@@ -18,7 +18,7 @@ from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.convolution import Convolution
 from kfacopt.kfac.layers.linear import LinearFamily
 from kfacopt.kfac.layers.matrix import Matrix
-from kfacopt.kfac.masked_lines import inner_positions
+from kfacopt.kfac.masked_lines import has_all_ends, inner_positions
 from kfacopt.likelihoods import Likelihood
 
 # How many entries of all rows are looked at first: most rows have one among them that is not 0.
@@ -41,6 +41,7 @@ class LiveRows:
     def __init__(self) -> None:
         """Start without any row."""
         self._live: dict[LayerUse, Tensor | None] = {}  # None: all of them
+        self._spatial: dict[LayerUse, torch.Size] = {}  # of images
         self._reached: set[Layer] = set()  # of which any row received a gradient
         self._ignored: dict[int, Tensor] = {}  # by their number
 
@@ -89,19 +90,24 @@ class LiveRows:
         self, use: LayerUse, part: LayerUse, grad: Tensor, several: bool
     ) -> Tensor | None:
         """Return which rows have a gradient, or may have one; `None` if that is not looked for."""
-        family = use.family
-        images = isinstance(family, Convolution) and family.dims > 1
-        positions = family.routed or (several and not images) or _has_positions(use)
-        if not (positions or images or self._ignored):
+        routed, family = use.family.routed, use.family
+        dims = family.dims if isinstance(family, Convolution) else 0
+        positions = routed or (several and dims < 2) or _has_positions(use)
+        if not (positions or dims > 1 or self._ignored):
             return None
         rows = part.grad_rows(grad)
         if positions:
-            return _not_zero(rows, family.routed)
+            return _not_zero(rows, routed)
         ignored = self._ignored.get(rows.shape[1:3].numel())
         if ignored is not None:
             live = _not_zero(rows, False)
             return live | ~ignored.reshape(live.shape)
-        return _inner_rows(part, grad, family.dims) if isinstance(family, Convolution) else None
+        if dims < 2 or not grad.numel():
+            return None
+        self._spatial[use] = grad.shape[-dims:]  # gaps are filled when all gradients have come
+        if has_all_ends(grad if grad.ndim == dims + 2 else grad.unsqueeze(0)):
+            return torch.ones(rows.shape[1:3], dtype=torch.bool, device=rows.device)
+        return _not_zero(rows, False)
 
     def of(self, use: LayerUse) -> Tensor | None:
         """Return which rows `[N, S]` received any; `None` for all, also if none did by accident.
@@ -111,7 +117,12 @@ class LiveRows:
         live = self._live.get(use)
         if live is None or bool(live.all()):
             return None
-        return live if self._ignored or self._is_reached(use.layer) else None
+        if not (self._ignored or self._is_reached(use.layer)):
+            return None
+        if use in self._spatial:
+            live = inner_positions(live.unflatten(1, self._spatial[use])).flatten(1)
+            return None if bool(live.all()) else live
+        return live
 
     def _is_reached(self, layer: Layer) -> bool:
         """Tell whether any row of a layer received a gradient."""
@@ -150,17 +161,6 @@ def _were_positions(node: Any) -> bool:
             return True
         node = node.next_functions[0][0]
     return False
-
-
-def _inner_rows(use: LayerUse, grad: Tensor, dims: int) -> Tensor:
-    """Return which rows `[N, S]` of a convolution of images are no padding at the ends."""
-    g = grad.unsqueeze(0) if grad.ndim == dims + 1 else grad
-    inner = inner_positions(g)
-    if inner is None:
-        return g.new_ones(len(g), g.shape[2:].numel(), dtype=torch.bool)
-    return use.grad_rows(inner.unsqueeze(1).expand(-1, use.layer.groups, *inner.shape[1:]))[
-        0, ..., 0
-    ]
 
 
 def _not_zero(rows: Tensor, routed: bool) -> Tensor:

@@ -1,4 +1,7 @@
-"""Which lines of images, at their ends, received no gradient: padding, as of spectrograms."""
+"""Which lines of images, at their ends, received no gradient: padding, as of spectrograms.
+
+ReLUs and pooling leave zeros anywhere; padding is whole lines at the ends.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,29 @@ import torch
 from torch import Tensor
 
 
-def inner_positions(g: Tensor) -> Tensor | None:
-    """Return which positions are within the first and last line, along each axis, with a gradient.
-
-    ReLUs and pooling leave zeros anywhere, padding whole lines at the ends. Where the outermost
-    lines have gradients, nothing but these is looked at.
+def has_all_ends(g: Tensor) -> bool:
+    """Tell whether the outermost lines of all data have gradients; looks at nothing but these.
 
     Args:
         g: The gradient by a convolution's output, `[N, C, *O]`.
-
-    Returns:
-        They are `[N, *O]`; `None` stands for all.
     """
-    axes = range(2, g.ndim)
-    if not g.numel():
-        return None
-    ends = [g.select(axis, i) != 0 for axis in axes for i in (0, -1)]
-    if bool(torch.stack([line.flatten(1).any(1) for line in ends]).all()):
-        return None
-    reached = (g != 0).any(1)
+    ends = [g.select(axis, i).flatten(1) for axis in range(2, g.ndim) for i in (0, -1)]
+    return bool(torch.stack([(line != 0).any(1).all() for line in ends]).all())
+
+
+def inner_positions(reached: Tensor) -> Tensor:
+    """Return which positions are between the first and last line, along each axis, that count.
+
+    Args:
+        reached: Which positions `[N, *O]` received any gradient.
+    """
     inner = torch.ones_like(reached)
-    for axis in range(1, reached.ndim):
-        others = [i for i in range(1, reached.ndim) if i != axis]
+    axes = range(1, reached.ndim)
+    for axis in axes:
         lines = reached
-        for i in others:
-            lines = lines.any(i, keepdim=True)
-        after = lines.cumsum(axis) > 0
-        before = lines.flip(axis).cumsum(axis).flip(axis) > 0
-        inner &= after & before
+        for other in axes:
+            lines = lines if other == axis else lines.any(other, keepdim=True)
+        behind_first = lines.cumsum(axis) > 0
+        before_last = lines.flip(axis).cumsum(axis).flip(axis) > 0
+        inner &= behind_first & before_last
     return inner
