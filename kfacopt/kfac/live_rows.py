@@ -172,11 +172,10 @@ def _not_zero(rows: Tensor, routed: bool) -> Tensor:
         rows = rows[0] if len(rows) == 1 else rows.permute(1, 2, 0, 3).flatten(2)
     if rows.device.type != "cpu":
         return (rows != 0).any(-1)
-    columns = rows[..., :_FIRST].unbind(-1)
-    live: Tensor = columns[0] != 0
+    live: Tensor = rows[..., 0] != 0
     if bool(live.all()):
         return live
-    for column in columns[1:]:
+    for column in rows[..., 1:_FIRST].unbind(-1):
         live |= column != 0
     rest = ~live
     if bool(rest.any()):

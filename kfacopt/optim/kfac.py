@@ -498,6 +498,7 @@ class KFACOptimizer(Optimizer):
         self._matrices |= found
         keep_layouts(self.state, found, params)
         self._connect(self._watch.living_modules())
+        self._curvature.complete(self.param_groups)  # checkpoints are loaded into what is there
         return True
 
     def _set_watching(self, active: bool) -> None:
