@@ -254,10 +254,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             for by_use in gradients:
                 vectors += 1
                 reached.update(by_use)
-                for use, g in by_use.items():
-                    live.add(use, g)
                 for layer, own in group_by_layer(by_use).items():
                     own_grads = [by_use[use] for use in own]
+                    live.add(own, own_grads)
                     grads[layer] += grad_output_moment(layer, own, own_grads, self._form)
             counted = [live.restricted(use) for use in uses if use in reached]
             for layer, own in group_by_layer(counted).items():

@@ -480,7 +480,10 @@ class KFACOptimizer(Optimizer):
         """Find the layers anew where parameters were frozen or unfrozen since; tell of new ones."""
         if [p.requires_grad for p in self._parameters()] == self._connection.trained:
             return False
+        before = self._curvature.layers
         self._connect(self._watch.living_modules())
+        self._curvature.forget_missed(before, self._num_steps)
+        self._set_watching(True)
         return not self._curvature.is_complete()
 
     def _adopt_products(self) -> bool:
@@ -495,6 +498,7 @@ class KFACOptimizer(Optimizer):
         self._matrices |= found
         keep_layouts(self.state, found, params)
         self._connect(self._watch.living_modules())
+        self._curvature.complete(self.param_groups)  # checkpoints are loaded into what is there
         return True
 
     def _set_watching(self, active: bool) -> None:
