@@ -40,7 +40,7 @@ COMPARISONS = (
     Comparison("`nn.BatchNorm1d`", "signals", "norms", "base"),
     Comparison("`nn.Conv1d`", "signals", "base", "no convolutions"),
     Comparison("`nn.MultiheadAttention`", "digits", "base", "no products"),
-    Comparison("`nn.LSTM`", "characters", "base", "no products"),
+    Comparison("`nn.LSTM`", "characters", "recurrent", "base"),
     Comparison("`A @ (x @ W)`", "graphs", "base", "no products"),
 )
 

@@ -331,8 +331,9 @@ def test_the_fallback_learning_rate_follows_from_the_kind_of_a_parameter(setting
         model.norm.bias,
         model.gate,
         model.recurrent.bias_hh_l0,
+        model.recurrent.weight_hh_l0,
     ]
-    matrices = [model.places, model.recurrent.weight_hh_l0]
+    matrices = [model.places]
     options = {"default": {}, "auto": {"lr": "auto"}, "given": {"fallback_lr": 0.1}}
     group = {"params": model.parameters()} | ({"fallback_lr": 0.1} if setting == "group" else {})
     optimizer = KFACOptimizer([group], model=model, **options.get(setting, {}))

@@ -12,6 +12,7 @@ from kfacopt.data import Batch, evaluation
 from kfacopt.kfac.capture import capture
 from kfacopt.kfac.layers import Layer, all_kinds, described, find_layers
 from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.unrolled import unrolled
 from kfacopt.kfac.unseen_uses import edges_of, past_modules
 
 LayersWithModules = list[tuple[Layer, list[nn.Module]]]
@@ -75,9 +76,11 @@ def _find_products(
 ) -> dict[Parameter, MatrixLayout]:
     """Return the layouts of matrices that products alone use."""
     found: dict[Parameter, MatrixLayout] = {}
+    wanted = set(free)
+    owners = [m for m in model.modules() if not wanted.isdisjoint(m._parameters.values())]
     with evaluation(model):
         for X, _ in batches():
-            with capture(layers) as uses:
+            with capture(layers) as uses, unrolled(owners):
                 output = argument_checks.checked_output(model(X))
             left = [p for p in free if p not in found]
             found |= past_modules(edges_of(output), uses, {}, left).found

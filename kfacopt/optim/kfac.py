@@ -144,9 +144,9 @@ class KFACOptimizer(Optimizer):
         inverse_dtype: The dtype that inverses and bases are kept in; `None` is the factors', at
             least float32. They are multiplied in that, but at least float32.
         fallback_lr: AdamW's learning rate for all other parameters; it follows the ratio of the
-            group's current to its initial `lr`. `None`: 0.015 for vectors and embeddings, and
-            AdamW's usual 1e-3 for other tensors (of `nn.MultiheadAttention`, recurrent layers,
-            positions), and for all with `lr="auto"`.
+            group's current to its initial `lr`. `None`: 0.015 for vectors, embeddings and
+            recurrent modules, and AdamW's usual 1e-3 for other tensors (positions, matrices that
+            are scaled), and for all with `lr="auto"`.
         loss_func: The loss at the model's output (an `nn` loss), where it is computed in a way
             that is not recognised; the curvature is then taken at the output of the outermost
             module. Its targets are unknown: no class weights, no ignored targets. A factor on it
@@ -351,7 +351,7 @@ class KFACOptimizer(Optimizer):
 
         moved = self._rule.step(self.state, self.param_groups, gradients, directions, objective)
         if moved:  # a self-tuned step that found nothing to gain moves nothing
-            others = (self._connection.embedded, self._settings.steps.vector_lr)
+            others = (self._connection.vectors, self._settings.steps.vector_lr)
             self._num_fallback = fallback_step(self.state, self.param_groups, directions, *others)
 
     def _look_ahead(self, waiting: bool) -> None:
@@ -550,7 +550,8 @@ class KFACOptimizer(Optimizer):
         """
         own = (self._parameters(), self._connection.names, self._curvature)
         seen = self._statistics
-        return describe(*own, seen.objectives.curvature, seen.undercounted)
+        left_out = self._connection.left_out
+        return describe(*own, seen.objectives.curvature, seen.undercounted, left_out)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 
 from torch import Tensor
@@ -23,6 +23,7 @@ class OtherUses:
         layers: The layers.
         params: Those that may be matrices in no layer.
         kinds: The kinds of modules that are layers; a product is what `nn.Linear` does.
+        chosen: Parameters whose products are layers whatever they do: of recurrent modules.
 
     Attributes:
         found: Matrices in no layer that products alone use, and how.
@@ -32,8 +33,14 @@ class OtherUses:
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
-    def __init__(self, layers: Sequence[Layer], params: Sequence[Parameter], kinds: Kinds) -> None:
-        self._kinds = tuple(kinds)
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        params: Sequence[Parameter],
+        kinds: Kinds,
+        chosen: Collection[Parameter] = (),
+    ) -> None:
+        self._kinds, self._chosen = tuple(kinds), chosen
         self._layer_of = {p: la for la in layers for p in (la.weight, la.bias) if p is not None}
         free = [p for p in params if p.ndim > 1 and p.requires_grad and p.is_floating_point()]
         self.free = [p for p in free if p not in self._layer_of and p.numel()]
@@ -59,7 +66,7 @@ class OtherUses:
         uses = [use for p in passes for use in p.uses]
         past = past_modules(edges, uses, self._layer_of, self.free)
         for p, layout in past.found.items():
-            if layout.kind(p) in self._kinds:
+            if p in self._chosen or layout.kind(p) in self._kinds:
                 self.found.setdefault(p, layout)
         if passes:
             passes[-1].uses += past.uses
