@@ -35,6 +35,7 @@ COMPARISONS = (
     Comparison("`nn.Embedding`", "clicks", "embeddings", "base"),
     Comparison("`nn.Embedding`", "words", "embeddings", "base"),
     Comparison("`nn.Embedding`", "characters", "embeddings", "base"),
+    Comparison("embedding as head", "tied words", "embeddings", "base"),
     Comparison("`nn.LayerNorm`", "words", "norms", "base"),
     Comparison("`nn.LayerNorm`", "digits", "norms", "base"),
     Comparison("`nn.BatchNorm1d`", "signals", "norms", "base"),

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from kfacopt.kfac.choice import left_out, recurrent_parameters
+from kfacopt.kfac.choice import Choice
 from kfacopt.kfac.layers import Layer, default_kinds, find_layers
-from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.optim.distributed import Ranks
 from kfacopt.optim.messages import log_layers
 from kfacopt.optim.settings import Settings
@@ -114,16 +114,15 @@ def connect(
     """
     refuse_pipeline_stages(module for _, module in modules)
     kinds = default_kinds() if settings.layers is None else settings.layers
-    layers = find_layers(modules, params, settings.separate_weight_and_bias, kinds)
+    untied = [p for p in params if p not in matrices or not matrices[p].is_tied]
+    layers = find_layers(modules, untied, settings.separate_weight_and_bias, kinds)
     names = parameter_names(modules, params)
     layers += _product_layers(matrices, layers, names, settings.separate_weight_and_bias)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)
     own_modules = [module for _, module in modules]
-    left, chosen = left_out(own_modules, kinds), recurrent_parameters(own_modules, kinds)
-    # Not of modules whose kind is known, but was not chosen.
-    free = [p for p in params if kinds and id(p) not in left]
-    others = OtherUses(curvature.layers, free, kinds, chosen)
+    choice = Choice.of(own_modules, kinds, settings.inverse.corrected)
+    others = OtherUses(curvature.layers, params, choice)
     statistics = Statistics(curvature.layers, others, settings.curvature, labels, exchange)
     recurrence = RecurrenceWatch(statistics, kinds, settings.curvature.recording)
     own = (settings.curvature, statistics, ranks.wrappers, recurrence)
@@ -133,7 +132,7 @@ def connect(
     log_layers(curvature.layers, rest, settings.curvature.form)
     trained, placement = [p.requires_grad for p in params], placement_of(params)
     vectors = at_rate_of_vectors(own_modules)
-    return Connection(watch, statistics, names, left, vectors, trained, placement)
+    return Connection(watch, statistics, names, choice.left_out, vectors, trained, placement)
 
 
 def _product_layers(

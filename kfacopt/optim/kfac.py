@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from kfacopt.kfac.factors import Factors
 from kfacopt.kfac.layers import Block, KFACApprox, Layer
-from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
 from kfacopt.optim.connection import Connection, connect
@@ -44,7 +44,12 @@ from kfacopt.optim.state.conversions import restore_generator, store_generator
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.state.initial import is_initialisation
 from kfacopt.optim.state.loading import load_checked
-from kfacopt.optim.state.matrices import agreed_layouts, keep_layouts, kept_layouts
+from kfacopt.optim.state.matrices import (
+    agreed_layouts,
+    keep_layouts,
+    kept_layouts,
+    shapes_to_load,
+)
 from kfacopt.optim.statistics.collector import Statistics
 from kfacopt.optim.statistics.label_draws import LabelDraws
 from kfacopt.optim.statistics.moments import Moments
@@ -325,7 +330,7 @@ class KFACOptimizer(Optimizer):
         return self._curvature.fold(pending, bases, step, self._group)
 
     def _report_without_inverse(self, waiting: bool, block: Block) -> None:
-        if waiting:
+        if waiting or block.anchor in self._statistics.others.found:
             log_new_layer(block.layer)
             return
         otherwise = self._statistics.undercounted
@@ -488,7 +493,7 @@ class KFACOptimizer(Optimizer):
         if not self._statistics.collecting:
             return False
         others, params = self._statistics.others, self._parameters()
-        found = agreed_layouts(others.found, others.free, params, self._group)
+        found = agreed_layouts(others.found, others.candidates, params, self._group)
         if not found:
             self._warn_without_layers()
             return False
@@ -575,10 +580,11 @@ class KFACOptimizer(Optimizer):
         """
         params, tuned = self._parameters(), self._settings.steps.tuned
         named = [(self._connection.names[id(p)], p) for p in params]
-        shapes = self._curvature.shapes(params)
+        shapes, form = self._curvature.shapes(params), self._settings.curvature.form
+        shapes_of = partial(shapes_to_load, shapes=shapes, form=form)
 
         def check(state: Any) -> None:
-            check_state_dict(state, self.param_groups, named, shapes, tuned)
+            check_state_dict(state, self.param_groups, named, shapes_of, tuned)
 
         load_checked(self, super().load_state_dict, state_dict, check)
         self._resume()
