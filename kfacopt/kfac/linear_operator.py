@@ -61,8 +61,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             padding, dilation, groups), embeddings (A is diagonal), scale and shift of
             normalisations (the exact diagonal of F) and what `kfacopt.register_layer` was told of:
             see docs/layers.md. Products with matrices
-            past modules' calls (`x @ W`, `F.linear`, `nn.MultiheadAttention`) count as well; a
-            matrix of which the model makes no other use is a layer by the parameter's name.
+            past modules' calls (`x @ W`, `F.linear`, `nn.MultiheadAttention`) and lookups
+            (`F.embedding`) count as well; a matrix of which the model makes no other use is a layer
+            by the parameter's name. So is an embedding that is tied to the head.
         loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
             log-probabilities; or any function or module that maps predictions z and targets to a
             scalar. Of this the positive part of the Hessian at z is the curvature, found exactly

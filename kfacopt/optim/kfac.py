@@ -142,7 +142,9 @@ class KFACOptimizer(Optimizer):
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         layers: Which kinds of modules are preconditioned, as a list of classes, of those in
             docs/layers.md and those given to `kfacopt.register_layer`; AdamW trains what is in
-            others. `None`: `kfacopt.default_layers()`.
+            others. `None`: `kfacopt.default_layers()`. With `nn.Linear` and `nn.Embedding` an
+            embedding that is tied to the head is a layer (not for EKFAC); `nn.LSTM` and the like
+            name the products in them.
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
         factor_dtype: The dtype that Ā, Ḡ and Λ are kept in; `None` is the parameters', at least
             float32. Sums and decompositions are computed in at least float32.
