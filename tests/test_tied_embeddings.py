@@ -375,6 +375,38 @@ def test_training_and_resuming(name, option):
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:KFACOptimizer. layer .* the loss depends on its parameters")
+def test_by_default_it_is_adamws(name):
+    model = MODELS[name]()
+    optimizer = KFACOptimizer(model.parameters())
+    train(model, optimizer, 3)
+    row = curvature_of(optimizer, weight_of(model))
+    assert not row.preconditioned
+    if "module" in name.split()[0]:
+        assert row.curvature == "AdamW: nn.Embedding is not among layers="
+
+
+def test_a_state_of_other_settings_does_not_make_it_a_layer():
+    model, other = Modules(), Modules()
+    optimizer = KFACOptimizer(model.parameters(), layers=LAYERS)
+    train(model, optimizer, 2)
+    resumed = KFACOptimizer(other.parameters(), layers=LAYERS, preconditioner="ekfac")
+    resumed.load_state_dict(optimizer.state_dict())
+    train(other, resumed, 2)
+    assert not curvature_of(resumed, weight_of(other)).preconditioned
+
+
+def test_the_bias_of_a_layer_that_becomes_another_is_told_of_once_in_the_log(caplog):
+    model = FunctionAndModule(padding_idx=2)
+    options = {"layers": LAYERS, "separate_weight_and_bias": True}
+    optimizer = KFACOptimizer(model.parameters(), **options)
+    with caplog.at_level("INFO", "kfacopt"):
+        train(model, optimizer, 3)
+    assert "layer 'head' is new since the forward pass" in caplog.text
+    assert optimizer.statistics()["fallback_parameters"] == 0.0
+
+
 def test_a_large_vocabulary_has_no_matrix_of_its_square():
     torch.manual_seed(0)
     model = Modules()

@@ -57,7 +57,7 @@ class Choice:
 
     def looks_for(self, p: Parameter) -> bool:
         """Tell whether uses of a matrix in no layer are looked for."""
-        return bool(self.kinds) and (self.ties or id(p) not in self.left_out)
+        return bool(self.kinds) and id(p) not in self.left_out
 
     def makes_layer(self, p: Parameter, layout: MatrixLayout) -> bool:
         """Tell whether a matrix that is used in some way is a layer."""

@@ -114,14 +114,16 @@ def connect(
     """
     refuse_pipeline_stages(module for _, module in modules)
     kinds = default_kinds() if settings.layers is None else settings.layers
+    own_modules = [module for _, module in modules]
+    choice = Choice.of(own_modules, kinds, settings.inverse.corrected)
+    # A state may have been saved with other settings.
+    matrices = {p: layout for p, layout in matrices.items() if choice.makes_layer(p, layout)}
     untied = [p for p in params if p not in matrices or not matrices[p].is_tied]
     layers = find_layers(modules, untied, settings.separate_weight_and_bias, kinds)
     names = parameter_names(modules, params)
     layers += _product_layers(matrices, layers, names, settings.separate_weight_and_bias)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)
-    own_modules = [module for _, module in modules]
-    choice = Choice.of(own_modules, kinds, settings.inverse.corrected)
     others = OtherUses(curvature.layers, params, choice)
     statistics = Statistics(curvature.layers, others, settings.curvature, labels, exchange)
     recurrence = RecurrenceWatch(statistics, kinds, settings.curvature.recording)

@@ -332,7 +332,7 @@ class KFACOptimizer(Optimizer):
         return self._curvature.fold(pending, bases, step, self._group)
 
     def _report_without_inverse(self, waiting: bool, block: Block) -> None:
-        if waiting or block.anchor in self._statistics.others.found:
+        if waiting or block.layer.weight in self._statistics.others.found:
             log_new_layer(block.layer)
             return
         otherwise = self._statistics.undercounted
