@@ -15,12 +15,14 @@ NORMALISED = "weight norm, or standardised weights"
 ENTRIES = "added or multiplied entry by entry"
 TIED = "embedding tied to the head"
 EMBEDDING = "embedding, a layer with `layers=` alone"
+RECURRENT = "recurrent, a layer with `layers=` alone"
 _BY_KIND = {
     "ScaledStdConv2d": NORMALISED,
     "ParametrizedConv1d": NORMALISED,
     "ParametrizationList": NORMALISED,
     "Embedding": EMBEDDING,
     "EmbeddingBag": EMBEDDING,
+    **dict.fromkeys(("RNNBase", "RNNCellBase"), RECURRENT),
 }
 _BY_NAME = {
     r"(^|\.)(cls|mask|distillation)_token$": ENTRIES,

@@ -24,6 +24,8 @@ from kfacopt.kfac.added_biases import (
 from kfacopt.kfac.convolution_uses import CONVOLUTION, ConvolutionCall, convolution_call
 from kfacopt.kfac.layers.matrix import Product, Span, by_axis
 from kfacopt.kfac.layers.patches import Upsampling
+from kfacopt.kfac.layers.tied import Lookup
+from kfacopt.kfac.lookup_uses import EMBEDDING, LOOKUP, lookup_call
 from kfacopt.kfac.parameter_views import (
     AxisRange,
     ParameterView,
@@ -54,8 +56,8 @@ class MatrixUse:
         weight: The parameter.
         bias: What is added, if it is a parameter with an entry for each output.
         roles: Of the parameter's axes, see `Matrix`; "c" or "t" and the number of groups for
-            convolutions and transposed ones.
-        input: a `[R, d_in]`, or `[B, R, d_in]` for groups; a convolution's input.
+            convolutions and transposed ones; `EMBEDDING` for lookups.
+        input: a `[R, d_in]`, or `[B, R, d_in]` for groups; a convolution's input; tokens.
         edge: The gradient edge of the product.
         input_edges: Those of a.
         call: Which part of the matrix it has, and where; a convolution's sizes.
@@ -67,7 +69,7 @@ class MatrixUse:
     input: Tensor
     edge: GradientEdge
     input_edges: tuple[GradientEdge, ...]
-    call: Product | ConvolutionCall | Upsampling
+    call: Product | ConvolutionCall | Upsampling | Lookup
 
 
 def products_at(
@@ -104,6 +106,8 @@ def products_at(
         use = _bilinear(p, view, node, parents)
     elif name == CONVOLUTION and place == 1:
         use = _convolution(p, view, node)
+    elif name == LOOKUP and place == 0:
+        use = _lookup(p, view, node)
     return None if use is None else [use]
 
 
@@ -306,6 +310,16 @@ def _convolution(p: Parameter, view: ParameterView, node: Any) -> MatrixUse | No
     if found is not None and found[1] == ParameterView.whole(node._input_metadata[0].shape[1:2]):
         bias = found[0] if found[0].ndim == 1 and len(found[0]) == found[1].shape[0] else None
     return MatrixUse(p, bias, roles, x.detach(), GradientEdge(node, 0), _edges(node, 0), call)
+
+
+def _lookup(p: Parameter, view: ParameterView, node: Any) -> MatrixUse | None:
+    """Return a node as a lookup of rows of a whole parameter; `None` if it has a part of it."""
+    whole = p.ndim == 2 and view == ParameterView.whole(p.shape)
+    call = lookup_call(p, node) if whole else None
+    tokens = None if call is None else kept(node, "_saved_indices")
+    if call is None or tokens is None:
+        return None
+    return MatrixUse(p, None, EMBEDDING, tokens.detach(), GradientEdge(node, 0), (), call)
 
 
 def _layout(p: Parameter, view: ParameterView) -> _Layout | None:
