@@ -320,6 +320,9 @@ class Experts(nn.Module):
         if self.way == "places":
             z = torch.bmm(x.reshape(N * S // 2, 2, D).transpose(0, 1), self.experts)
             z = z.transpose(0, 1).reshape(N, S, C)
+        elif self.way == "gathered":
+            W = self.experts[torch.arange(N * S) % 2]
+            z = torch.bmm(x.reshape(N * S, 1, D), W).reshape(N, S, C)
         else:
             flat, z = x.reshape(N * S, D), x.new_zeros(N * S, C)
             for e in range(2):
@@ -330,14 +333,14 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["places", "chosen"])
+@pytest.mark.parametrize("way", ["places", "chosen", "gathered"])
 def test_experts_count_no_padding(way, kind):
     model, x = Experts(way), sequences()
     check_exact(model, list(model.parameters()), x, data(N, S, C), kind)
 
 
 @pytest.mark.parametrize("fisher_type", FISHERS)
-@pytest.mark.parametrize("way", ["places", "chosen"])
+@pytest.mark.parametrize("way", ["places", "chosen", "gathered"])
 def test_the_optimizers_experts_count_no_padding(way, fisher_type):
     model, x = Experts(way), sequences()
     optimizer = trained(model, x, data(N, S, C), fisher_type=fisher_type)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_products import INVERTED
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kfacopt import (
     EKFACLinearOperator,
@@ -79,6 +81,21 @@ class Functions(nn.Module):
     def forward(self, tokens):
         e = F.embedding(tokens, self.table, padding_idx=self.padding)
         return self.hidden(e).tanh() @ self.table.T
+
+
+class OnTheLeft(Functions):
+    """The head is W h."""
+
+    def forward(self, tokens):
+        h = self.hidden(F.embedding(tokens, self.table, padding_idx=self.padding)).tanh()
+        return (self.table @ h.mT).mT
+
+
+class InACheckpoint(Functions):
+    """What the lookup and the product have kept is computed once more."""
+
+    def forward(self, tokens):
+        return checkpoint(super().forward, tokens, use_reentrant=False)
 
 
 MODELS = {
@@ -243,6 +260,27 @@ def test_the_operator_has_the_product_of_dense_parts(name, padding, batches, alo
     factors = K.factors(W)
     assert factors.input_factor.shape == (WIDTH, WIDTH)
     assert factors.grad_output_factor.shape == (V, V)
+
+
+@pytest.mark.parametrize("kind", [OnTheLeft, InACheckpoint])
+def test_other_products_are_uses_of_the_head(kind):
+    """In the operator's block, and in the optimizer's third step."""
+    found, (tokens, labels) = [], batch()
+    for model in (kind(padding_idx=2), Functions(padding_idx=2)):
+        data = [(tokens, labels.flatten())]
+        options = {"fisher_type": "type-2", "batch_size_fn": torch.numel}
+        K = KFACLinearOperator(
+            Flat(model), nn.CrossEntropyLoss(), [*model.parameters()], data, **options
+        )
+        block = K @ torch.eye(K.shape[0])
+        optimizer = KFACOptimizer(
+            model.parameters(), layers=LAYERS, fisher_type="type-2", factor_update_interval=1
+        )
+        train(model, optimizer, 3)
+        assert optimizer.describe().preconditioned_share == 1.0
+        found.append([block, *(p.detach() for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=INVERTED, atol=INVERTED)
 
 
 def test_a_linear_layer_that_is_looked_up_is_refused_by_name():
