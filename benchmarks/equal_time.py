@@ -367,6 +367,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="make no run, print the tables")
     parser.add_argument("--page", action="store_true", help="with --report: put them into the page")
     found = parser.parse_args(arguments)
+    if found.page and found.set not in PAGES:
+        parser.error(f"{found.set} has no page")
     unknown = set(found.problems or ()) - set(SETS[found.set])
     if unknown:
         parser.error(f"not in the set: {', '.join(sorted(unknown))}")
@@ -403,9 +405,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         from benchmarks.equal_time_tables import report
 
-        report(
-            read(sorted(folder.glob("*.jsonl"))), SETS[own.set], folder, own.page and PAGES[own.set]
-        )
+        page = PAGES[own.set] if own.page else None
+        report(read(sorted(folder.glob("*.jsonl"))), SETS[own.set], folder, page, own.set)
 
 
 if __name__ == "__main__":
