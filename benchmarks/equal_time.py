@@ -64,16 +64,16 @@ MAKERS: dict[str, Callable[..., Any]] = {
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "cosine": {
         "AdamW": (1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2),
-        "SGD": (0.01, 0.03, 0.1, 0.3),
-        "SOAP": (1e-3, 3e-3, 1e-2),
-        "Muon": (1e-3, 3e-3, 1e-2),
+        "SGD": (0.01, 0.04, 0.16, 0.64),
+        "SOAP": (3e-3, 1e-2, 3e-2),
+        "Muon": (5e-3, 1.5e-2, 4.5e-2),
     },
     # Fewer, so that all fits in 45 minutes of two cores.
     "constant": {
         "AdamW": (1e-3, 4e-3, 1.5e-2),
-        "SGD": (0.03, 0.1),
-        "SOAP": (1e-3, 3e-3),
-        "Muon": (1e-3, 3e-3),
+        "SGD": (0.04, 0.16),
+        "SOAP": (3e-3, 1e-2),
+        "Muon": (5e-3, 1.5e-2),
     },
 }
 OURS_ALONE = {"cosine": OURS, "constant": OURS[:1]}
