@@ -64,16 +64,16 @@ MAKERS: dict[str, Callable[..., Any]] = {
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "cosine": {
         "AdamW": (1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2),
-        "SGD": (0.01, 0.03, 0.1, 0.3),
-        "SOAP": (1e-3, 3e-3, 1e-2),
-        "Muon": (1e-3, 3e-3, 1e-2),
+        "SGD": (0.01, 0.04, 0.16, 0.64),
+        "SOAP": (3e-3, 1e-2, 3e-2),
+        "Muon": (5e-3, 1.5e-2, 4.5e-2),
     },
     # Fewer, so that all fits in 45 minutes of two cores.
     "constant": {
         "AdamW": (1e-3, 4e-3, 1.5e-2),
-        "SGD": (0.03, 0.1),
-        "SOAP": (1e-3, 3e-3),
-        "Muon": (1e-3, 3e-3),
+        "SGD": (0.04, 0.16),
+        "SOAP": (3e-3, 1e-2),
+        "Muon": (5e-3, 1.5e-2),
     },
 }
 OURS_ALONE = {"cosine": OURS, "constant": OURS[:1]}
@@ -367,6 +367,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="make no run, print the tables")
     parser.add_argument("--page", action="store_true", help="with --report: put them into the page")
     found = parser.parse_args(arguments)
+    if found.page and found.set not in PAGES:
+        parser.error(f"{found.set} has no page")
     unknown = set(found.problems or ()) - set(SETS[found.set])
     if unknown:
         parser.error(f"not in the set: {', '.join(sorted(unknown))}")
@@ -403,9 +405,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         from benchmarks.equal_time_tables import report
 
-        report(
-            read(sorted(folder.glob("*.jsonl"))), SETS[own.set], folder, own.page and PAGES[own.set]
-        )
+        page = PAGES[own.set] if own.page else None
+        report(read(sorted(folder.glob("*.jsonl"))), SETS[own.set], folder, page, own.set)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def test_what_exists_is_not_repeated(tmp_path):
         (["held-out", "--set", "damping=1", "--final"], "no setting is chosen"),
         (["held-out"], "once, with --final"),
         (["choosing", "--problems", "flow"], "not in the set: flow"),
+        (["choosing", "--report", "--page"], "has no page"),
     ],
 )
 def test_nothing_is_chosen_on_what_is_held_out(arguments, message, capsys):
@@ -290,7 +291,7 @@ def test_a_report_of_what_is_there_so_far():
 def test_a_run_of_the_command_and_its_page(tmp_path, monkeypatch, capsys):
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
-    page.write_text("Before <!-- held-out --> x <!-- /held-out --> after")
+    page.write_text("Before <!-- held-out --> nothing yet <!-- /held-out --> after")
     monkeypatch.setitem(equal_time.PAGES, "held-out", page)
     monkeypatch.setitem(SETS, "held-out", {"line": _line()})
     monkeypatch.setattr(equal_time, "warm_up", lambda: None)
@@ -300,6 +301,8 @@ def test_a_run_of_the_command_and_its_page(tmp_path, monkeypatch, capsys):
     for shard in ("1/2", "2/2", "2/2"):
         equal_time.main([*common, *few, "--final", "--shard", shard])
     assert len((output / "line.jsonl").read_text().splitlines()) == 5 + 1 + 3 + 1
+    equal_time.main([*common, "--report"])
+    assert "nothing yet" in page.read_text()
     equal_time.main([*common, "--report", "--page"])
     assert "| line |" in capsys.readouterr().out
     assert "(../results/held_out/curves_cosine.png)" in page.read_text()

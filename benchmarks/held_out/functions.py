@@ -71,8 +71,8 @@ def _operator() -> Task:
 
     def batches(generator: Generator) -> Iterator[Batch]:
         while True:
-            who = torch.randint(SOURCES, (256,), generator=generator)
-            where = torch.randint(len(grid), (256,), generator=generator)
+            who = torch.randint(SOURCES, (512,), generator=generator)
+            where = torch.randint(len(grid), (512,), generator=generator)
             yield source[who], grid[where], values[who, where]
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -290,7 +290,7 @@ def _game() -> Task:
         chosen = model(X)[0].argmax(1, keepdim=True)
         return float((moves.gather(1, chosen) == 0).float().mean())
 
-    return Task(PolicyAndValue(96), loss, shuffled(train, 128), error)
+    return Task(PolicyAndValue(128), loss, shuffled(train, 128), error)
 
 
 # Graphs ------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ PROBLEMS = (
     _problem(
         "deeponet",
         "DeepONet of two tanh MLPs 64-64-48; 600 sources of a reaction–diffusion equation; MSE; "
-        "256 pairs of source and place",
+        "512 pairs of source and place",
         "relative L2 error for 60 other sources",
         _operator,
     ),
@@ -411,7 +411,7 @@ PROBLEMS = (
     ),
     _problem(
         "tic-tac-toe",
-        "MLP of 3 layers of 96 with LayerNorm, heads of policy and value; solved boards of "
+        "MLP of 3 layers of 128 with LayerNorm, heads of policy and value; solved boards of "
         "tic-tac-toe; cross entropy with the best moves + MSE of the value; batch 128",
         "share of 900 other boards with a losing choice",
         _game,

@@ -168,9 +168,9 @@ def _patients() -> Task:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return cox(model(batch[0])[:, 0], *batch[1:])
 
-    widths = (COVARIATES, 96, 96, 48)
+    widths = (COVARIATES, 128, 128, 64)
     layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.SiLU())]
-    model = nn.Sequential(*layers, nn.Linear(48, 1, bias=False))
+    model = nn.Sequential(*layers, nn.Linear(64, 1, bias=False))
 
     def metric(model: nn.Module) -> float:
         return discordance(model(test[0])[:, 0], *test[1:])
@@ -198,7 +198,7 @@ PROBLEMS = (
     ),
     Problem(
         "survival-cox",
-        "MLP 16-96-96-48-1, SiLU; 20,000 synthetic patients; Cox's partial likelihood within a "
+        "MLP 16-128-128-64-1, SiLU; 20,000 synthetic patients; Cox's partial likelihood within a "
         "batch of 256",
         "1 − concordance on 1,000 others",
         _patients,

@@ -255,7 +255,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             counts.append(self._fisher.counts(output.detach(), X, y))
             reached: set[LayerUse] = set()
             live = LiveRows()
-            live.ignore(getattr(self._fisher, "likelihood", None), y)
+            live.note(getattr(self._fisher, "likelihood", None), output, y)
             for by_use in gradients:
                 vectors += 1
                 reached.update(by_use)

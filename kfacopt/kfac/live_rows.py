@@ -34,8 +34,9 @@ class LiveRows:
 
     Rows without any are left out where they are positions: `[N, S, ...]` of linear layers and
     embeddings, and those of convolutions of sequences; rows of layers that one forward pass uses
-    several times; the places of experts. Of images it is the outermost lines, of other layers the
-    rows whose own target is ignored: a datum that is 0 by the accidents of ReLUs stays.
+    several times; the places of experts; rows that are not as many as the losses' data. Of images
+    it is the outermost lines, of other layers the rows whose own term the objective ignores: a
+    datum that is 0 by the accidents of ReLUs stays.
     """
 
     def __init__(self) -> None:
@@ -44,13 +45,32 @@ class LiveRows:
         self._spatial: dict[LayerUse, torch.Size] = {}  # of images
         self._reached: set[Layer] = set()  # of which any row received a gradient
         self._ignored: dict[int, Tensor] = {}  # by their number
+        self._data: set[int] = set()  # how many losses have
 
-    def ignore(self, likelihood: Likelihood | None, target: Any) -> None:
-        """Take note of the targets that a loss ignores."""
+    def note(
+        self,
+        likelihood: Likelihood | None,
+        output: Tensor,
+        target: Any,
+        upstream: Tensor | None = None,
+    ) -> None:
+        """Take note of a loss: how many data it has, and which of them it ignores.
+
+        Args:
+            likelihood: What it means, if that is known.
+            output: z.
+            target: Its target.
+            upstream: The derivative of the objective by it, for each term where it has no sum.
+        """
+        self._data.add(len(output) if output.ndim else 1)
         index = getattr(likelihood, "ignore_index", None)
-        if index is None or not isinstance(target, Tensor) or target.is_floating_point():
-            return
-        ignored = (target == index).flatten()
+        if index is not None and isinstance(target, Tensor) and not target.is_floating_point():
+            self._ignore((target == index).flatten())
+        if upstream is not None and upstream.ndim:  # a mask times the terms
+            zero = upstream == 0
+            self._ignore((zero.all(-1) if 1 < zero.ndim == output.ndim else zero).flatten())
+
+    def _ignore(self, ignored: Tensor) -> None:
         if ignored.device.type == "cpu" and not bool(ignored.any()):
             return
         known = self._ignored.get(len(ignored))
@@ -93,7 +113,7 @@ class LiveRows:
         routed, family = use.family.routed, use.family
         dims = family.dims if isinstance(family, Convolution) else 0
         positions = routed or (several and dims < 2) or _has_positions(use)
-        if not (positions or dims > 1 or self._ignored):
+        if not (positions or dims > 1 or self._ignored or self._data):
             return None
         rows = part.grad_rows(grad)
         if positions:
@@ -102,6 +122,8 @@ class LiveRows:
         if ignored is not None:
             live = _not_zero(rows, False)
             return live | ~ignored.reshape(live.shape)
+        if not dims and self._data and rows.shape[1] not in self._data:
+            return _not_zero(rows, routed)  # a loss has chosen some of the rows, or they were bags
         if dims < 2 or not grad.numel():
             return None
         self._spatial[use] = grad.shape[-dims:]  # gaps are filled when all gradients have come

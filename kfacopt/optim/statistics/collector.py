@@ -124,7 +124,7 @@ class Statistics:
             edges = [get_gradient_edge(call.output)]
             self.others.look(edges, [call.output], passes)
             self.objectives.note(type(call.likelihood).__name__, "known")
-            self._candidates.rows.ignore(call.likelihood, call.target)
+            self._candidates.rows.note(call.likelihood, call.output, call.target, upstream)
             if self._settings.fisher_type == "empirical":
                 self._empirical.add_loss(call, passes, upstream)
             else:
