@@ -86,9 +86,9 @@ class Heads(nn.Module):
         torch.manual_seed(0)
         self.body, self.heads = nn.Linear(D, 4), nn.ModuleList([nn.Linear(4, C), nn.Linear(4, C)])
 
-    def forward(self, x):
+    def forward(self, x, few=N):
         h = self.body(x).tanh()
-        return [head(h) for head in self.heads]
+        return self.heads[0](h[:few]), self.heads[1](h)
 
 
 @pytest.mark.parametrize("fisher_type", ["mc", "type-2"])
@@ -103,6 +103,21 @@ def test_each_task_has_the_data_with_its_label(fisher_type):
         close(optimizer.factors(f"heads.{i}").input_factor, h[own].T @ h[own] / int(own.sum()))
     a = torch.cat([x, torch.ones(N, 1)], 1)
     close(optimizer.factors("body").input_factor, a.T @ a / N)
+
+
+def test_a_task_that_is_masked_altogether_counts_nothing():
+    """The loss of another one, of more data, arrives first, and has some of them."""
+    model, x = Heads(), inputs()
+    optimizer, before = KFACOptimizer(model.parameters(), **EVERY_STEP), []
+    for weight in (1.0, 0.0):
+        optimizer.zero_grad()
+        first, second = model(x, 4)
+        loss = (weight * F.cross_entropy(first, LABELS[:4], reduction="none")).sum()
+        (loss + F.cross_entropy(second, LABELS.masked_fill(~CHOSEN, -100))).backward()
+        optimizer.step()
+        before.append([f.clone() for f in optimizer.factors("heads.0")])
+    for one, other in zip(*before, strict=True):
+        assert torch.equal(one, other)
 
 
 class Nodes(nn.Module):

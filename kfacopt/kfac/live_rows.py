@@ -139,16 +139,17 @@ class LiveRows:
         live = self._live.get(use)
         if live is None or bool(live.all()):
             return None
-        if not (self._all_ignored() or self._is_reached(use.layer)):
+        if not (self._all_ignored(live.numel()) or self._is_reached(use.layer)):
             return None
         if use in self._spatial:
             live = inner_positions(live.unflatten(1, self._spatial[use])).flatten(1)
             return None if bool(live.all()) else live
         return live
 
-    def _all_ignored(self) -> bool:
-        """Tell whether there are targets, and losses ignore all of them."""
-        return bool(self._ignored) and all(bool(x.all()) for x in self._ignored.values())
+    def _all_ignored(self, count: int) -> bool:
+        """Tell whether losses ignore all of so many data, or if none has so many, all of theirs."""
+        own = [self._ignored[count]] if count in self._ignored else self._ignored.values()
+        return bool(own) and all(bool(ignored.all()) for ignored in own)
 
     def _is_reached(self, layer: Layer) -> bool:
         """Tell whether any row of a layer received a gradient."""
