@@ -54,6 +54,7 @@ class EKFACLinearOperator(KFACLinearOperator):
         loss_average: See there.
         separate_weight_and_bias: See there.
         batch_size_fn: See there.
+        conv_factor: See there. Q_A of a split A is a Kronecker product as well.
 
     Raises:
         UnsupportedLossError: As all errors, those of `KFACLinearOperator`.
@@ -113,7 +114,7 @@ class EKFACLinearOperator(KFACLinearOperator):
             sides = (matrix.grad_output_factor, matrix.input_factor)
             spectrum_g, spectrum_a = map(eigendecomposition, sides)
             bases[block] = (spectrum_g[1], spectrum_a[1])
-            null_g, null_a = null_directions(*spectrum_g), null_directions(*spectrum_a)
+            null_g, null_a = (null_directions(*x) for x in (spectrum_g, spectrum_a))
             null[block] = null_g.unsqueeze(-1) | null_a.unsqueeze(-2)
             shape = (block.layer.groups, block.layer.d_out, block.d_in)
             moments[block] = sides[0].new_zeros(shape)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from kfacopt.kfac.layers import Kinds, Layer, default_kinds, families_of, find_layers
+from kfacopt.kfac.layers import Kinds, Layer, default_kinds, families_of, find_layers, split
 from kfacopt.kfac.matrix_uses import MatrixLayout
 from kfacopt.optim.distributed import Ranks
 from kfacopt.optim.messages import log_layers
@@ -113,6 +113,8 @@ def connect(
     layers = find_layers(modules, params, settings.separate_weight_and_bias, kinds)
     names = parameter_names(modules, params)
     layers += _product_layers(matrices, layers, names, settings.separate_weight_and_bias)
+    form = settings.curvature.form
+    layers = split(layers, settings.conv_factor, form.max_factor_dim)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)
     others = OtherUses(curvature.layers, _free(params, modules, kinds), kinds)
@@ -120,7 +122,7 @@ def connect(
     watch = Watch(layers, modules, settings.curvature, statistics, ranks.wrappers)
     covered = {id(p) for layer in curvature.layers for p in (layer.weight, layer.bias)}
     rest = [names[id(p)] for p in params if id(p) not in covered]
-    log_layers(curvature.layers, rest, settings.curvature.form)
+    log_layers(curvature.layers, rest, form)
     embedded = embeddings(module for _, module in modules)
     trained = [p.requires_grad for p in params]
     return Connection(watch, statistics, names, embedded, trained, placement_of(params))

@@ -148,7 +148,10 @@ def _curvature(
     sides = []
     for side, width in (("grad_output_factor", block.layer.d_out), ("input_factor", block.d_in)):
         diagonal = " (diagonal)" if state[side].ndim == 2 else ""
-        sides.append(f"{width}{diagonal}")
+        is_split = side == "input_factor" and block.layer.positions and block.weight is not None
+        bias = " + 1" if block.layer.joint else ""
+        split = f" ({block.layer.channels} channels, {block.layer.positions} positions{bias})"
+        sides.append(f"{width}{diagonal}{split if is_split else ''}")
     return f"Kronecker {groups}{' × '.join(sides)}"
 
 
