@@ -17,7 +17,8 @@ from torch import Tensor
 from kfacopt.linalg import decompositions
 from kfacopt.linalg.decompositions import DecompositionError as DecompositionError
 from kfacopt.linalg.precision import null_directions
-from kfacopt.linalg.split_factors import Basis, Factor, SplitBasis, SplitFactor, SplitInverse
+from kfacopt.linalg.split_factors import Basis, Factor, SplitFactor, SplitInverse
+from kfacopt.linalg.split_products import multiplied
 
 DampingMethod = Literal["factored", "exact"]
 DAMPING_METHODS: tuple[DampingMethod, ...] = ("factored", "exact")
@@ -223,8 +224,10 @@ class KroneckerProduct:
 
     def apply_columns(self, columns: Sequence[Tensor]) -> list[Tensor]:
         """Return G X A in the columns `[..., B, d_out, width]` that X is given in, as [W | b]."""
-        left = _multiplied_left(self.grad_output_factor, columns)
-        A, widths = self.input_factor, [x.shape[-1] for x in columns]
+        G, A, widths = self.grad_output_factor, self.input_factor, [x.shape[-1] for x in columns]
+        if isinstance(A, SplitInverse) and columns[0].ndim == 3 and not is_diagonal(G):
+            return multiplied(G, A, columns)
+        left = _multiplied_left(G, columns)
         if not isinstance(A, Tensor):
             return list(multiply_right(left, A).split(widths, dim=-1))
         rows = left.split(widths, dim=-1) if is_diagonal(A) else [left] * len(widths)
