@@ -70,7 +70,8 @@ def refreshed_basis(factor: Factor, basis: Basis | None, tolerance: float) -> Ba
         return SplitBasis(channels, positions, factor.joint)
     if kronecker.is_diagonal(factor) or basis is None:
         return kronecker.eigendecomposition(factor)[1]
-    assert isinstance(factor, Tensor) and isinstance(basis, Tensor)
+    assert isinstance(factor, Tensor)
+    assert isinstance(basis, Tensor)
     return _refreshed(factor, basis, tolerance)
 
 
@@ -115,7 +116,8 @@ def rotated_eigenvalues(
         if isinstance(old, SplitBasis) and isinstance(new, SplitBasis):
             eigenvalues = new.to(eigenvalues.dtype).squared_overlap(old).right(eigenvalues)
             continue
-        assert isinstance(old, Tensor) and isinstance(new, Tensor)
+        assert isinstance(old, Tensor)
+        assert isinstance(new, Tensor)
         squared = (new.mT.to(eigenvalues.dtype) @ old.to(eigenvalues.dtype)).square()
         eigenvalues = squared @ eigenvalues if axis == -2 else eigenvalues @ squared.mT
     return eigenvalues

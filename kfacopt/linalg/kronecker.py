@@ -1,8 +1,8 @@
 """Kronecker products G ⊗ A, their eigenbases and damped inverses; no parameters, no layers.
 
-A factor is dense, `[B, d, d]`, or diagonal, `[B, d]`; A may also be split (`split_factors`). B counts
-independent blocks (the groups of a convolution, 1 otherwise). All matrices are symmetric and vec is row-major, so that
-(G ⊗ A) vec(X) = vec(G X A) for X of shape `[..., B, d_out, d_in]`.
+A factor is dense, `[B, d, d]`, or diagonal, `[B, d]`; A may also be split (`split_factors`). B
+counts independent blocks (the groups of a convolution, 1 otherwise). All matrices are symmetric and
+vec is row-major, so that (G ⊗ A) vec(X) = vec(G X A) for X of shape `[..., B, d_out, d_in]`.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class KroneckerProduct:
 
     Attributes:
         grad_output_factor: G, `[B, d_out, d_out]` or its diagonal `[B, d_out]`.
-        input_factor: A, `[B, d_in, d_in]` or its diagonal `[B, d_in]`, or split, or a split inverse.
+        input_factor: A, `[B, d_in, d_in]` or its diagonal `[B, d_in]`, or split.
     """
 
     grad_output_factor: Tensor

@@ -103,7 +103,8 @@ class SplitFactor:
     def to(self, dtype: torch.dtype) -> SplitFactor:
         """Return the same in a dtype."""
         values = (self.channels, self.energies, self.means, self.constant)
-        return SplitFactor(*(x.to(dtype) for x in values), self.joint)
+        channels, energies, means, constant = (x.to(dtype) for x in values)
+        return SplitFactor(channels, energies, means, constant, self.joint)
 
     def trace(self) -> Tensor:
         """Return tr A `[B]`."""
@@ -142,7 +143,7 @@ class SplitFactor:
         def inverses(covariance: Tensor) -> Tensor:
             blocks = shares[..., None, None] * covariance.unsqueeze(1)
             flat = decompositions.damped_inverse(blocks.flatten(0, 1), damping.repeat_interleave(K))
-            return flat.unflatten(0, (B, K))
+            return flat.reshape(B, K, *covariance.shape[1:])
 
         try:
             blocks = inverses(covariance)
@@ -158,7 +159,7 @@ class SplitFactor:
         """Return the sum of A's blocks `[B, K, K]` over the channels."""
         _, _, u = self.parts()
         by_position = u[:, : self.means.shape[-1]].unflatten(-1, (-1, self.energies.shape[-1]))
-        moment = by_position.mT @ by_position
+        moment: Tensor = by_position.mT @ by_position
         return moment - torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1) - self.energies)
 
     def eigendecomposition(self) -> tuple[Tensor, SplitBasis]:
@@ -168,7 +169,8 @@ class SplitFactor:
         """
         sides = (self.channels, self.position_moment())
         (_, basis_c), (_, basis_k) = map(decompositions.eigendecomposition, sides)
-        assert basis_c is not None and basis_k is not None
+        assert basis_c is not None
+        assert basis_k is not None
         basis = SplitBasis(basis_c, basis_k, self.joint)
         return self.quotients(basis), basis
 
@@ -218,7 +220,7 @@ class SplitInverse:
     def updated(cls, blocks: Tensor, damping: Tensor, u: Tensor) -> SplitInverse:
         """Return the inverse from its first part and u, with the Sherman-Morrison formula."""
         wide = blocks.to(u.dtype)
-        B, K, C, _ = blocks.shape
+        K, C = blocks.shape[1:3]
         joint = u.shape[-1] > C * K
         by_position = u[:, : C * K].unflatten(-1, (C, K)).mT.unsqueeze(-1)  # [B, K, C, 1]
         image = (wide @ by_position).squeeze(-1).mT.flatten(1)
@@ -252,7 +254,7 @@ class SplitInverse:
 
     def trace(self) -> Tensor:
         """Return the trace `[B]`."""
-        total = self.blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+        total: Tensor = self.blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
         total = total - self.update[:, :-1].square().sum(-1)
         return total + self.update[:, -1] if self.joint else total
 
@@ -265,7 +267,8 @@ class SplitInverse:
         if self.joint:
             scale = self.update[:, -1, None, None].to(X.dtype)
             product = torch.cat([product, X[..., -1:] * scale], -1)
-        return product - (X @ w.unsqueeze(-1)) * w.unsqueeze(-2)
+        result: Tensor = product - (X @ w.unsqueeze(-1)) * w.unsqueeze(-2)
+        return result
 
     def dense(self) -> Tensor:
         """Return it as a matrix."""

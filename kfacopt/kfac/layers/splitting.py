@@ -30,9 +30,7 @@ def split(
             positions, `"auto"` those of them that are wide.
         max_factor_dim: With more channels, A is a diagonal.
     """
-    return [
-        (_split(layer, conv_factor, max_factor_dim), modules) for layer, modules in layers
-    ]
+    return [(_split(layer, conv_factor, max_factor_dim), modules) for layer, modules in layers]
 
 
 def _split(layer: Layer, conv_factor: ConvFactor, max_factor_dim: int | None) -> Layer:

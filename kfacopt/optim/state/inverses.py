@@ -82,6 +82,7 @@ def _kept_bases(state: State) -> Bases:
     basis_g, basis_a = map(state.get, BASES)
     if POSITION_BASIS not in state:
         return basis_g, basis_a
+    assert basis_a is not None
     positions, columns = state[POSITION_BASIS], _eigenvalues(state).shape[-1]
     joint = columns > basis_a.shape[-1] * positions.shape[-1]
     return basis_g, SplitBasis(basis_a, positions, joint)

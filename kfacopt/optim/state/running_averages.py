@@ -38,7 +38,7 @@ def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
 
 def input_factor(state: State, layer: Layer, dtype: torch.dtype) -> Factor:
     """Return a layer's A from its state, in a dtype."""
-    A = state[FACTORS[0]].to(dtype)
+    A: Tensor = state[FACTORS[0]].to(dtype)
     if not layer.positions:
         return A
     return SplitFactor.of(A, state[REST].to(dtype), layer.joint)
