@@ -307,6 +307,21 @@ def test_a_run_goes_on_from_its_saved_state(options):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_a_bias_may_be_frozen_and_trained_again(kind):
+    model, x = example("2d")
+    optimizer = KFACOptimizer(model.parameters(), conv_factor="channels", preconditioner=kind)
+    for trained in (True, False, True):
+        model[0].bias.requires_grad_(trained)
+        before = [p.detach().clone() for p in model.parameters()]
+        for _ in range(2):
+            optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+        moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+        assert moved == [True, trained]
+
+
 def test_a_state_of_another_form_is_refused_by_name():
     model, x = example("2d")
     optimizer, *_ = step(model, x)

@@ -141,5 +141,5 @@ class Block:
         """Return the block's A: the layer's, or 1 for a bias, whose input is the constant 1."""
         if self.weight is not None:
             return layer_factor
-        ones = torch.ones(self.layer.groups, 1, 1, dtype=layer_factor.dtype)
-        return ones.to(self.anchor.device)
+        shape, device = (self.layer.groups, 1, 1), self.anchor.device
+        return torch.ones(shape, dtype=layer_factor.dtype, device=device)

@@ -120,10 +120,10 @@ def sightings(module: _Convolution, x: Tensor) -> tuple[Tensor, Tensor, bool]:
         margins = [(pads[2 * i], pads[2 * i + 1]) for i in reversed(range(dims))]
     seen = x.new_ones(())
     for axis, (before, after) in enumerate(margins):
-        places = torch.arange(before + x.shape[2 + axis] + after, device=x.device)
+        places = torch.arange(before + x.shape[2 + axis] + after)
         windows = _windows(module, places, axis, 0)
         counts = torch.bincount(windows.reshape(-1), minlength=len(places))
-        seen = seen.unsqueeze(-1) * counts[before : len(places) - after].to(x.dtype)
+        seen = seen.unsqueeze(-1) * counts[before : len(places) - after].to(x)
     return x, seen, padded
 
 

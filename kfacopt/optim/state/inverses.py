@@ -58,7 +58,11 @@ def discard_unfitting(states: States, layer: Layer, form: FactorForm) -> None:
     """Forget a layer's factors and inverses if a parameter was frozen or added since."""
     state = states.get(layer.anchor, {})
     shapes = factor_shapes(layer, form)
-    if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):
+    fits = all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state)
+    # A split A is kept alike with and without a bias, but its inverse is not.
+    columns = {INPUT_UPDATE: layer.d_in + 1}
+    columns |= dict.fromkeys(("inverse_eigenvalues", "second_moments"), layer.d_in)
+    if fits and all(state[name].shape[-1] == n for name, n in columns.items() if name in state):
         return
     unfitting = (*shapes, *RECORDS, "inverse_step", "inverse_failures", *INVERSE_KEYS)
     for p in (layer.weight, layer.bias):
