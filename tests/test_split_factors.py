@@ -345,6 +345,13 @@ def test_wide_convolutions_are_split_by_default_and_described():
     assert optimizer.state[model[1].weight]["input_factor"].shape == (1, 64, 64)
 
 
+def test_patches_of_images_and_kernels_of_single_channels_stay_whole():
+    patches, deep = nn.Conv2d(3, 2, 16, 16), nn.Conv2d(4, 4, 25, groups=4)
+    for module in (patches, deep, nn.Linear(900, 2), nn.Conv2d(900, 2, 1)):
+        ((layer, _),) = split(find_layers([("", module)], module.parameters(), False), "auto")
+        assert layer.positions == 0
+
+
 def test_operators_keep_whole_factors_unless_asked():
     model, x = example("2d")
     data = [(x, torch.zeros_like(model(x)))]

@@ -27,7 +27,8 @@ def split(
     Args:
         layers: The layers with their modules.
         conv_factor: `"full"` splits none, `"channels"` all that have several channels and
-            positions, `"auto"` those of them that are wide.
+            positions, `"auto"` those of them that are wide, and have more channels than positions:
+            of patches of an image, positions are what matters.
         max_factor_dim: With more channels, A is a diagonal.
     """
     return [(_split(layer, conv_factor, max_factor_dim), modules) for layer, modules in layers]
@@ -37,9 +38,10 @@ def _split(layer: Layer, conv_factor: ConvFactor, max_factor_dim: int | None) ->
     if conv_factor == "full" or layer.weight is None:
         return layer
     positions = layer.family.positions(layer.weight.shape)
-    if positions < 2 or (conv_factor == "auto" and layer.d_in <= WIDEST_WHOLE):
+    channels = layer.d_in // max(positions, 1)
+    wide = layer.d_in > WIDEST_WHOLE and channels >= positions
+    if positions < 2 or (conv_factor == "auto" and not wide):
         return layer
-    channels = layer.d_in // positions
     if channels < 2 or (max_factor_dim is not None and channels > max_factor_dim):
         return layer
     return replace(layer, positions=positions)
