@@ -16,6 +16,7 @@ from kfacopt import EKFACLinearOperator, KFACLinearOperator, KFACOptimizer
 from kfacopt.kfac.layers import find_layers, split
 from kfacopt.linalg.kronecker import KroneckerProduct
 from kfacopt.linalg.split_factors import SplitFactor, SplitInverse, packed_rows
+from kfacopt.linalg.split_spectrum import spectrum_ends
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -136,6 +137,22 @@ def test_its_inverse_and_products_are_the_dense_ones(joint, groups, unseen):
     columns = [X[..., : C * K], X[..., C * K :]] if joint else [X]
     torch.testing.assert_close(torch.cat(product.apply_columns(columns), -1), G @ X @ want)
     torch.testing.assert_close(product.apply(X), G @ X @ want)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("unseen", [False, True])
+def test_the_ends_of_its_spectrum_are_those_of_the_dense_inverse(joint, unseen):
+    C, K = 4, 3
+    torch.manual_seed(0)
+    rows = torch.randn(2, 30, C * K + joint) + 0.5
+    if joint:
+        rows[..., -1] = 1
+    if unseen:
+        rows[..., : C * K].unflatten(-1, (C, K))[..., 1:] = 0
+    A = SplitFactor.from_packed(packed_rows(rows, K, joint) / 30, K, joint)
+    inverse = A.damped_inverse(torch.tensor([0.1, 3.0]))
+    values = torch.linalg.eigvalsh(inverse.dense())
+    torch.testing.assert_close(spectrum_ends(inverse), values[:, [0, -1]])
 
 
 def test_an_inverse_kept_in_bfloat16_stays_positive_definite():
@@ -320,6 +337,8 @@ def test_a_bias_may_be_frozen_and_trained_again(kind):
             optimizer.step()
         moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
         assert moved == [True, trained]
+        condition = optimizer.statistics()["0/condition"]
+        assert 1 < condition < float("inf")
 
 
 def test_a_state_of_another_form_is_refused_by_name():
