@@ -59,7 +59,7 @@ class Convolution(LayerFamily):
         sums, positions = patch_sums(module, x)
         return moment, sums.sum(0).reshape(module.groups, -1), positions * sums.shape[0]
 
-    def positions(self, shape: Size) -> int:
+    def kernel_entries(self, shape: Size) -> int:
         """Return the entries of the kernel of a weight."""
         return shape[2:].numel()
 

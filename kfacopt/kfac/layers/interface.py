@@ -111,7 +111,7 @@ class LayerFamily(ABC):
         """Return Σ g gᵀ `[B, d_out, d_out]`; `None` where summing over rows is as fast."""
         return None
 
-    def positions(self, shape: Size) -> int:
+    def kernel_entries(self, shape: Size) -> int:
         """Return K of columns `[C, K]` of a weight of some shape; 0 where they are of one kind."""
         return 0
 

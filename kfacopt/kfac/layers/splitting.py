@@ -37,7 +37,7 @@ def split(
 def _split(layer: Layer, conv_factor: ConvFactor, max_factor_dim: int | None) -> Layer:
     if conv_factor == "full" or layer.weight is None:
         return layer
-    positions = layer.family.positions(layer.weight.shape)
+    positions = layer.family.kernel_entries(layer.weight.shape)
     channels = layer.d_in // max(positions, 1)
     wide = layer.d_in > WIDEST_WHOLE and channels >= positions
     if positions < 2 or (conv_factor == "auto" and not wide):
