@@ -28,6 +28,8 @@ class Layer:
         groups: B.
         joint: Whether [W | b] is one matrix, with a constant 1 appended to a.
         family: How W is laid out.
+        parts: Uses of different kinds, each a layer of the same W whose factors are collected
+            apart; none for most.
         positions: K, the entries of the kernel, where A is kept by channels and positions (see
             `kfacopt.linalg.split_factors`); 0 where it is kept whole.
     """
@@ -38,7 +40,13 @@ class Layer:
     groups: int
     joint: bool
     family: LayerFamily
+    parts: tuple[Layer, ...] = ()
     positions: int = 0
+
+    @property
+    def collected(self) -> tuple[Layer, ...]:
+        """The layers that uses are of: the parts, or the layer itself."""
+        return self.parts or (self,)
 
     @property
     def anchor(self) -> nn.Parameter:

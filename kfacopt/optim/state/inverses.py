@@ -26,6 +26,7 @@ from kfacopt.optim.settings import InverseForm
 from kfacopt.optim.state.running_averages import (
     FACTORS,
     RECORDS,
+    REST,
     State,
     States,
     factor_shapes,
@@ -62,12 +63,16 @@ def discard_unfitting(states: States, layer: Layer, form: FactorForm) -> None:
     # A split A is kept alike with and without a bias, but its inverse is not.
     columns = {INPUT_UPDATE: layer.d_in + 1}
     columns |= dict.fromkeys(("inverse_eigenvalues", "second_moments"), layer.d_in)
-    if fits and all(state[name].shape[-1] == n for name, n in columns.items() if name in state):
-        return
-    unfitting = (*shapes, *RECORDS, "inverse_step", "inverse_failures", *INVERSE_KEYS)
+    if not (fits and all(state[x].shape[-1] == n for x, n in columns.items() if x in state)):
+        discard(states, layer)
+
+
+def discard(states: States, layer: Layer) -> None:
+    """Forget a layer's factors and inverses."""
+    entries = (*FACTORS, REST, *RECORDS, "inverse_step", "inverse_failures", *INVERSE_KEYS)
     for p in (layer.weight, layer.bias):
         if p is not None:
-            _forget(states.get(p, {}), unfitting)
+            _forget(states.get(p, {}), entries)
 
 
 def _forget(state: State, keys: Iterable[str]) -> None:
