@@ -17,16 +17,20 @@ from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
 from kfacopt.kfac.factors import (
     FactorForm,
     Factors,
+    as_factor,
     factor_dtype,
     grad_output_moment,
     input_moment,
     mean_input,
 )
 from kfacopt.kfac.layers import (
+    CONV_FACTORS,
     KFAC_APPROXES,
     Block,
+    ConvFactor,
     KFACApprox,
     Layer,
+    split,
 )
 from kfacopt.kfac.layers.tied import joined_factors
 from kfacopt.kfac.live_rows import LiveRows
@@ -93,6 +97,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             so that the two means differ for `"empirical"` only, in what they take for one datum.
         separate_weight_and_bias: Give W and b blocks of their own. `False` takes [W | b] together,
             where both are in `params`.
+        conv_factor: `"full"` keeps A of convolutions whole, `"channels"` by channels and positions
+            of the kernel, `"auto"` where it is wide; see `KFACOptimizer`.
         batch_size_fn: A function from X to the number of data in a batch, for inputs that do not
             tell it themselves; `"empirical"` asks for it, and means of losses other than the four.
 
@@ -144,11 +150,13 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         separate_weight_and_bias: bool = True,
         *,
         batch_size_fn: Callable[[Any], int] | None = None,
+        conv_factor: ConvFactor = "full",
     ) -> None:
         argument_checks.check_evaluation(data, progressbar, check_deterministic, batch_size_fn)
         argument_checks.check_flag("separate_weight_and_bias", separate_weight_and_bias)
         self._fisher = loss_fisher(loss_func, fisher_type, mc_samples, loss_average, batch_size_fn)
         argument_checks.check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
+        argument_checks.check_choice("conv_factor", conv_factor, CONV_FACTORS)
         argument_checks.check_integer("seed", seed)
         if not isinstance(model_func, nn.Module):
             raise ValueError(
@@ -159,7 +167,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         super().__init__(own)
         self._model_func, self._data, self._progressbar = model_func, data, progressbar
         batches = partial(self._batches, "K-FAC layers")
-        self._layers = layers_of(model_func, own, separate_weight_and_bias, batches)
+        layers = layers_of(model_func, own, separate_weight_and_bias, batches)
+        self._layers = split(layers, conv_factor)
         if not self._covers_tied:
             refuse_tied(self._layers)
         argument_checks.check_shape(shape, self.shape)
@@ -277,7 +286,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         products = {}
         for layer, _ in self._layers:
             A, G = factors.get(layer) or joined_factors(layer, factors, self._form.shapes)
-            products[layer] = KroneckerProduct(G, A)
+            products[layer] = KroneckerProduct(G, as_factor(layer, A))
         return products
 
     def _passes(

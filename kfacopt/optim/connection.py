@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from kfacopt.kfac.choice import Choice
-from kfacopt.kfac.layers import Layer, default_kinds, find_layers
+from kfacopt.kfac.layers import Layer, default_kinds, find_layers, split
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.optim.distributed import Ranks
 from kfacopt.optim.messages import log_layers
@@ -122,6 +122,8 @@ def connect(
     layers = find_layers(modules, untied, settings.separate_weight_and_bias, kinds)
     names = parameter_names(modules, params)
     layers += _product_layers(matrices, layers, names, settings.separate_weight_and_bias)
+    form = settings.curvature.form
+    layers = split(layers, settings.conv_factor, form.max_factor_dim)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)
     others = OtherUses(curvature.layers, params, choice)
@@ -131,7 +133,7 @@ def connect(
     watch = Watch(layers, modules, *own)
     covered = {id(p) for layer in curvature.layers for p in (layer.weight, layer.bias)}
     rest = [names[id(p)] for p in params if id(p) not in covered]
-    log_layers(curvature.layers, rest, settings.curvature.form)
+    log_layers(curvature.layers, rest, form)
     trained, placement = [p.requires_grad for p in params], placement_of(params)
     vectors = at_rate_of_vectors(own_modules)
     return Connection(watch, statistics, names, choice.left_out, vectors, trained, placement)

@@ -156,8 +156,17 @@ def _curvature(
     sides = []
     for side, width in (("grad_output_factor", block.layer.d_out), ("input_factor", block.d_in)):
         diagonal = " (diagonal)" if state[side].ndim == 2 else ""
-        sides.append(f"{width}{diagonal}")
+        sides.append(f"{width}{diagonal}{_split(block) if side == 'input_factor' else ''}")
     return f"Kronecker {groups}{' × '.join(sides)}"
+
+
+def _split(block: Block) -> str:
+    """Return how a block's A is split, if it is."""
+    layer = block.layer
+    if block.weight is None or not layer.positions:
+        return ""
+    bias = " + 1" if layer.joint else ""
+    return f" ({layer.channels} channels × {layer.positions} positions{bias})"
 
 
 def _bytes(x: Tensor) -> int:

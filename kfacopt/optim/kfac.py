@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer
 
 from kfacopt.kfac.factors import Factors
-from kfacopt.kfac.layers import Block, KFACApprox, Layer
+from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Layer
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
@@ -147,6 +147,10 @@ class KFACOptimizer(Optimizer):
             embedding that is tied to the head is a layer (not for EKFAC); `nn.LSTM` and the like
             name the products in them.
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
+        conv_factor: How A of convolutions is kept: `"full"`; `"channels"`, by channels C and
+            positions K of the kernel, which takes (K + 1) C² numbers with its inverse instead of
+            2 (K C)² (see `kfacopt.linalg.split_factors`); `"auto"`, so where K C is above
+            512 and C at least K.
         factor_dtype: The dtype that Ā, Ḡ and Λ are kept in; `None` is the parameters', at least
             float32. Sums and decompositions are computed in at least float32.
         inverse_dtype: The dtype that inverses and bases are kept in; `None` is the factors', at
@@ -226,6 +230,7 @@ class KFACOptimizer(Optimizer):
         separate_weight_and_bias: bool = False,
         layers: Collection[type[nn.Module]] | None = None,
         max_factor_dim: int | None = 8192,
+        conv_factor: ConvFactor = "auto",
         factor_dtype: torch.dtype | None = None,
         inverse_dtype: torch.dtype | None = None,
         fallback_lr: float | None = None,

@@ -54,6 +54,7 @@ def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorFor
     for layer in layers:
         for side, width in (("input", layer.d_in), ("grad_output", layer.d_out)):
             always = side == "input" and layer.diagonal_input
+            always = always or (side == "input" and layer.positions > 0)
             if form.diagonal(width) and not always:
                 logger.warning(
                     "layer %r: its %s factor is kept as a diagonal, %d > max_factor_dim = %s",

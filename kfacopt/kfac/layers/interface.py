@@ -111,6 +111,17 @@ class LayerFamily(ABC):
         """Return Σ g gᵀ `[B, d_out, d_out]`; `None` where summing over rows is as fast."""
         return None
 
+    def kernel_entries(self, shape: Size) -> int:
+        """Return K of columns `[C, K]` of a weight of some shape; 0 where they are of one kind."""
+        return 0
+
+    def split_moment(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return the sums of `kfacopt.linalg.split_factors.packed` over inputs, and their number.
+
+        Only for families whose columns have positions.
+        """
+        raise NotImplementedError
+
     # The layout of parameters: here, the axis of outputs leads, as that of biases does always ----
 
     def matrix_shape(self, shape: Size, groups: int) -> tuple[int, int, int]:

@@ -14,8 +14,15 @@ from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
 from kfacopt.optim.settings import Groups, check_group
 from kfacopt.optim.state.conversions import was_not_saved
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
-from kfacopt.optim.state.inverses import BASES, CORRECTION, INVERSES, NO_INVERSE
-from kfacopt.optim.state.running_averages import FACTORS, RECORDS
+from kfacopt.optim.state.inverses import (
+    BASES,
+    CORRECTION,
+    INPUT_UPDATE,
+    INVERSES,
+    NO_INVERSE,
+    POSITION_BASIS,
+)
+from kfacopt.optim.state.running_averages import FACTORS, RECORDS, REST
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,14 +30,21 @@ Shapes = Mapping[str, tuple[int, ...]]
 _ASYMMETRY = 0.02
 
 _NOT_NEGATIVE = ("inverse_eigenvalues", *CORRECTION, "exp_avg_sq", "factor_weight", "step")
-_FLOATING = (*FACTORS, *INVERSES, *BASES, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
+_SPLIT = (REST, INPUT_UPDATE, POSITION_BASIS)
+_FLOATING = (*FACTORS, *INVERSES, *BASES, *_SPLIT, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
 _SCALARS = ("step", "skipped_updates", "factor_step")
 _COUNTS = ("factor_updates", "skipped_updates", "factor_step", "inverse_failures", HAS_PREVIOUS)
 _LEAST = dict.fromkeys(_COUNTS, 0) | {"inverse_step": NO_INVERSE}
 
 # Entries that are there together or not at all.
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
-_TOGETHER = ((*FACTORS, *RECORDS), INVERSES, CORRECTION, _ADAMW, (PREVIOUS, HAS_PREVIOUS))
+_TOGETHER = (
+    (*FACTORS, REST, *RECORDS),
+    (*INVERSES, INPUT_UPDATE),
+    CORRECTION,
+    _ADAMW,
+    (PREVIOUS, HAS_PREVIOUS),
+)
 
 
 def check_state_dict(
@@ -149,7 +163,9 @@ def _check_entries(
             raise ValueError(f"{where} must be a tensor or a number, got {_described(value)}.")
         _check_entry(where, name, value, shapes.get(name), is_complex)
     # What the parameter has no use for, as of a layer that was frozen since, may be partial.
-    together = [names for names in _TOGETHER if names[0] in shapes]
+    without = () if REST in shapes else _SPLIT  # where A is not split
+    together = [[n for n in names if n not in without] for names in _TOGETHER]
+    together = [names for names in together if names[0] in shapes]
     for names in (*together, *_inverse_entries(there, shapes)):
         missing = [name for name in names if name not in there]
         if 0 < len(missing) < len(names):
@@ -161,6 +177,7 @@ def _inverse_entries(there: Mapping[str, Any], shapes: Shapes) -> Iterable[tuple
     for name in ("inverse_eigenvalues", "second_moments"):
         if name in there and name in shapes:
             full = [basis for basis in BASES if len(shapes[basis]) == 3]
+            full += [POSITION_BASIS] if POSITION_BASIS in shapes else []
             yield (name, "inverse_step", *full)
     if INVERSES[0] in there:
         yield (INVERSES[0], "inverse_step")
@@ -182,8 +199,8 @@ def _check_entry(
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"{where} must be a tensor of shape {shape}, got {got}. Use the same model, "
-            "frozen parameters, layers, separate_weight_and_bias and max_factor_dim as when it was "
-            "saved."
+            "frozen parameters, layers, separate_weight_and_bias, max_factor_dim and conv_factor "
+            "as when it was saved."
         )
     if is_complex and value.is_complex():  # moments of real and imaginary parts
         value = torch.view_as_real(value)

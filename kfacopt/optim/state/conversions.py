@@ -14,14 +14,14 @@ from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Layer
 from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state.inverses import INVERSE_KEYS, INVERSE_SIDES
-from kfacopt.optim.state.running_averages import FACTORS, RECORDS, States
+from kfacopt.optim.state.running_averages import FACTORS, RECORDS, REST, States
 
 logger = logging.getLogger("kfacopt")
 
 _GENERATOR = "generator_state"
 
 # Kept in a dtype of their own, whatever that of the parameter.
-_OWN_DTYPE = frozenset((*FACTORS, *RECORDS, *INVERSE_KEYS))
+_OWN_DTYPE = frozenset((*FACTORS, REST, *RECORDS, *INVERSE_KEYS))
 
 
 def was_not_saved(value: Any) -> bool:

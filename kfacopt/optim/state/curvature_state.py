@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.nn import Parameter
 
 from kfacopt.kfac.eigenvalues import Bases
-from kfacopt.kfac.factors import Factors
+from kfacopt.kfac.factors import Factors, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
 from kfacopt.optim.settings import Groups, Settings
@@ -21,7 +21,12 @@ from kfacopt.optim.state import inverses
 from kfacopt.optim.state.conversions import follow_parameters
 from kfacopt.optim.state.initial import complete_state, state_shapes
 from kfacopt.optim.state.inverses_over_ranks import update_shared
-from kfacopt.optim.state.running_averages import States, fold_factors, fold_second_moments
+from kfacopt.optim.state.running_averages import (
+    States,
+    fold_factors,
+    fold_second_moments,
+    input_factor,
+)
 from kfacopt.optim.statistics.averaging import average_second_moments
 from kfacopt.optim.statistics.moments import Moments
 
@@ -87,7 +92,10 @@ class CurvatureState:
             )
         if owners and self.has_statistics(owners[0]):
             state = self.entries[owners[0].anchor]
-            return Factors.of(owners[0], state["input_factor"], state["grad_output_factor"])
+            A = input_factor(state, owners[0], factor_dtype(state["input_factor"].dtype))
+            if not owners[0].positions:
+                A = state["input_factor"]
+            return Factors.of(owners[0], A, state["grad_output_factor"])
         known = [layer.name for layer in self.layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 
