@@ -16,12 +16,14 @@ ENTRIES = "added or multiplied entry by entry"
 EXPERTS = "experts by `torch._grouped_mm`"
 TIED = "embedding tied to the head"
 EMBEDDING = "embedding, a layer with `layers=` alone"
+RECURRENT = "recurrent, a layer with `layers=` alone"
 _BY_KIND = {
     "ScaledStdConv2d": NORMALISED,
     "ParametrizedConv1d": NORMALISED,
     "ParametrizationList": NORMALISED,
     "Embedding": EMBEDDING,
     "EmbeddingBag": EMBEDDING,
+    **dict.fromkeys(("RNNBase", "RNNCellBase"), RECURRENT),
 }
 _BY_NAME = {
     r"\.experts\.": EXPERTS,

@@ -72,6 +72,8 @@ class EKFACLinearOperator(KFACLinearOperator):
         George et al. (2018), https://arxiv.org/abs/1806.03884, section 3.
     """
 
+    _covers_tied = False
+
     def inverse(
         self, damping: float, *, method: DampingMethod = "exact"
     ) -> KFACInverseLinearOperator:

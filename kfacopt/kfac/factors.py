@@ -138,10 +138,19 @@ def input_rows(layer: Layer, use: LayerUse) -> Tensor:
     return a
 
 
-def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int]:
+def _live_rows(layer: Layer, use: LayerUse) -> Tensor:
+    """Return the rows `[B, R, d_in]` that A has, with the constant of a joint bias."""
+    rows = input_rows(layer, use).flatten(1, 2)
+    return rows if use.live is None else rows[:, use.live.flatten()]
+
+
+def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int | Tensor]:
     """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
+    if use.live is not None and use.family.routed:
+        rows = input_rows(layer, use) * use.live.unsqueeze(-1)
+        return second_moment(rows, diagonal), use.live.sum((1, 2))
     if use.live is not None:
-        rows = input_rows(layer, use).flatten(1, 2)[:, use.live.flatten()].unsqueeze(2)
+        rows = _live_rows(layer, use).unsqueeze(2)
         return second_moment(rows, diagonal), rows.shape[1]
     dtype = factor_dtype(layer.anchor.dtype)
     known = None if diagonal else use.family.input_moment(use.call, use.checked_input().to(dtype))
@@ -193,7 +202,10 @@ def _live_means_moments(
 
 def sparse_rows(uses: Sequence[LayerUse]) -> list[SparseRows]:
     """Return a layer's inputs by their entries, those of the same data as one; else nothing."""
-    found = [rows for rows in (use.sparse_inputs() for use in uses) if rows is not None]
+    pairs = [(use, use.sparse_inputs()) for use in uses]
+    found = [
+        rows if use.live is None else rows.at(use.live) for use, rows in pairs if rows is not None
+    ]
     if found and len({rows.shape[0] for rows in found}) == 1:
         return [side_by_side(found)]
     return found
@@ -229,8 +241,9 @@ def input_moment(
     loop = len(uses) > 1 and all(use.module is None for use in uses)
     if loop and not (form.reduce or layer.family.routed):
         # Products of a loop, few rows each: one sum over all of them.
-        rows = torch.cat([input_rows(layer, use).flatten(1, 2) for use in uses], 1)
+        rows = torch.cat([_live_rows(layer, use) for use in uses], 1)
         return second_moment(rows.unsqueeze(2), diagonal), rows.shape[1]
+    moments: Sequence[tuple[Tensor, int | Tensor]]
     if not form.reduce or layer.family.routed:
         moments = [_expanded_moment(layer, use, diagonal) for use in uses]
     elif any(use.live is not None for use in uses):
@@ -249,7 +262,7 @@ def input_moment(
     summed = of_all_groups(layer, uses, [moment for moment, _ in moments])
     if not layer.family.routed:
         return summed, sum(count for _, count in moments)
-    counts = [moment.new_full((len(moment),), count) for moment, count in moments]
+    counts = [moment.new_ones(len(moment)) * count for moment, count in moments]
     return summed, of_all_groups(layer, uses, counts)
 
 

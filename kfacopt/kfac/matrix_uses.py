@@ -1,4 +1,4 @@
-"""Products with matrices past the calls of their modules, found in the graph.
+"""Products with matrices, and lookups, past the calls of their modules, found in the graph.
 
 `F.linear`, `torch.addmm`, `x @ W`, `torch.einsum` and attention end in a node `Addmm`, `Mm`, `Bmm`
 whose operand is a parameter, or a view or cast of one; it keeps the input a, and g arrives at it.
@@ -6,29 +6,19 @@ whose operand is a parameter, or a view or cast of one; it keeps the input a, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
-from kfacopt.kfac.capture import LayerUse
-from kfacopt.kfac.convolution_uses import (
-    CONVOLUTION,
-    ConvolutionCall,
-    convolution_call,
-    convolution_family,
-    convolution_kind,
-)
-from kfacopt.kfac.layers import Layer
-from kfacopt.kfac.layers.convolution import Convolution
-from kfacopt.kfac.layers.interface import LayerFamily
-from kfacopt.kfac.layers.linear import LinearFamily
-from kfacopt.kfac.layers.matrix import Matrix, Product, Span, by_axis
+from kfacopt.kfac.convolution_uses import CONVOLUTION, ConvolutionCall, convolution_call
+from kfacopt.kfac.layers.matrix import Product, Span, by_axis
 from kfacopt.kfac.layers.patches import Upsampling
-from kfacopt.kfac.layers.transposed_convolution import TransposedConvolution
+from kfacopt.kfac.layers.tied import HEAD, Lookup
+from kfacopt.kfac.lookup_uses import EMBEDDING, LOOKUP, lookup_call
 from kfacopt.kfac.parameter_views import (
     AxisRange,
     ParameterView,
@@ -57,8 +47,8 @@ class MatrixUse:
         weight: The parameter.
         bias: The vector that is added, if it is a parameter.
         roles: Of the parameter's axes, see `Matrix`; "c" or "t" and the number of groups for
-            convolutions and transposed ones.
-        input: a `[R, d_in]`, or `[B, R, d_in]` for groups; a convolution's input.
+            convolutions and transposed ones; `EMBEDDING` for lookups.
+        input: a `[R, d_in]`, or `[B, R, d_in]` for groups; a convolution's input; tokens.
         edge: The gradient edge of the product.
         input_edges: Those of a.
         call: Which part of the matrix it has, and where; a convolution's sizes.
@@ -70,7 +60,7 @@ class MatrixUse:
     input: Tensor
     edge: GradientEdge
     input_edges: tuple[GradientEdge, ...]
-    call: Product | ConvolutionCall | Upsampling
+    call: Product | ConvolutionCall | Upsampling | Lookup
 
 
 def matrix_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter, list[MatrixUse]]:
@@ -86,7 +76,7 @@ def matrix_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter
         leaf = leaves.get(id(p))
         uses = None if leaf is None or p.ndim < 2 else _uses_of(p, leaf, parents)
         roles = {use.roles for use in uses or ()}
-        if uses and len(roles) == 1:
+        if uses and (len(roles) == 1 or roles == {HEAD, EMBEDDING}):
             found[p] = uses
     return found
 
@@ -154,6 +144,8 @@ def _uses_of(p: Parameter, leaf: Any, parents: Parents) -> list[MatrixUse] | Non
                 use = _product(p, view, parent, place, parents)
             elif place == 1 and parent.name() == CONVOLUTION:
                 use = _convolution(p, view, parent)
+            elif place == 0 and parent.name() == LOOKUP:
+                use = _lookup(p, view, parent)
             if use is None:
                 return None
             uses.append(use)
@@ -223,6 +215,15 @@ def _convolution(p: Parameter, view: ParameterView, node: Any) -> MatrixUse | No
     edges = () if before[0] is None else (GradientEdge(*before),)
     bias = _vector(node.next_functions[2], None, node._input_metadata[0].shape[1])
     return MatrixUse(p, bias, roles, x.detach(), GradientEdge(node, 0), edges, call)
+
+
+def _lookup(p: Parameter, view: ParameterView, node: Any) -> MatrixUse | None:
+    """Return a node as a lookup of rows of a whole parameter; `None` if it has a part of it."""
+    tokens = _kept(node, "_saved_indices") if view == ParameterView.whole(p.shape) else None
+    call = lookup_call(p, node)
+    if tokens is None or call is None or p.ndim != 2:
+        return None
+    return MatrixUse(p, None, EMBEDDING, tokens.detach(), GradientEdge(node, 0), (), call)
 
 
 def _kept(node: Any, saved: str) -> Tensor | None:
@@ -329,72 +330,3 @@ def _vector(edge: tuple[Any, int], outputs: Span | None, size: int) -> Parameter
     own = () if size == 1 else ((size, 1),)
     fits = repeated and last == own and view.offset == start and len(p) == total
     return p if fits else None
-
-
-@dataclass(frozen=True, eq=False)
-class MatrixLayout:
-    """How a matrix that no module's call uses is multiplied.
-
-    Attributes:
-        roles: As `MatrixUse` has them.
-        bias: What all products with it add.
-    """
-
-    roles: str
-    bias: Parameter | None
-
-    @classmethod
-    def of(cls, uses: Sequence[MatrixUse]) -> MatrixLayout:
-        """Return what products have in common."""
-        bias = uses[0].bias if len({id(use.bias) for use in uses}) == 1 else None
-        return cls(uses[0].roles, bias)
-
-    def layer(self, name: str, weight: Parameter, has_bias: bool, separate: bool) -> Layer:
-        """Return the layer that the matrix is.
-
-        Args:
-            name: The parameter's name.
-            weight: The parameter.
-            has_bias: Whether the bias, if there is one, is the layer's.
-            separate: Whether W and b have blocks of their own.
-        """
-        bias, family = self.bias if has_bias else None, self._family(weight)
-        groups = int(self.roles[1:]) if self._is_convolution else 1
-        groups = family.matrix_shape(weight.shape, groups)[0]
-        return Layer(name, weight, bias, groups, bias is not None and not separate, family)
-
-    @property
-    def _is_convolution(self) -> bool:
-        return self.roles[0] in "ct"
-
-    def _family(self, weight: Parameter) -> LayerFamily:
-        if self._is_convolution:
-            return convolution_family(self.roles, weight)
-        return Matrix(self.roles)
-
-    def kind(self, weight: Parameter) -> type[nn.Module]:
-        """Return which of torch's modules does the same."""
-        return convolution_kind(self.roles, weight) if self._is_convolution else nn.Linear
-
-
-def fits(use: MatrixUse, layer: Layer) -> bool:
-    """Tell whether a product can count as a use of a layer; blocks of W and b share their G."""
-    family = layer.family
-    if layer.bias is not None and not layer.joint and use.bias is not layer.bias:
-        return False
-    if isinstance(family, Matrix):
-        return family.roles == use.roles
-    if type(family) in (Convolution, TransposedConvolution):
-        roles = f"{'c' if type(family) is Convolution else 't'}{layer.groups}"
-        return use.roles == roles and layer.weight is use.weight
-    linear = type(family) is LinearFamily and use.roles == ("io" if family.inputs_first else "oi")
-    return (
-        linear and use.call in (Product(), Product(positions=True)) and layer.weight is use.weight
-    )
-
-
-def as_layer_use(use: MatrixUse, layer: Layer) -> LayerUse:
-    """Return a product as a use of its layer."""
-    a, version = use.input, use.input._version
-    edges = use.input_edges
-    return LayerUse(layer, None, use.call, a, use.edge, version, edges, None, use.bias)

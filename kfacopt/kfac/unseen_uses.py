@@ -21,15 +21,9 @@ from torch.utils.checkpoint import CheckpointFunction
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
 from kfacopt.kfac.factors import of_all_groups
 from kfacopt.kfac.layers import Layer
-from kfacopt.kfac.matrix_uses import (
-    MatrixLayout,
-    Parents,
-    as_layer_use,
-    fits,
-    graph_parents,
-    matrix_uses,
-    vector_uses,
-)
+from kfacopt.kfac.lookup_uses import TIED
+from kfacopt.kfac.matrix_layouts import MatrixLayout, as_layer_use, becomes_tied, fits
+from kfacopt.kfac.matrix_uses import Parents, graph_parents, matrix_uses, vector_uses
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
 _ROUND_OFFS = 16
@@ -66,7 +60,8 @@ class PastModules:
 
     Attributes:
         uses: Products that are uses of layers.
-        found: Matrices in no layer that products alone use, and how.
+        found: Matrices in no layer that products alone use, and how; and those of layers whose
+            uses make them tied ones.
         rest: The parameters of layers that are used in ways that products do not explain.
     """
 
@@ -97,12 +92,20 @@ def past_modules(
         layer = layer_of.get(p)
         if layer is None:
             found[p] = MatrixLayout.of(own)
+        elif layer.weight is p and becomes_tied(layer, own):
+            found[p] = MatrixLayout(TIED, None)
+            explained.add(p)
         elif layer.weight is p and all(fits(use, layer) for use in own):
             further += [as_layer_use(use, layer) for use in own]
             explained.add(p)
             adding = sum(use.bias is layer.bias for use in own)
             if layer.bias is not None and vectors.get(layer.bias) == adding:
                 explained.add(layer.bias)
+    for p in unseen:
+        layer = layer_of.get(p)
+        if layer is not None and layer.weight is None:
+            calls = sum(use.layer is layer for use in uses if _leaves_weight(use))
+            explained |= {p} if 0 < calls == vectors.get(p) else set()
     rest = [p for p in unseen if p in layer_of and p not in explained]
     return PastModules(further, found, rest)
 
@@ -111,10 +114,18 @@ def _nodes_past(outputs: Iterable[GradientEdge], uses: Iterable[LayerUse]) -> Pa
     """Return the nodes of graphs; from the output of a use the walk goes on at its input."""
     behind: dict[Any, list[Any]] = {}  # from the node of a use's output to that of its input
     for use in uses:
-        if not isinstance(use.edge.node, BackwardCFunction):
+        if not isinstance(use.edge.node, BackwardCFunction) and not _leaves_weight(use):
             following = [edge.node for edge in use.input_edges]
             behind.setdefault(use.edge.node, []).extend(following)
     return graph_parents(outputs, behind)
+
+
+def _leaves_weight(use: LayerUse) -> bool:
+    """Tell whether a recorded use is that of a bias alone, whose module's W has other uses."""
+    if use.layer.weight is not None or use.module is None:
+        return False
+    weight = use.module._parameters.get(use.family.weight_name)
+    return weight is not None and weight.requires_grad
 
 
 def is_undercounted(

@@ -115,7 +115,7 @@ class StepSettings:
     Attributes:
         tuned: Whether steps tune themselves, `lr="auto"`.
         kl_clip: κ; `None` does not clip.
-        vector_lr: AdamW's rate of vectors and embeddings.
+        vector_lr: AdamW's rate of vectors, embeddings and recurrent modules.
     """
 
     tuned: bool
@@ -144,11 +144,11 @@ class Defaults:
     ema_decay: float
     factor_update_interval: int
     inverse_update_interval: int
-    fallback_lr: float  # of vectors and embeddings
+    fallback_lr: float  # of vectors, embeddings and recurrent modules
 
 
 # "fixed", with the numbers in the signature of `KFACOptimizer`, is the best of the settings in
-# benchmarks/defaults.py (r1), but for `fallback_lr`: matrices and positions get 1e-3 instead.
+# benchmarks/defaults.py (r1), but for `fallback_lr`: other matrices and positions get 1e-3 instead.
 DEFAULTS = {"fixed": Defaults(5e-4, 0.9, 10, 50, 0.015), "auto": Defaults(1e-3, 0.8, 1, 5, 1e-3)}
 
 

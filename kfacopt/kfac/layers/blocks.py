@@ -27,6 +27,8 @@ class Layer:
         groups: B.
         joint: Whether [W | b] is one matrix, with a constant 1 appended to a.
         family: How W is laid out.
+        parts: Uses of different kinds, each a layer of the same W whose factors are collected
+            apart; none for most.
     """
 
     name: str
@@ -35,6 +37,12 @@ class Layer:
     groups: int
     joint: bool
     family: LayerFamily
+    parts: tuple[Layer, ...] = ()
+
+    @property
+    def collected(self) -> tuple[Layer, ...]:
+        """The layers that uses are of: the parts, or the layer itself."""
+        return self.parts or (self,)
 
     @property
     def anchor(self) -> nn.Parameter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -37,7 +37,7 @@ def check_state_dict(
     state_dict: Any,
     groups: Groups,
     named_params: Sequence[tuple[str, Parameter]],
-    shapes: Mapping[Parameter, Shapes],
+    shapes_of: Callable[[Parameter, Mapping[str, Any]], Shapes],
     tuned: bool,
 ) -> None:
     """Raise unless a state dictionary can be loaded; nothing has been changed then.
@@ -46,7 +46,8 @@ def check_state_dict(
         state_dict: What is to be loaded.
         groups: The optimizer's groups.
         named_params: The optimizer's parameters, in order, with their names.
-        shapes: For each of them the shapes of the entries of its state.
+        shapes_of: Returns the shapes that the entries of a parameter's state must have, of it and
+            of these entries.
         tuned: Whether the optimizer has lr="auto".
 
     Raises:
@@ -75,7 +76,9 @@ def check_state_dict(
         )
     _check_keys(state_dict["state"], saved)
     for key, (name, p) in zip(saved, named_params, strict=True):
-        _check_entries(f"{name!r}", state_dict["state"].get(key, {}), shapes[p], p.is_complex())
+        entries = state_dict["state"].get(key, {})
+        _check_is_dict(name, entries)
+        _check_entries(f"{name!r}", entries, shapes_of(p, entries), p.is_complex())
     _check_kind_of_steps(state_dict["state"], tuned)
 
 
@@ -130,11 +133,15 @@ def _check_keys(state: Mapping[Any, Any], saved: list[Any]) -> None:
         raise ValueError(f"state_dict has a state of {strangers}, which no group's params name.")
 
 
-def _check_entries(parameter: str, entries: Any, shapes: Shapes, is_complex: bool) -> None:
+def _check_is_dict(name: str, entries: Any) -> None:
     if not isinstance(entries, Mapping):
-        raise ValueError(
-            f"state_dict: the state of {parameter} must be a dict, got {_described(entries)}."
-        )
+        got = _described(entries)
+        raise ValueError(f"state_dict: the state of {name!r} must be a dict, got {got}.")
+
+
+def _check_entries(
+    parameter: str, entries: Mapping[str, Any], shapes: Shapes, is_complex: bool
+) -> None:
     there = _present(entries)
     for name, value in there.items():
         where = f"state_dict: {name} of {parameter}"

@@ -33,7 +33,14 @@ def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, A
     """Undo the cast of floating state to the parameter's dtype in `Optimizer.load_state_dict`."""
     saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
     params = chain.from_iterable(g["params"] for g in param_groups)
-    for key, p in zip(saved, params, strict=True):
+    for number, (key, p) in enumerate(zip(saved, params, strict=True)):
+        if was_not_saved(state_dict["state"].get(key, {}).get("exp_avg")):
+            logger.warning(
+                "parameter %d had curvature and no moments of AdamW in the state that was loaded; "
+                "here it was in no layer yet, so that its state starts anew. Make one step, of any "
+                "data, before torch.distributed.checkpoint loads into the optimizer",
+                number,
+            )
         for name, value in state_dict["state"].get(key, {}).items():
             if was_not_saved(value):
                 states[p].pop(name, None)

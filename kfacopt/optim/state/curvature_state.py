@@ -52,6 +52,20 @@ class CurvatureState:
         for layer in self.layers:
             inverses.discard_unfitting(self.entries, layer, self._form)
 
+    def forget_missed(self, before: Iterable[Layer], step: int) -> None:
+        """Let layers start anew that were no layers, and missed an update of their factors so.
+
+        Args:
+            before: The layers until now.
+            step: The number of the next step.
+        """
+        anchors, due = {layer.anchor for layer in before}, self._schedule.factors_due
+        for layer in self.layers:
+            if layer.anchor not in anchors and self.has_statistics(layer):
+                last = int(self.entries[layer.anchor]["factor_step"])
+                if any(map(due, range(last + 1, step))):
+                    inverses.discard(self.entries, layer)
+
     def has_statistics(self, layer: Layer) -> bool:
         """Tell whether a layer has had an update of its factors."""
         return bool(self.entries.get(layer.anchor, {}).get("factor_updates", 0))

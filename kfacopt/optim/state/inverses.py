@@ -55,12 +55,16 @@ def discard_unfitting(states: States, layer: Layer, form: FactorForm) -> None:
     """Forget a layer's factors and inverses if a parameter was frozen or added since."""
     state = states.get(layer.anchor, {})
     shapes = factor_shapes(layer, form)
-    if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):
-        return
-    unfitting = (*shapes, *RECORDS, "inverse_step", "inverse_failures", *INVERSE_KEYS)
+    if any(tuple(state[name].shape) != shape for name, shape in shapes.items() if name in state):
+        discard(states, layer)
+
+
+def discard(states: States, layer: Layer) -> None:
+    """Forget a layer's factors and inverses."""
+    entries = (*FACTORS, *RECORDS, "inverse_step", "inverse_failures", *INVERSE_KEYS)
     for p in (layer.weight, layer.bias):
         if p is not None:
-            _forget(states.get(p, {}), unfitting)
+            _forget(states.get(p, {}), entries)
 
 
 def _forget(state: State, keys: Iterable[str]) -> None:
