@@ -122,8 +122,9 @@ def default_kinds() -> Kinds:
 
     Example:
         >>> from torch import nn
-        >>> nn.Linear in default_kinds()
-        True
+        >>> from kfacopt import default_layers
+        >>> nn.Linear in default_layers(), nn.Embedding in default_layers()
+        (True, False)
     """
     return tuple(dict.fromkeys(entry.kind for entry in ENTRIES if entry.default))
 
