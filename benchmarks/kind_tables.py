@@ -35,12 +35,13 @@ COMPARISONS = (
     Comparison("`nn.Embedding`", "clicks", "embeddings", "base"),
     Comparison("`nn.Embedding`", "words", "embeddings", "base"),
     Comparison("`nn.Embedding`", "characters", "embeddings", "base"),
+    Comparison("embedding as head", "tied words", "embeddings", "base"),
     Comparison("`nn.LayerNorm`", "words", "norms", "base"),
     Comparison("`nn.LayerNorm`", "digits", "norms", "base"),
     Comparison("`nn.BatchNorm1d`", "signals", "norms", "base"),
     Comparison("`nn.Conv1d`", "signals", "base", "no convolutions"),
     Comparison("`nn.MultiheadAttention`", "digits", "base", "no products"),
-    Comparison("`nn.LSTM`", "characters", "base", "no products"),
+    Comparison("`nn.LSTM`", "characters", "recurrent", "base"),
     Comparison("`A @ (x @ W)`", "graphs", "base", "no products"),
 )
 

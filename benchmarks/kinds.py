@@ -46,10 +46,11 @@ LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
     "base": BASE,
     "embeddings": (*BASE, nn.Embedding),
     "norms": (*BASE, nn.LayerNorm, nn.BatchNorm1d),
+    "recurrent": (*BASE, nn.LSTM),
     "no convolutions": (nn.Linear, nn.Conv2d),
     "no products": BASE,
 }
-PAST_MODULES = ("lstm.", "self_attn.", "graph_")  # parameters whose layers are found as products
+PAST_MODULES = ("self_attn.", "graph_")  # parameters whose layers are found as products
 
 
 class Fallback(torch.optim.AdamW):

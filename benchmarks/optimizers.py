@@ -96,6 +96,16 @@ def _with_adamw(main: Any, rest: Sequence[Parameter], **settings: Any) -> Any:
     return Joint(main, torch.optim.AdamW(rest, **settings)) if rest else main
 
 
+def hidden_linear(model: nn.Module) -> list[Parameter]:
+    """Return the matrices of linear layers but for output layers.
+
+    Those are what lies in modules named `head` or `heads`, or else the last linear layer.
+    """
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    hidden = [m.weight for name, m in linear if not {"head", "heads"} & {*name.split(".")}]
+    return hidden if len(hidden) < len(linear) else hidden[:-1]
+
+
 def muon(model: nn.Module, *, lr: float = 1e-3, weight_decay: float = 0.1) -> Any:
     """Return torch's Muon for the matrices of hidden linear layers, and AdamW for the rest.
 
@@ -107,7 +117,7 @@ def muon(model: nn.Module, *, lr: float = 1e-3, weight_decay: float = 0.1) -> An
         lr: The learning rate of both.
         weight_decay: Of both.
     """
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)][:-1]
+    linear = hidden_linear(model)
     rest = _rest(model, linear)
     if not linear:
         return torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)

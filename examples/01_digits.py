@@ -1,4 +1,9 @@
-"""Train a small convolutional network on digits with SGD, AdamW and KFACOptimizer, and check K-FAC.
+"""Digits: K-FAC beside SGD and AdamW
+==================================
+
+Train a small convolutional network on digits with SGD, AdamW and KFACOptimizer, and check K-FAC.
+
+.. code-block:: sh
 
     python examples/01_digits.py [--quick] [--output FOLDER]
 

@@ -1,8 +1,13 @@
-"""Plot the spectral densities of Hessian, GGN and K-FAC of one model in one picture.
+"""Spectra of Hessian, GGN and K-FAC
+=================================
+
+Plot the spectral densities of Hessian, GGN and K-FAC of one model in one picture.
+
+.. code-block:: sh
 
     python examples/02_spectral_density.py [--quick] [--output FOLDER]
 
-A small network is trained on digits for a few epochs. The density of log(|A| + ε) comes from
+A small network is trained on digits for a few epochs. The density of log(abs(A) + ε) comes from
 Lanczos quadrature, which needs products with A only. The Hessian has negative eigenvalues as well,
 which the absolute value folds over.
 """

@@ -1,4 +1,9 @@
-"""Train a deep autoencoder with lr="auto" and nothing else set, beside a grid of AdamW.
+"""A deep autoencoder with lr="auto"
+=================================
+
+Train a deep autoencoder with lr="auto" and nothing else set, beside a grid of AdamW.
+
+.. code-block:: sh
 
     python examples/03_autoencoder.py [--quick] [--seconds 15] [--output FOLDER]
 

@@ -1,4 +1,9 @@
-"""Solve a Poisson equation with a physics-informed network: lr="auto" beside Adam and L-BFGS.
+"""A physics-informed network with lr="auto"
+=========================================
+
+Solve a Poisson equation with a physics-informed network: lr="auto" beside Adam and L-BFGS.
+
+.. code-block:: sh
 
     python examples/04_pinn.py [--quick] [--seconds 60] [--output FOLDER]
 

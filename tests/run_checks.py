@@ -4,9 +4,10 @@
     python -m tests.run_checks --fast    formatting, lint and the spine, while one works on the code
 
 The spine is what everything else stands on: exactness of operators and factors, the plain loop, the
-optimizer's step and its state. It runs first, on the machine's own code paths; then the whole suite
-runs on those of another processor (`tests.processors`). Tests go in two processes with one thread
-each, as many as the smallest machine has cores.
+optimizer's step and its state. It runs first, on the machine's own code paths. Then the
+documentation is built, warnings are errors, examples run in quick form; then the whole suite runs
+on the code paths of another processor (`tests.processors`). Tests go in two processes with one
+thread each, as many as the smallest machine has cores.
 """
 
 import argparse
@@ -25,6 +26,7 @@ SPINE = (
     *("test_faults.py", "test_state.py", "test_import_rule.py", "test_docs.py"),
 )
 PYTEST = ["pytest", "-n", "2", "--dist", "worksteal"]
+SPHINX = ["sphinx", "-W", "--keep-going", "-E", "-q", "docs", "build/docs"]
 
 
 def passed(name: str, command: list[str], variables: Mapping[str, str]) -> bool:
@@ -51,6 +53,7 @@ def main() -> int:
     if not fast:
         other = another()
         checks.append(("types", ["mypy"], plain))
+        checks.append(("documentation", SPHINX, own))
         checks.append((f"all tests as on {other}", PYTEST, environment(COMBINATIONS[other])))
     return int(not all(passed(*check) for check in checks))
 

@@ -211,6 +211,24 @@ def test_odd_uses_are_named_and_products_are_covered():
     assert reasons["idle.weight"] == "not used for these data"
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return (self.layer(self.embedding(x)).tanh() @ self.embedding.weight.T).transpose(1, 2)
+
+
+@pytest.mark.parametrize("layers", [None, [nn.Linear, nn.Embedding]])
+def test_tied_embeddings_are_named(layers):
+    torch.manual_seed(0)
+    tokens = torch.randint(7, (5, 6))
+    report = diagnose(Tied(), nn.CrossEntropyLoss(), [(tokens, tokens)], layers=layers)
+    assert [layer.layer for layer in report.layers] == ["layer"]
+    assert set(report.uncovered) == {"embedding.weight"}
+
+
 def test_weight_and_bias_of_their_own_are_blocks_of_their_own():
     model, data = case()
     optimizer = trained(model, data, separate_weight_and_bias=True)
@@ -245,6 +263,20 @@ def test_an_optimizer_on_the_sample_itself_has_the_factors_of_the_sample(setting
         assert (layer.running.factor_age, layer.running.inverse_age) == (0, 0)
         assert layer.running.drift is None or layer.running.drift < 1e-6
     assert report.settings["num_steps"] == 1
+
+
+@pytest.mark.parametrize("conv_factor", ["full", "channels"])
+def test_factors_of_convolutions_are_split_as_the_optimizers(conv_factor):
+    model, data = case()
+    model, data = model.double().eval(), [(data[0][0].double(), data[0][1])]
+    options = {"fisher_type": "type-2", "ema_decay": 0.0, "lr": 0.0, "conv_factor": conv_factor}
+    optimizer = trained(model, data, 1, **options)
+    report = diagnose(model, nn.CrossEntropyLoss(), data, optimizer)
+    cosines = {step.step: step.cosine for step in report.steps}
+    assert cosines["optimizer"] == pytest.approx(cosines["K-FAC"], rel=1e-6)
+    for layer in report.layers:
+        assert layer.distance["optimizer"] == pytest.approx(layer.distance["K-FAC"], rel=1e-6)
+        assert layer.running.drift < 1e-6
 
 
 def test_an_optimizer_without_a_step_has_no_direction_yet():
@@ -337,7 +369,7 @@ BAD = {
     "max_seconds": lambda: bad(max_seconds=0),
     "seed": lambda: bad(seed="a"),
     "progressbar": lambda: bad(progressbar=1),
-    "layers must be None or classes": lambda: bad(layers=[nn.ReLU]),
+    "layers must be None": lambda: bad(layers=[nn.ReLU]),
     "model: its parameters must be in float32": lambda: bad(model=Model().bfloat16()),
     "model: it has no parameters": lambda: bad(model=nn.ReLU()),
     "model: at its parameters": lambda: bad(
@@ -469,7 +501,10 @@ def test_a_fused_lstm_and_derivatives_by_inputs_are_looked_at():
         def forward(self, x):
             return self.head(self.lstm(x)[0][:, -1])
 
-    report = diagnose(Sequence(), nn.MSELoss(), [(torch.randn(6, 5, 3), torch.randn(6, 2))])
+    model, data = Sequence(), [(torch.randn(6, 5, 3), torch.randn(6, 2))]
+    reasons = diagnose(model, nn.MSELoss(), data).uncovered
+    assert reasons["lstm.weight_hh_l0"] == "in nn.LSTM, which layers= does not name"
+    report = diagnose(model, nn.MSELoss(), data, layers=[nn.LSTM, nn.Linear])
     names = {layer.layer for layer in report.layers}
     assert names == {"head", "lstm.weight_ih_l0", "lstm.weight_hh_l0"}
 

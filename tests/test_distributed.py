@@ -20,9 +20,13 @@ TOLERANCE = 1e-10  # float64, a few steps with inverses of condition up to 1e3
 EVERY_STEP = {"factor_update_interval": 1, "inverse_update_interval": 1}
 
 
-def network():
+def network(options=()):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)).double()
+    layers = [nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)]
+    if "conv_factor" in options:
+        layers = [nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 4, 2, padding=1), nn.Flatten(), layers[1]]
+        layers.append(nn.Linear(12, 3))
+    return nn.Sequential(*layers).double()
 
 
 def batch():
@@ -45,7 +49,7 @@ def train(model, params, X, y, options, wrap_late=None):
 
 def wrapped_training(rank, options, late):
     X, y = (part.chunk(WORLD)[rank] for part in batch())
-    model = network()
+    model = network(options)
     params = list(model.parameters())
     if late:
         factors = train(model, params, X, y, options, DistributedDataParallel)
@@ -61,6 +65,8 @@ RUNS = {
     "wrapped-after-the-optimizer": (TYPE_2, True),
     "ekfac": (TYPE_2 | {"preconditioner": "ekfac"}, False),
     "self-tuning": (TYPE_2 | {"lr": "auto"}, False),
+    "split": (TYPE_2 | {"conv_factor": "channels"}, False),
+    "split, ekfac": (TYPE_2 | {"conv_factor": "channels", "preconditioner": "ekfac"}, False),
 }
 
 
@@ -151,7 +157,7 @@ def assert_same(result, expected):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_are_one_process(ranks, name):
-    model = network()
+    model = network(RUNS[name][0])
     params = list(model.parameters())
     expected = train(model, params, *batch(), RUNS[name][0])
     for result in (r["run", name] for r in ranks):

@@ -179,22 +179,6 @@ def test_maxima_of_bags_are_no_layer():
         KFACLinearOperator(model, nn.MSELoss(), list(model.parameters()), data)
 
 
-class TiedHead(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(V, WIDTH), nn.Linear(WIDTH, V, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x):
-        return self.head(self.embedding(x))
-
-
-def test_an_embedding_tied_to_a_head_has_no_layer():
-    model, X = TiedHead(), torch.randint(V, (6,))
-    with pytest.raises(NotImplementedError, match="unsupported layer"):
-        KFACLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, X)])
-
-
 # The optimizer -----------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ FALL = 0.02  # of what the objective begins with
 TEXT = "def spam(eggs):\n    return [ham * 2 for ham in eggs]\n" * 20
 KINDS = {  # names of parameters that have curvature in the first contestant alone
     "`nn.Embedding`": ("users", "items", "embedding"),
+    "embedding as head": ("embedding",),
     "`nn.LayerNorm`": ("norm",),
     "`nn.BatchNorm1d`": ("1.", "4.", "7."),
     "`nn.Conv1d`": ("0.", "3.", "6.", "9."),

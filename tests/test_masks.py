@@ -214,6 +214,20 @@ def test_a_batch_of_ignored_targets_alone_changes_no_average():
         assert torch.equal(one, other)
 
 
+def test_adapters_that_start_at_zero_have_inputs_beside_ignored_targets():
+    """Their first factor gets no gradient until the second one moves (LoRA)."""
+    model = nn.Sequential(nn.Linear(D, 2), nn.Linear(2, C))
+    nn.init.zeros_(model[1].weight)
+    optimizer = KFACOptimizer(model.parameters(), **EVERY_STEP)
+    X = sequences()
+    F.cross_entropy(model(X).flatten(0, 1), targets().flatten()).backward()
+    optimizer.step()
+    a = torch.cat([X, torch.ones(N, S, 1)], -1).flatten(0, 1)
+    A, G = optimizer.factors("0")
+    torch.testing.assert_close(A, a.T @ a / len(a), rtol=ROUND_OFF, atol=ROUND_OFF)
+    assert not G.any()
+
+
 def test_dead_units_are_no_padding():
     """A datum whose gradients vanish by accident, behind a ReLU, counts as before."""
     model = nn.Sequential(nn.Linear(D, 2), nn.ReLU(), nn.Linear(2, C))

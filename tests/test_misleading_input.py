@@ -7,7 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kfacopt import GGNLinearOperator, KFACLinearOperator, KFACOptimizer, KFACWarning
+from kfacopt import (
+    EKFACLinearOperator,
+    GGNLinearOperator,
+    KFACLinearOperator,
+    KFACOptimizer,
+    KFACWarning,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -178,8 +184,8 @@ def test_a_weight_tied_to_an_embedding_gets_the_fallback(caplog):
     optimizer.step()
     assert "exp_avg" in optimizer.state[model.head.weight]
     data = [(LABELS, LABELS)]
-    with pytest.raises(NotImplementedError, match="unsupported layer"):
-        KFACLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), data)
+    with pytest.raises(NotImplementedError, match="embedding tied to a head"):
+        EKFACLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), data)
 
 
 def test_modules_that_share_a_weight_but_not_a_bias():

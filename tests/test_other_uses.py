@@ -49,8 +49,8 @@ def turned(layer, x):
     return layer(x).tanh() @ layer.weight
 
 
-def half_of_the_inputs(layer, x):
-    return F.linear(layer(x).tanh()[:, :2], layer.weight[:, :2])
+def every_second_input(layer, x):
+    return F.linear(layer(x).tanh()[:, :2], layer.weight[:, ::2])
 
 
 def every_second_output(layer, x):
@@ -78,7 +78,7 @@ def the_bias(layer, x):
 
 
 def in_a_checkpoint(layer, x):
-    return checkpoint(lambda h: F.linear(layer(h).tanh(), layer.weight), x, use_reentrant=False)
+    return checkpoint(lambda h: layer(h).tanh() @ layer.weight, x, use_reentrant=False)
 
 
 def gradient_by_the_input(layer, x):
@@ -86,7 +86,7 @@ def gradient_by_the_input(layer, x):
     return torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)[0] + layer(x)
 
 
-BOTH_WAYS = [scaled, in_a_sum, turned, half_of_the_inputs, every_second_output, chosen_outputs]
+BOTH_WAYS = [scaled, in_a_sum, turned, every_second_input, every_second_output, chosen_outputs]
 BOTH_WAYS += [its_own_square, an_input, first_past_the_module, the_bias, in_a_checkpoint]
 BOTH_WAYS += [gradient_by_the_input]
 
@@ -143,7 +143,7 @@ def scaled_alone(layer, x):
 
 
 def checkpointed_alone(layer, x):
-    return checkpoint(lambda h: F.linear(h, layer.weight), x, use_reentrant=False) + layer.bias
+    return checkpoint(lambda h: F.linear(h, 2 * layer.weight), x, use_reentrant=False) + layer.bias
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -198,6 +198,13 @@ ALLOWED = {
     "tied": Tied,
     "a dead term": lambda: Network(with_a_dead_term),
     "a checkpoint": lambda: Network(lambda m, x: checkpoint(m, x, use_reentrant=False)),
+    "a product in a checkpoint": lambda: Network(
+        lambda m, x: checkpoint(lambda h: m(m(h) + h @ m.weight.T), x, use_reentrant=False)
+    ),
+    "on the left": lambda: Network(lambda m, x: (m.weight @ x.T).T + m(x).sin()),
+    "parts of the inputs": lambda: Network(
+        lambda m, x: x[:, :1] @ m.weight[:, :1].T + F.linear(m(x)[:, 2:], m.weight[:, 2:])
+    ),
     "a frozen use": lambda: Network(lambda m, x: F.linear(m(x), m.weight.detach())),
 }
 
@@ -237,6 +244,47 @@ def test_a_layer_that_is_used_otherwise_later_keeps_its_curvature_and_is_named()
     model.use = lambda layer, x: layer(x).tanh()
     train(model, optimizer, 1)
     assert not torch.equal(optimizer.factors("layer").grad_output_factor, before[1])
+
+
+class Checkpointed(nn.Module):
+    """Has products alone, in a checkpoint or not."""
+
+    def __init__(self, **checkpointing):
+        super().__init__()
+        torch.manual_seed(0)
+        self.W, self.V = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 3))
+        self.b = nn.Parameter(torch.randn(4))
+        self.checkpointing = checkpointing
+
+    def block(self, x):
+        return torch.addmm(self.b, x, self.W).tanh() @ self.V
+
+    def forward(self, x):
+        if self.checkpointing:
+            return checkpoint(self.block, x.requires_grad_(), **self.checkpointing)
+        return self.block(x)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "auto"])
+def test_products_in_a_checkpoint_are_those_without_it(name):
+    nets = [Checkpointed(use_reentrant=False), Checkpointed()]
+    for net in nets:
+        optimizer = KFACOptimizer(net.parameters(), factor_update_interval=2, **OPTIONS[name])
+        train(net, optimizer, 5)
+        assert optimizer.describe().preconditioned_share == 1.0
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_products_that_reentrant_checkpointing_hides_are_named():
+    net = Checkpointed(use_reentrant=True)
+    optimizer = KFACOptimizer(net.parameters())
+    with pytest.warns(
+        KFACWarning, match="'W', 'V' are not to be seen.*use_reentrant=False"
+    ) as said:
+        train(net, optimizer)
+    assert len(said) == 1
+    assert optimizer.describe().preconditioned_share == 0.0
 
 
 # Models without a layer that K-FAC knows ----------------------------------------------------------

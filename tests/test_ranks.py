@@ -49,6 +49,8 @@ class Network(nn.Module):
             h = torch.tanh(self.first(X))
         if self.kind == "embedding and norm":
             h = self.norm(h + self.embedding((X > 0).long()).sum(1))
+        if self.kind == "tied":
+            h = h + F.embedding((X > 0).sum(1).clamp(max=2), self.second.weight)
         z = self.second(h)
         if self.kind == "loss inside":
             return {"loss": F.cross_entropy(z, y)}
@@ -119,6 +121,7 @@ KINDS = {
     "checkpoint": TYPE_2,
     "unused layer": TYPE_2,
     "embedding and norm": TYPE_2 | {"layers": [nn.Linear, nn.Embedding, nn.LayerNorm]},
+    "tied": TYPE_2 | {"layers": [nn.Linear, nn.Embedding]},
     "empirical": {"fisher_type": "empirical"},
     "stated loss": TYPE_2 | {"loss_func": nn.CrossEntropyLoss()},
     "self-tuning": TYPE_2 | {"lr": "auto"},

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
-from kfacopt import KFACLinearOperator, KFACOptimizer
+from kfacopt import KFACOptimizer, default_layers
 from kfacopt.kfac import unrolled as loops
 from kfacopt.kfac.matrix_uses import graph_parents, matrix_uses
 from kfacopt.kfac.unrolled import unrolled
@@ -256,6 +256,7 @@ def test_the_fused_lstm_has_the_same_dropout_layout_and_dtype(dtype, options):
 
 # In the user's loop --------------------------------------------------------------------------
 
+LAYERS = [*default_layers(), nn.LSTM]
 X = torch.linspace(-1, 1, 90).reshape(6, 5, D_IN).sin()
 LABELS = torch.tensor([0, 2, 1, 0, 2])
 
@@ -290,7 +291,7 @@ def fused_here():
 @pytest.mark.usefixtures("fused_here")
 def test_the_optimizer_unrolls_where_factors_are_due():
     model, plain = Network(), Network()
-    optimizer = KFACOptimizer(model.parameters(), factor_update_interval=3)
+    optimizer = KFACOptimizer(model.parameters(), layers=LAYERS, factor_update_interval=3)
     seen = []
     for _ in range(4):
         plain.load_state_dict(model.state_dict())
@@ -318,7 +319,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_steps_with_other_settings_unroll_too(options):
     model = Network()
-    optimizer = KFACOptimizer(model.parameters(), **options)
+    optimizer = KFACOptimizer(model.parameters(), layers=LAYERS, **options)
     losses, seen = [], []
     for _ in range(5):
         optimizer.zero_grad()
@@ -335,7 +336,7 @@ def test_steps_with_other_settings_unroll_too(options):
 @pytest.mark.usefixtures("fused_here")
 def test_activation_checkpointing_sees_the_same_graph_again():
     model, plain = Network(checkpointed=True), Network()
-    optimizer = KFACOptimizer(model.parameters())
+    optimizer = KFACOptimizer(model.parameters(), layers=LAYERS)
     loss = loss_of(model)
     loss.backward()
     loss_of(plain).backward()
@@ -388,7 +389,7 @@ def test_other_hooks_get_and_give_plain_tensors(x):
 @pytest.mark.usefixtures("fused_here")
 def test_nothing_is_left_after_an_exception():
     model = Network()
-    optimizer = KFACOptimizer(model.parameters(), factor_update_interval=3)
+    optimizer = KFACOptimizer(model.parameters(), layers=LAYERS, factor_update_interval=3)
     with pytest.raises(RuntimeError, match="input_size"):
         model(X[..., :2])
     with pytest.raises(RuntimeError, match="sequence length"), unrolled([model.lstm]):
@@ -413,7 +414,7 @@ class Outputs(nn.Module):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_copies_pickles_and_scripts_know_nothing_of_it():
     model = Network()
-    optimizer = KFACOptimizer(model.parameters())
+    optimizer = KFACOptimizer(model.parameters(), layers=LAYERS)
     loss_of(model).backward()
     assert len(model.lstm._forward_pre_hooks) == 2
     assert not copy.deepcopy(model).lstm._forward_pre_hooks
@@ -427,17 +428,3 @@ def test_copies_pickles_and_scripts_know_nothing_of_it():
     del optimizer
     assert is_fused(loss_of(model)) == is_fused(loss_of(Network()))
     assert not model.lstm._forward_pre_hooks
-
-
-@pytest.mark.usefixtures("fused_here")
-def test_operators_find_the_products_of_a_fused_lstm():
-    """The factors are those in float64, for which there is no fused kernel, but for round-off."""
-    data, factors = [(X, LABELS)], []
-    for model, dtype in ((Network(), torch.float32), (Network().double(), torch.float64)):
-        own = [(x.to(dtype), y) for x, y in data]
-        params = list(model.parameters())
-        K = KFACLinearOperator(model, nn.CrossEntropyLoss(), params, own, fisher_type="type-2")
-        names = ("lstm.weight_ih_l0", "lstm.weight_hh_l0", "head")
-        factors.append([side.double() for name in names for side in K.factors(name)])
-    for single, double in zip(*factors, strict=True):
-        torch.testing.assert_close(single, double, rtol=0, atol=1e-5 * float(double.abs().max()))

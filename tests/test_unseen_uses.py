@@ -67,10 +67,19 @@ def cases():
         "one output": lambda n, x: torch.cat(
             [n.head(n.layer(x))[:, :2], x @ n.layer.weight[2:].T], 1
         ),
+        "on the left": lambda n, x: n.head(n.layer(x) + (n.layer.weight @ x.T).T),
+        "at vectors": lambda n, x: n.head(n.layer(x) + torch.mv(n.layer.weight, x[0])),
+        "some inputs": lambda n, x: n.head(n.layer(x) + x[:, 1:] @ n.layer.weight[:, 1:].T),
+        "scaled product": lambda n, x: n.head(
+            torch.addmm(n.layer(x), x, n.layer.weight.T, alpha=2)
+        ),
+        "in a checkpoint": lambda n, x: checkpoint(
+            lambda x: n.head(n.layer(x) + (x @ n.layer.weight.T).sin()), x, use_reentrant=False
+        ),
         "a small part": lambda n, x: n.head(n.layer(x)) + 1e-6 * (x @ n.layer.weight.T),
         "penalty": lambda n, x: n.head(n.layer(x).tanh()) + n.layer.weight.square().sum(),
         "hidden module": lambda n, x: n.head(n.layer(x).tanh() + n.hidden[0](x)),
-        "input of a layer": lambda n, x: n.head(n.layer(x)) + n.head(n.layer.weight).sum(),
+        "input of a layer": lambda n, x: n.head(n.layer(x)) + n.head(n.layer.weight.exp()).sum(),
         "scaled weight": lambda n, x: n.head(
             functional_call(n.layer, {"weight": 2 * n.layer.weight}, (x,))
         ),
@@ -88,7 +97,8 @@ def cases():
 CASES = cases()
 # Products with the whole weight, as the layer has them: further uses of it.
 PRODUCTS = ["functional", "matmul", "einsum", "forward called", "func.vmap"]
-SEVERAL = ["both", "both, before", "a small part", "hidden module", "func.jvp"]
+SEVERAL = ["both", "both, before", "a small part", "hidden module", "func.jvp", "one output"]
+SEVERAL += ["on the left", "at vectors", "some inputs", "scaled product", "in a checkpoint"]
 UNSEEN = {name: case for name, case in CASES.items() if name not in {*PRODUCTS, *SEVERAL}}
 
 

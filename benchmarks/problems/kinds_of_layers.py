@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.architectures import LanguageModel
+from benchmarks.architectures import AttentionBlock, LanguageModel
 from benchmarks.problems.language import ALPHABET, UNKNOWN, characters, texts
 from benchmarks.problems.problem import (
     DATA_SEED,
@@ -158,6 +158,29 @@ def _words(generator: Generator) -> Training:
     return _language(model, *words(), generator)
 
 
+class TiedTransformer(nn.Module):
+    """GPT-2 in small: a causal transformer whose head's weight is the embedding's."""
+
+    def __init__(self, width: int = 32, layers: int = 1, heads: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, width))
+        self.blocks = nn.Sequential(*(AttentionBlock(width, heads, True) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens `[N, S]` to logits `[N, S, VOCABULARY]`."""
+        x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
+
+def _tied_words(generator: Generator) -> Training:
+    return _language(TiedTransformer(), *words(), generator)
+
+
 # Signals -----------------------------------------------------------------------------------------
 
 
@@ -299,6 +322,12 @@ PROBLEMS = (
         f"causal transformer of one layer, d = 32, {VOCABULARY} words and signs; sources of "
         f"Python's standard library, batch 16 × {LENGTH}",
         _words,
+    ),
+    _problem(
+        "tied words",
+        "cross entropy",
+        "the same with one weight as embedding and head, as GPT-2 has it",
+        _tied_words,
     ),
     _problem(
         "digits",

@@ -217,23 +217,25 @@ class VAE(nn.Module):
         return self.decoder(mean + (log_variance / 2).exp() * noise), mean, log_variance
 
 
-def _vae(generator: Generator) -> Training:
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        logits, mean, log_variance = model(*batch)
-        pixels = F.binary_cross_entropy_with_logits(logits, batch[0], reduction="sum")
-        divergence = -0.5 * (1 + log_variance - mean**2 - log_variance.exp()).sum()
-        return (pixels + divergence) / len(mean)
+def negative_elbo(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of a VAE for images and noise, a datum."""
+    logits, mean, log_variance = model(*batch)
+    pixels = F.binary_cross_entropy_with_logits(logits, batch[0], reduction="sum")
+    divergence = -0.5 * (1 + log_variance - mean**2 - log_variance.exp()).sum()
+    return (pixels + divergence) / len(mean)
 
+
+def _vae(generator: Generator) -> Training:
     def noisy(x: Tensor, generator: Generator) -> Batch:
         return x, torch.randn(len(x), 8, generator=generator)
 
     fixed = [noisy(x, _generator()) for x, _ in digits()]
 
     def evaluate(model: nn.Module) -> tuple[float, float]:
-        return float(loss(model, fixed[0])), float(loss(model, fixed[1]))
+        return float(negative_elbo(model, fixed[0])), float(negative_elbo(model, fixed[1]))
 
     batches = (noisy(x, generator) for x, _ in shuffled(digits()[0], 64)(generator))
-    return plain_loop(VAE(), loss, batches, evaluate)
+    return plain_loop(VAE(), negative_elbo, batches, evaluate)
 
 
 def ring(count: int, generator: Generator) -> Tensor:

@@ -13,18 +13,18 @@ FROZEN = "AdamW: frozen"
 UNKNOWN = "unknown"
 NORMALISED = "weight norm, or standardised weights"
 ENTRIES = "added or multiplied entry by entry"
-EXPERTS = "experts by `torch._grouped_mm`"
 TIED = "embedding tied to the head"
 EMBEDDING = "embedding, a layer with `layers=` alone"
+RECURRENT = "recurrent, a layer with `layers=` alone"
 _BY_KIND = {
     "ScaledStdConv2d": NORMALISED,
     "ParametrizedConv1d": NORMALISED,
     "ParametrizationList": NORMALISED,
     "Embedding": EMBEDDING,
     "EmbeddingBag": EMBEDDING,
+    **dict.fromkeys(("RNNBase", "RNNCellBase"), RECURRENT),
 }
 _BY_NAME = {
-    r"\.experts\.": EXPERTS,
     r"(^|\.)(cls|mask|distillation)_token$": ENTRIES,
     r"(^|\.)(pos_embed|positions?|position_embeddings|mask_emb|seg_embed)$": ENTRIES,
     r"(^|\.)(att|att_src|att_dst|time_mix_\w+|A_log|temperature|r_\w_bias)$": ENTRIES,

@@ -19,6 +19,7 @@ from kfacopt.linalg.kronecker import (
     KroneckerEigendecomposition,
     KroneckerMatrix,
     KroneckerProduct,
+    dense,
 )
 
 # EKFAC decomposes each factor: none wider than that, and at most so many operations, Σ d³.
@@ -149,7 +150,7 @@ def is_same(first: Candidate, second: Candidate) -> bool:
         assert isinstance(x, KroneckerProduct)
         assert isinstance(y, KroneckerProduct)
         for a, b in (
-            (x.input_factor, y.input_factor),
+            (dense(x.input_factor), dense(y.input_factor)),
             (x.grad_output_factor, y.grad_output_factor),
         ):
             eps = torch.finfo(a.dtype).eps

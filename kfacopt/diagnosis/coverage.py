@@ -12,8 +12,9 @@ from torch.nn import Parameter
 from kfacopt.argument_checks import checked_output
 from kfacopt.data import Batch, to_device
 from kfacopt.kfac.capture import LayerUse, capture
+from kfacopt.kfac.choice import Choice
 from kfacopt.kfac.layers import Block, Kinds, all_kinds, described, families_of, find_layers
-from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.kfac.operator_layers import layers_of, parameters_of
 from kfacopt.kfac.unrolled import unrolled
 from kfacopt.kfac.unseen_uses import edges_of, is_undercounted, past_modules
@@ -49,10 +50,11 @@ class _Uses:
     def __init__(
         self, model: nn.Module, params: Sequence[Parameter], kinds: Kinds, separate: bool
     ) -> None:
-        self._model, self._kinds = model, kinds
+        self._model, self.choice = model, Choice.of(model.modules(), kinds, corrected=False)
         self._layers = find_layers(model.named_modules(), params, separate, kinds)
         self.layer_of = parameters_of(self._layers)
-        self._free = [p for p in params if p.ndim > 1 and p not in self.layer_of and p.numel()]
+        matrices = [p for p in params if p.ndim > 1 and p not in self.layer_of and p.numel()]
+        self._free = [p for p in matrices if self.choice.looks_for(p)]
         own = {id(p) for p in params}
         self._unrolled = [
             m for m in model.modules() if any(id(p) in own for p in m._parameters.values())
@@ -60,6 +62,7 @@ class _Uses:
         self.found: dict[Parameter, MatrixLayout] = {}
         self.reached: set[Parameter] = set()
         self.otherwise: set[Parameter] = set()
+        self.tied: set[Parameter] = set()
         self.outputs = self.operations = 0
 
     def look(self, batch: Batch) -> None:
@@ -72,7 +75,9 @@ class _Uses:
         free = [p for p in self._free if p not in self.found]
         past = past_modules(edges, uses, self.layer_of, free)
         for p, layout in past.found.items():
-            if layout.kind(p) in self._kinds:
+            if layout.is_tied:
+                self.tied.add(p)
+            elif self.choice.makes_layer(p, layout) and p not in self.layer_of:
                 self.found[p] = layout
         uses = [*uses, *past.uses]
         for p in past.rest:
@@ -122,7 +127,8 @@ def find_coverage(
     covered, uncovered = [], {}
     for p in trained:
         of_product = p in uses.found or (p in biases and p in mine and p not in uses.layer_of)
-        of_module = p in uses.layer_of and p in uses.reached and p not in uses.otherwise
+        of_module = p in uses.layer_of and p in uses.reached
+        of_module = of_module and p not in uses.otherwise and p not in uses.tied
         if of_product or of_module:
             covered.append(p)
         else:
@@ -135,10 +141,14 @@ def _reason(
 ) -> str:
     if allowed is not None and p not in allowed:
         return "not one of the optimizer's"
+    if p in uses.tied:
+        return "an embedding tied to a head, which is not looked at here"
     if p in uses.otherwise:
         return "used in other ways than by calls of its layer, too"
     if p in uses.layer_of:
         return "not used for these data"
+    if id(p) in uses.choice.left_out:
+        return f"in {uses.choice.left_out[id(p)]}, which layers= does not name"
     owners = [m for m in model.modules() if any(q is p for q in m._parameters.values())]
     known = all(isinstance(m, all_kinds()) and families_of(m) for m in owners)
     kinds = tuple(dict.fromkeys(type(m) for m in owners))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfacopt.diagnosis.candidates import Candidate
 from kfacopt.diagnosis.exact import ExactBlock
-from kfacopt.linalg.kronecker import KroneckerProduct
+from kfacopt.linalg.kronecker import KroneckerProduct, dense
 
 Estimate = tuple[float, float]  # a number and its standard error, 0 if it is exact
 
@@ -82,7 +82,7 @@ def product_distance(first: KroneckerProduct, second: KroneckerProduct) -> float
 def _inner(x: KroneckerProduct, y: KroneckerProduct) -> Tensor:
     sides = (
         (x.grad_output_factor, y.grad_output_factor),
-        (x.input_factor, y.input_factor),
+        (dense(x.input_factor), dense(y.input_factor)),
     )
     sums = [(a.double() * b.double()).flatten(1).sum(1) for a, b in sides]
     return (sums[0] * sums[1]).sum()

@@ -19,11 +19,11 @@ from kfacopt.argument_checks import (
     check_range,
 )
 from kfacopt.diagnosis.candidates import Options
-from kfacopt.kfac.layers import Kinds, all_kinds, default_kinds, described
+from kfacopt.kfac.layers import Kinds, default_kinds
 from kfacopt.likelihoods import has_likelihood, likelihood_of
 from kfacopt.optim.inspection import Inspection, inspect
 from kfacopt.optim.kfac import KFACOptimizer
-from kfacopt.optim.settings import DEFAULTS
+from kfacopt.optim.settings import DEFAULTS, WHOLE_SETTINGS
 
 # Data are taken until a forward pass of them takes about so many multiplications.
 MOST_OPERATIONS = 2 * 10**9
@@ -60,9 +60,11 @@ class Plan:
     def options(self, outputs: int, seed: int, batch_size_fn: Any) -> Options:
         """Return how factors are formed, for predictions of so many entries for a datum."""
         fisher = self.fisher_type or ("type-2" if outputs <= TYPE_2 else "mc")
-        widest = WIDEST_DENSE
+        widest, conv_factor = WIDEST_DENSE, "auto"
         if self.inspection is not None:
-            widest = self.inspection.settings.curvature.form.max_factor_dim or widest
+            settings = self.inspection.settings
+            widest = settings.curvature.form.max_factor_dim or widest
+            conv_factor = settings.conv_factor
         operator = {
             "fisher_type": fisher,
             "mc_samples": LABELS if fisher == "mc" else 1,
@@ -72,6 +74,7 @@ class Plan:
             "check_deterministic": False,
             "batch_size_fn": batch_size_fn,
             "max_factor_dim": widest,
+            "conv_factor": conv_factor,
         }
         return Options(self.shown["kfac_approx"], self.shown["damping_method"], operator)
 
@@ -98,13 +101,7 @@ def check_arguments(
     layers = numbers["layers"]
     if layers is not None and optimizer is not None:
         raise ValueError("layers must be None with an optimizer, whose own layers are looked at.")
-    if layers is not None:
-        fits = isinstance(layers, list | tuple | set | frozenset)
-        if not fits or not all(isinstance(k, type) and issubclass(k, all_kinds()) for k in layers):
-            raise ValueError(
-                "layers must be None or classes of modules that K-FAC knows, got "
-                f"{layers!r}; it knows {described(all_kinds())}."
-            )
+    WHOLE_SETTINGS["layers"]("layers", layers)
     _check_parameters(model, optimizer)
 
 

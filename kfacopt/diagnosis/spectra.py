@@ -12,6 +12,7 @@ from kfacopt.diagnosis.report import DampingReport, FactorReport
 from kfacopt.linalg.kronecker import (
     DampingMethod,
     KroneckerProduct,
+    dense,
     diagonal_of,
     eigendecomposition,
     factored_damping,
@@ -90,9 +91,9 @@ def describe_damping(
         damping: δ.
         method: `"factored"` or `"exact"`.
     """
-    G, A = matrix.grad_output_factor, matrix.input_factor
+    G, A = matrix.grad_output_factor, dense(matrix.input_factor)
     factored = method == "factored"
-    on_g, on_a = factored_damping(G, A, damping) if factored else (None, None)
+    on_g, on_a = factored_damping(G, matrix.input_factor, damping) if factored else (None, None)
     spectrum_g, spectrum_a = spectrum_of(G), spectrum_of(A)
     share = effective = math.nan
     if spectrum_g is not None and spectrum_a is not None:

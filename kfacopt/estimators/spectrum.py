@@ -197,6 +197,16 @@ class LanczosApproximateSpectrumCached(_LanczosRuns):
     Raises:
         ValueError: If A is not square or an argument is out of its range.
         RuntimeError: If the boundaries' estimate does not converge.
+
+    Example:
+        >>> import numpy as np
+        >>> np.random.seed(0)
+        >>> runs = LanczosApproximateSpectrumCached(np.diag(np.linspace(0, 1, 200)), ncv=50)
+        >>> for kappa in (1.05, 3.0):  # the second costs no product
+        ...     grid, density = runs.approximate_spectrum(kappa=kappa)
+        ...     print(f"{np.sum(density) * (grid[1] - grid[0]):.1f}")
+        1.0
+        1.0
     """
 
     def _ends(self) -> tuple[float, float]:
@@ -230,6 +240,17 @@ class LanczosApproximateLogSpectrumCached(_LanczosRuns):
     Raises:
         ValueError: If A is not square or an argument is out of its range.
         RuntimeError: If the boundaries' estimate does not converge.
+
+    Example:
+        >>> import numpy as np
+        >>> np.random.seed(0)
+        >>> runs = LanczosApproximateLogSpectrumCached(np.diag(np.logspace(-3, 0, 200)), ncv=100)
+        >>> for points in (512, 1024):  # the second costs no product
+        ...     grid, density = runs.approximate_log_spectrum(num_points=points)
+        ...     total = np.sum(grid * density) * (np.log(grid[1]) - np.log(grid[0]))
+        ...     print(f"{total:.1f}")
+        1.0
+        1.0
     """
 
     def _ends(self) -> tuple[float, float]:

@@ -37,6 +37,7 @@ class LayerUse:
             0 at positions of derivatives, see `kfacopt.taylor_mode`.
         bias: What a product adds, if it is a parameter.
         live: Which rows `[N, S]` A has, if not all.
+        own_family: What a product computes, where that is not what the layer's module does.
     """
 
     layer: Layer
@@ -49,11 +50,12 @@ class LayerUse:
     constants: Tensor | None = None
     bias: Parameter | None = None
     live: Tensor | None = None
+    own_family: LayerFamily | None = None
 
     @property
     def family(self) -> LayerFamily:
-        """What the module computes."""
-        return self.layer.family
+        """What was computed: what the layer's module does, for most."""
+        return self.layer.family if self.own_family is None else self.own_family
 
     def inputs(self, dtype: torch.dtype, reduce: bool = False) -> tuple[Tensor, int]:
         """Return a `[B, N, S, d_in]` in a dtype, and S before positions are averaged."""

@@ -29,11 +29,12 @@ from kfacopt.kfac.factors import (
 )
 from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kronecker import multiply_left, multiply_right
+from kfacopt.linalg.split_factors import Basis, SplitBasis
 
 # How many entries the gradients of the data of one chunk may have.
 CHUNK_ENTRIES = 2**24
 
-Bases = tuple[Tensor | None, Tensor | None]
+Bases = tuple[Tensor | None, Basis | None]
 
 
 def block_second_moments(
@@ -70,7 +71,7 @@ def block_second_moments(
         moments = []
         for use, g, a in zip(uses, outputs, inputs, strict=True):
             own = use.groups or slice(None)
-            basis_g, basis_a = (None if q is None else q[own] for q in bases)
+            basis_g, basis_a = (q[own] if isinstance(q, Tensor) else None for q in bases)
             moments.append(gradient_second_moments(g, a, (basis_g, basis_a)))
         return of_all_groups(block.layer, uses, moments)
     if len({g.shape[1] for g in outputs}) == 1:  # else the uses have no data in common
@@ -106,11 +107,11 @@ def gradient_second_moments(g: Tensor, a: Tensor, bases: Bases) -> Tensor:
     return total
 
 
-def _rotated(rows: Tensor, basis: Tensor | None) -> Tensor:
+def _rotated(rows: Tensor, basis: Basis | None) -> Tensor:
     """Return rows `[B, n, S, d]` times Q `[B, d, d]`."""
     if basis is None:
         return rows
-    rotated = rows.flatten(1, 2) @ basis.to(rows.dtype)
+    rotated = multiply_right(rows.flatten(1, 2), basis.to(rows.dtype))
     return rotated.reshape(rows.shape)
 
 
@@ -131,6 +132,7 @@ def _rotated_gradients(g: Tensor, a: Tensor, bases: Bases) -> Tensor:
     S, d_out, d_in = g.shape[2], g.shape[-1], a.shape[-1]
     if S * (d_out**2 + d_in**2) < d_out * d_in * (d_out + d_in):
         return _rotated(g, bases[0]).mT @ _rotated(a, bases[1])
-    basis_g, basis_a = (None if q is None else q.to(g.dtype).unsqueeze(1) for q in bases)
+    assert not isinstance(bases[0], SplitBasis)
+    basis_g = None if bases[0] is None else bases[0].to(g.dtype).unsqueeze(1)
     gradients = multiply_left(None if basis_g is None else basis_g.mT, g.mT @ a)
-    return multiply_right(gradients, basis_a)
+    return _rotated(gradients, bases[1])

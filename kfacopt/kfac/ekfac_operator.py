@@ -15,6 +15,7 @@ from kfacopt.kfac.capture import group_by_layer
 from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.layers import Block
 from kfacopt.kfac.linear_operator import KFACLinearOperator
+from kfacopt.linalg import decompositions
 from kfacopt.linalg.kronecker import DampingMethod, KroneckerEigendecomposition, eigendecomposition
 from kfacopt.linalg.precision import null_directions
 
@@ -54,6 +55,7 @@ class EKFACLinearOperator(KFACLinearOperator):
         loss_average: See there.
         separate_weight_and_bias: See there.
         batch_size_fn: See there.
+        conv_factor: See there. Q_A of a split A is a Kronecker product as well.
         max_factor_dim: See there; a diagonal factor's basis is the identity.
 
     Raises:
@@ -72,6 +74,8 @@ class EKFACLinearOperator(KFACLinearOperator):
     References:
         George et al. (2018), https://arxiv.org/abs/1806.03884, section 3.
     """
+
+    _covers_tied = False
 
     def inverse(
         self, damping: float, *, method: DampingMethod = "exact"
@@ -111,13 +115,14 @@ class EKFACLinearOperator(KFACLinearOperator):
         null: dict[Block, Tensor] = {}
         own_blocks: dict[Any, list[Block]] = {}
         for block, matrix in factored:
-            sides = (matrix.grad_output_factor, matrix.input_factor)
-            spectrum_g, spectrum_a = map(eigendecomposition, sides)
-            bases[block] = (spectrum_g[1], spectrum_a[1])
-            null_g, null_a = null_directions(*spectrum_g), null_directions(*spectrum_a)
+            G = matrix.grad_output_factor
+            values_g, basis_g = decompositions.eigendecomposition(G)
+            spectrum_a = eigendecomposition(matrix.input_factor)
+            bases[block] = (basis_g, spectrum_a[1])
+            null_g, null_a = null_directions(values_g, basis_g), null_directions(*spectrum_a)
             null[block] = null_g.unsqueeze(-1) | null_a.unsqueeze(-2)
             shape = (block.layer.groups, block.layer.d_out, block.d_in)
-            moments[block] = sides[0].new_zeros(shape)
+            moments[block] = G.new_zeros(shape)
             own_blocks.setdefault(block.layer, []).append(block)
         for *_, gradients in self._passes("EKFAC eigenvalues"):
             for by_use in gradients:

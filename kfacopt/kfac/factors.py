@@ -24,7 +24,10 @@ from torch import Tensor
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.kfac.layers import KFACApprox, Layer
 from kfacopt.kfac.layers.sparse_rows import SparseRows, side_by_side
+from kfacopt.kfac.split_moments import constant_beside, split_expanded, split_rows
 from kfacopt.linalg.gram import gram
+from kfacopt.linalg.kronecker import dense
+from kfacopt.linalg.split_factors import Factor, SplitFactor, packed_size
 
 
 class Factors(NamedTuple):
@@ -32,6 +35,7 @@ class Factors(NamedTuple):
 
     Attributes:
         input_factor: A, `[d_in (+ 1), d_in (+ 1)]`; `[B, ., .]` for a convolution of B > 1 groups.
+            One that is kept by channels and positions is written out.
         grad_output_factor: G, `[d_out, d_out]`, likewise. A diagonal factor lacks the last axis.
     """
 
@@ -39,9 +43,9 @@ class Factors(NamedTuple):
     grad_output_factor: Tensor
 
     @classmethod
-    def of(cls, layer: Layer, input_factor: Tensor, grad_output_factor: Tensor) -> Factors:
+    def of(cls, layer: Layer, input_factor: Factor, grad_output_factor: Tensor) -> Factors:
         """Make a pair from factors with a leading axis B, which is left out if it is 1."""
-        sides = (input_factor, grad_output_factor)
+        sides = (dense(input_factor), grad_output_factor)
         return cls(*(side[0] if layer.groups == 1 else side for side in sides))
 
 
@@ -71,6 +75,7 @@ class FactorForm:
     def diagonals(self, layer: Layer) -> tuple[bool, bool]:
         """Whether a layer's A, and its G, are kept as their diagonals."""
         A = layer.diagonal_input or self.diagonal(layer.d_in)
+        A = A and not layer.positions
         return A, layer.family.elementwise or self.diagonal(layer.d_out)
 
     def count_shape(self, layer: Layer) -> tuple[int, ...]:
@@ -78,13 +83,22 @@ class FactorForm:
         return (layer.groups,) if layer.family.routed else ()
 
     def shapes(self, layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of a layer's A and G."""
+        """Return the shapes of a layer's A and G; of the `packed` moments where A is split."""
         B, sides = layer.groups, (layer.d_in, layer.d_out)
         A, G = (
             (B, side) if diagonal else (B, side, side)
             for side, diagonal in zip(sides, self.diagonals(layer), strict=True)
         )
+        if layer.positions:
+            A = (B, packed_size(layer.channels, layer.positions))
         return A, G
+
+
+def as_factor(layer: Layer, mean: Tensor) -> Factor:
+    """Return A from its mean over inputs, which is of `packed` moments where A is split."""
+    if not layer.positions:
+        return mean
+    return SplitFactor.from_packed(mean, layer.positions, layer.joint)
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -96,6 +110,11 @@ def second_moment(x: Tensor, diagonal: bool) -> Tensor:
     """Return Σ_{n,s} x xᵀ `[B, d, d]`, or its diagonal `[B, d]`, of x `[B, N, S, d]`."""
     rows = x.flatten(1, 2)
     return rows.square().sum(1) if diagonal else gram(rows)
+
+
+def _inputs_moment(layer: Layer, a: Tensor, diagonal: bool) -> Tensor:
+    """Return Σ_{n,s} a aᵀ of a layer's inputs, with the constant of a joint bias, as it is kept."""
+    return split_rows(layer, a) if layer.positions else second_moment(a, diagonal)
 
 
 def _total(values: Sequence[Tensor]) -> Tensor:
@@ -138,12 +157,23 @@ def input_rows(layer: Layer, use: LayerUse) -> Tensor:
     return a
 
 
-def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int]:
+def _live_rows(layer: Layer, use: LayerUse) -> Tensor:
+    """Return the rows `[B, R, d_in]` that A has, with the constant of a joint bias."""
+    rows = input_rows(layer, use).flatten(1, 2)
+    return rows if use.live is None else rows[:, use.live.flatten()]
+
+
+def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int | Tensor]:
     """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
+    if use.live is not None and use.family.routed:
+        rows = input_rows(layer, use) * use.live.unsqueeze(-1)
+        return second_moment(rows, diagonal), use.live.sum((1, 2))
     if use.live is not None:
-        rows = input_rows(layer, use).flatten(1, 2)[:, use.live.flatten()].unsqueeze(2)
-        return second_moment(rows, diagonal), rows.shape[1]
+        rows = _live_rows(layer, use).unsqueeze(2)
+        return _inputs_moment(layer, rows, diagonal), rows.shape[1]
     dtype = factor_dtype(layer.anchor.dtype)
+    if layer.positions:
+        return split_expanded(layer, use, dtype)
     known = None if diagonal else use.family.input_moment(use.call, use.checked_input().to(dtype))
     if known is None:
         return _rows_moment(layer, use.inputs(dtype)[0], diagonal, [use], [1.0])
@@ -159,7 +189,9 @@ def _rows_moment(
     """Return Σ a aᵀ of rows `[B, N, S, d]` that are weighted sums over uses, and their number."""
     count = a.shape[1] * a.shape[2]
     if not layer.joint:
-        return second_moment(a, diagonal), count
+        return _inputs_moment(layer, a, diagonal), count
+    if layer.positions:
+        return split_rows(layer, constant_beside(a, uses, weights)), count
     if any(use.constants is not None for use in uses):  # not the same at all positions
         columns = [w * u.bias_inputs(layer.bias, a) for u, w in zip(uses, weights, strict=True)]
         return second_moment(torch.cat([a, _total(columns)], dim=-1), diagonal), count
@@ -187,13 +219,16 @@ def _live_means_moments(
     for total, count in pairs:
         some = count > 0
         means = (total[:, some] / count[some].unsqueeze(-1)).unsqueeze(2)
-        moments.append((second_moment(means, diagonal), means.shape[1]))
+        moments.append((_inputs_moment(layer, means, diagonal), means.shape[1]))
     return moments
 
 
 def sparse_rows(uses: Sequence[LayerUse]) -> list[SparseRows]:
     """Return a layer's inputs by their entries, those of the same data as one; else nothing."""
-    found = [rows for rows in (use.sparse_inputs() for use in uses) if rows is not None]
+    pairs = [(use, use.sparse_inputs()) for use in uses]
+    found = [
+        rows if use.live is None else rows.at(use.live) for use, rows in pairs if rows is not None
+    ]
     if found and len({rows.shape[0] for rows in found}) == 1:
         return [side_by_side(found)]
     return found
@@ -229,8 +264,9 @@ def input_moment(
     loop = len(uses) > 1 and all(use.module is None for use in uses)
     if loop and not (form.reduce or layer.family.routed):
         # Products of a loop, few rows each: one sum over all of them.
-        rows = torch.cat([input_rows(layer, use).flatten(1, 2) for use in uses], 1)
-        return second_moment(rows.unsqueeze(2), diagonal), rows.shape[1]
+        rows = torch.cat([_live_rows(layer, use) for use in uses], 1)
+        return _inputs_moment(layer, rows.unsqueeze(2), diagonal), rows.shape[1]
+    moments: Sequence[tuple[Tensor, int | Tensor]]
     if not form.reduce or layer.family.routed:
         moments = [_expanded_moment(layer, use, diagonal) for use in uses]
     elif any(use.live is not None for use in uses):
@@ -249,7 +285,7 @@ def input_moment(
     summed = of_all_groups(layer, uses, [moment for moment, _ in moments])
     if not layer.family.routed:
         return summed, sum(count for _, count in moments)
-    counts = [moment.new_full((len(moment),), count) for moment, count in moments]
+    counts = [moment.new_ones(len(moment)) * count for moment, count in moments]
     return summed, of_all_groups(layer, uses, counts)
 
 

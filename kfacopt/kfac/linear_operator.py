@@ -17,20 +17,25 @@ from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
 from kfacopt.kfac.factors import (
     FactorForm,
     Factors,
+    as_factor,
     factor_dtype,
     grad_output_moment,
     input_moment,
     mean_input,
 )
 from kfacopt.kfac.layers import (
+    CONV_FACTORS,
     KFAC_APPROXES,
     Block,
+    ConvFactor,
     KFACApprox,
     Layer,
+    split,
 )
+from kfacopt.kfac.layers.tied import joined_factors
 from kfacopt.kfac.live_rows import LiveRows
 from kfacopt.kfac.loss_fisher import loss_fisher
-from kfacopt.kfac.operator_layers import layers_of, parameters_of
+from kfacopt.kfac.operator_layers import layers_of, parameters_of, refuse_tied
 from kfacopt.kfac.unrolled import unrolled
 from kfacopt.kfac.unseen_uses import edges_of, past_modules, refuse_unseen_uses
 from kfacopt.likelihoods import SUPPORTED_LOSSES, FisherType
@@ -60,8 +65,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             padding, dilation, groups), embeddings (A is diagonal), scale and shift of
             normalisations (the exact diagonal of F) and what `kfacopt.register_layer` was told of:
             see docs/layers.md. Products with matrices
-            past modules' calls (`x @ W`, `F.linear`, `nn.MultiheadAttention`) count as well; a
-            matrix of which the model makes no other use is a layer by the parameter's name.
+            past modules' calls (`x @ W`, `F.linear`, `nn.MultiheadAttention`) and lookups
+            (`F.embedding`) count as well; a matrix of which the model makes no other use is a layer
+            by the parameter's name. So is an embedding that is tied to the head.
         loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
             log-probabilities; or any function or module that maps predictions z and targets to a
             scalar. Of this the positive part of the Hessian at z is the curvature, found exactly
@@ -91,6 +97,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             so that the two means differ for `"empirical"` only, in what they take for one datum.
         separate_weight_and_bias: Give W and b blocks of their own. `False` takes [W | b] together,
             where both are in `params`.
+        conv_factor: `"full"` keeps A of convolutions whole, `"channels"` by channels and positions
+            of the kernel, `"auto"` where it is wide; see `KFACOptimizer`.
         batch_size_fn: A function from X to the number of data in a batch, for inputs that do not
             tell it themselves; `"empirical"` asks for it, and means of losses other than the four.
         max_factor_dim: A side of a layer wider than that gets a diagonal factor, as in
@@ -125,6 +133,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
     """
 
     _SUPPORTED_LOSSES = SUPPORTED_LOSSES
+    _covers_tied = True
 
     def __init__(
         self,
@@ -143,6 +152,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         separate_weight_and_bias: bool = True,
         *,
         batch_size_fn: Callable[[Any], int] | None = None,
+        conv_factor: ConvFactor = "full",
         max_factor_dim: int | None = None,
     ) -> None:
         argument_checks.check_evaluation(data, progressbar, check_deterministic, batch_size_fn)
@@ -151,6 +161,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         argument_checks.check_flag("separate_weight_and_bias", separate_weight_and_bias)
         self._fisher = loss_fisher(loss_func, fisher_type, mc_samples, loss_average, batch_size_fn)
         argument_checks.check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
+        argument_checks.check_choice("conv_factor", conv_factor, CONV_FACTORS)
         argument_checks.check_integer("seed", seed)
         if not isinstance(model_func, nn.Module):
             raise ValueError(
@@ -161,7 +172,10 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         super().__init__(own)
         self._model_func, self._data, self._progressbar = model_func, data, progressbar
         batches = partial(self._batches, "K-FAC layers")
-        self._layers = layers_of(model_func, own, separate_weight_and_bias, batches)
+        layers = layers_of(model_func, own, separate_weight_and_bias, batches)
+        self._layers = split(layers, conv_factor)
+        if not self._covers_tied:
+            refuse_tied(self._layers)
         argument_checks.check_shape(shape, self.shape)
         self._seed, self._form = seed, FactorForm(kfac_approx, max_factor_dim)
         if check_deterministic:
@@ -244,7 +258,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
 
     def _compute_factors(self) -> dict[Layer, KroneckerProduct]:
         inputs, grads = {}, {}
-        for layer, _ in self._layers:
+        for layer in (part for whole, _ in self._layers for part in whole.collected):
             dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
             inputs[layer], grads[layer] = (
                 torch.zeros(shape, dtype=dtype, device=device) for shape in self._form.shapes(layer)
@@ -255,14 +269,13 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             counts.append(self._fisher.counts(output.detach(), X, y))
             reached: set[LayerUse] = set()
             live = LiveRows()
-            live.ignore(getattr(self._fisher, "likelihood", None), y)
+            live.note(getattr(self._fisher, "likelihood", None), output, y)
             for by_use in gradients:
                 vectors += 1
                 reached.update(by_use)
-                for use, g in by_use.items():
-                    live.add(use, g)
                 for layer, own in group_by_layer(by_use).items():
                     own_grads = [by_use[use] for use in own]
+                    live.add(own, own_grads)
                     grads[layer] += grad_output_moment(layer, own, own_grads, self._form)
             counted = [live.restricted(use) for use in uses if use in reached]
             for layer, own in group_by_layer(counted).items():
@@ -271,12 +284,15 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
                 rows[layer] = rows[layer] + count
         self._scale = self._fisher.scale(counts)
         self._fisher.check_seen(vectors)
-        return {
-            layer: KroneckerProduct(
-                grads[layer] * self._scale, mean_input(inputs[layer], rows[layer])
-            )
-            for layer in inputs
+        factors = {
+            part: (mean_input(A, rows[part]), grads[part] * self._scale)
+            for part, A in inputs.items()
         }
+        products = {}
+        for layer, _ in self._layers:
+            A, G = factors.get(layer) or joined_factors(layer, factors, self._form.shapes)
+            products[layer] = KroneckerProduct(G, as_factor(layer, A))
+        return products
 
     def _passes(
         self, description: str
@@ -294,7 +310,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
                 output = argument_checks.checked_output(self._model_func(X))
             past = past_modules(edges_of(output), uses, parameters_of(self._layers), [])
             uses += past.uses
-            refuse_unseen_uses(self._model_func, past.rest, output, uses)
+            refuse_unseen_uses(self._model_func, [*past.rest, *past.found], output, uses)
             yield X, y, output, uses, self._gradients(output, X, y, uses, generator)
 
     def _batches(self, description: str) -> Iterator[Batch]:

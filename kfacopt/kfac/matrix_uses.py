@@ -1,102 +1,54 @@
-"""Products with matrices past the calls of their modules, found in the graph.
+"""Products and lookups past the calls of their modules: all uses that a graph makes of a matrix.
 
-`F.linear`, `torch.addmm`, `x @ W`, `torch.einsum` and attention end in a node `Addmm`, `Mm`, `Bmm`
-whose operand is a parameter, or a view or cast of one; it keeps the input a, and g arrives at it.
+Which node is which product is in `matrix_products`; here parameters, views and casts of them are
+followed to the nodes whose operands they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
-from kfacopt.kfac.capture import LayerUse
-from kfacopt.kfac.convolution_uses import (
-    CONVOLUTION,
-    ConvolutionCall,
-    convolution_call,
-    convolution_family,
-    convolution_kind,
-)
-from kfacopt.kfac.layers import Layer
-from kfacopt.kfac.layers.convolution import Convolution
-from kfacopt.kfac.layers.interface import LayerFamily
-from kfacopt.kfac.layers.linear import LinearFamily
-from kfacopt.kfac.layers.matrix import Matrix, Product, Span, by_axis
-from kfacopt.kfac.layers.patches import Upsampling
-from kfacopt.kfac.layers.transposed_convolution import TransposedConvolution
-from kfacopt.kfac.parameter_views import (
-    AxisRange,
-    ParameterView,
-    is_view,
-    parameter_behind,
-    ranges_of,
-    view_at,
-)
-
-# Of products L R: the operands' places among the node's inputs, and what has kept them.
-_PRODUCTS = {
-    "AddmmBackward0": (1, 2, "_saved_mat1", "_saved_mat2"),
-    "MmBackward0": (0, 1, "_saved_self", "_saved_mat2"),
-    "BmmBackward0": (0, 1, "_saved_self", "_saved_mat2"),
-    "BaddbmmBackward0": (1, 2, "_saved_batch1", "_saved_batch2"),
-}
-
-Parents = dict[Any, list[tuple[Any, int]]]
-
-
-@dataclass(frozen=True, eq=False)
-class MatrixUse:
-    """A product of rows a with a matrix, z = W a (+ b).
-
-    Attributes:
-        weight: The parameter.
-        bias: The vector that is added, if it is a parameter.
-        roles: Of the parameter's axes, see `Matrix`; "c" or "t" and the number of groups for
-            convolutions and transposed ones.
-        input: a `[R, d_in]`, or `[B, R, d_in]` for groups; a convolution's input.
-        edge: The gradient edge of the product.
-        input_edges: Those of a.
-        call: Which part of the matrix it has, and where; a convolution's sizes.
-    """
-
-    weight: Parameter
-    bias: Parameter | None
-    roles: str
-    input: Tensor
-    edge: GradientEdge
-    input_edges: tuple[GradientEdge, ...]
-    call: Product | ConvolutionCall | Upsampling
+from kfacopt.kfac.added_biases import Parents
+from kfacopt.kfac.layers.tied import HEAD
+from kfacopt.kfac.lookup_uses import EMBEDDING
+from kfacopt.kfac.matrix_products import MatrixUse, gathered_index, products_at
+from kfacopt.kfac.parameter_views import ParameterView, is_view, view_at
+from kfacopt.kfac.saved_tensors import where_it_can_be_read
 
 
 def matrix_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter, list[MatrixUse]]:
-    """Return the products with matrices, for those of which a graph uses them in no other way.
+    """Return products with matrices, and lookups, for those that a graph uses in no other way.
 
     Args:
         parents: For each node of the graph, whose input it is and which one; see `graph_parents`.
         params: The parameters to look for; vectors are not found.
     """
     leaves = {id(n.variable): n for n in parents if hasattr(n, "variable")}
-    found = {}
-    for p in params:
-        leaf = leaves.get(id(p))
-        uses = None if leaf is None or p.ndim < 2 else _uses_of(p, leaf, parents)
-        roles = {use.roles for use in uses or ()}
-        if uses and len(roles) == 1:
-            found[p] = uses
-    return found
+    wanted = {p: leaves[id(p)] for p in params if p.ndim > 1 and id(p) in leaves}
+
+    def look() -> dict[Parameter, list[MatrixUse]]:
+        found = {}
+        for p, leaf in wanted.items():
+            uses = _uses_of(p, leaf, parents)
+            roles = {use.roles for use in uses or ()}
+            if uses and (len(roles) == 1 or roles == {HEAD, EMBEDDING}):
+                found[p] = uses
+        return found
+
+    return where_it_can_be_read(look)
 
 
-def vector_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter, int]:
-    """Return how many operations have each of some vectors, or a view or cast, as an operand."""
+def operand_uses(parents: Parents, params: Iterable[Parameter]) -> dict[Parameter, int]:
+    """Return how many operations have each of some biases, or a view or cast, as an operand."""
     leaves = {id(n.variable): n for n in parents if hasattr(n, "variable")}
     found = {}
     for p in params:
-        if p.ndim == 1 and id(p) in leaves:
+        if id(p) in leaves:
             waiting, found[p] = [leaves[id(p)]], 0
             for node in waiting:  # which grows
                 for parent, place in parents[node]:
@@ -133,11 +85,12 @@ def graph_parents(edges: Iterable[GradientEdge], behind: dict[Any, list[Any]]) -
 
 
 def _uses_of(p: Parameter, leaf: Any, parents: Parents) -> list[MatrixUse] | None:
-    """Return all uses of a matrix; `None` if one of them is no product."""
+    """Return all uses of a matrix; `None` if one of them is no product or lookup."""
     uses: list[MatrixUse] = []
-    waiting: list[tuple[Any, int, ParameterView]] = [(leaf, 0, ParameterView.whole(p.shape))]
+    whole = ParameterView.whole(p.shape)
+    waiting: list[tuple[Any, int, ParameterView, Tensor | None]] = [(leaf, 0, whole, None)]
     while waiting:
-        node, output_nr, view = waiting.pop()
+        node, output_nr, view, gathered = waiting.pop()
         own = [(n, k) for n, k in parents[node] if k < 0 or n.next_functions[k][1] == output_nr]
         if not own:
             return None
@@ -147,254 +100,19 @@ def _uses_of(p: Parameter, leaf: Any, parents: Parents) -> list[MatrixUse] | Non
                     seen = view_at(parent, nr, view)
                     if seen is None:
                         return None
-                    waiting.append((parent, nr, seen))
+                    waiting.append((parent, nr, seen, gathered))
                 continue
-            use = None
-            if place >= 0 and parent.name() in _PRODUCTS:
-                use = _product(p, view, parent, place, parents)
-            elif place == 1 and parent.name() == CONVOLUTION:
-                use = _convolution(p, view, parent)
-            if use is None:
+            index = gathered_index(parent) if place == 0 and gathered is None else None
+            if index is not None and p.ndim > 2 and view.axes[:1] == whole.axes[:1] != ((),):
+                waiting.append((parent, 0, view.gathered(len(index)), index))
+                continue
+            found = products_at(p, view, parent, place, parents, gathered)
+            if found is None:
                 return None
-            uses.append(use)
+            uses += found
     return uses
 
 
 def _outputs_used(node: Any, parents: Parents) -> set[int]:
     """Return which outputs of a node others have as an input."""
     return {n.next_functions[k][1] if k >= 0 else 0 for n, k in parents[node]}
-
-
-def _product(
-    p: Parameter, view: ParameterView, node: Any, place: int, parents: Parents
-) -> MatrixUse | None:
-    """Return a node as a product with a parameter; `None` if it is none that is known.
-
-    Args:
-        p: The parameter.
-        view: Which of its entries an operand has, `[..., n, m]`.
-        node: The node.
-        place: Which operand.
-        parents: The graph.
-    """
-    *places, left_name, right_name = _PRODUCTS[node.name()]
-    if place not in places or getattr(node, "_saved_alpha", 1) != 1:
-        return None
-    left = place == places[0]
-    kept = right_name if left else left_name
-    a = _kept(node, kept)
-    if a is None:
-        return None
-    operand = view.permuted([*range(len(view.axes) - 2), -1, -2]) if left else view
-    layout = _layout(p, operand)
-    if layout is None:
-        return None
-    roles, ranges, outputs, groups = layout
-    inputs = [(r.axis, r.length) for r in ranges[-2]]
-    a = by_axis(a.detach().mT if left else a.detach(), inputs)
-    if "g" not in roles:
-        a = a.reshape(-1, a.shape[-1])
-    before = node.next_functions[places[1] if left else places[0]]
-    edges = () if before[0] is None else (GradientEdge(*before),)
-    order = tuple((r.axis, r.length) for r in ranges[-1])
-    order = () if order == tuple(sorted(order)) else order
-    plain = not left and "g" not in roles and not order
-    bias = _bias(node, parents, p, outputs, operand.shape[-1]) if plain else None
-    product = Product(left, outputs, groups, order, _has_positions(node, before[0], parents))
-    return MatrixUse(p, bias, roles, a, GradientEdge(node, 0), edges, product)
-
-
-def _has_positions(node: Any, before: Any, parents: Parents) -> bool:
-    """Tell whether rows were flattened before a product, or have more axes behind it."""
-    views = ("ViewBackward0", "UnsafeViewBackward0")
-    if before is not None and before.name() in views and len(before._saved_self_sym_sizes) > 2:
-        return True
-    shapes = [n._input_metadata[0].shape for n, _ in parents[node] if n.name() in views]
-    return any(len(shape) > 2 for shape in shapes)
-
-
-def _convolution(p: Parameter, view: ParameterView, node: Any) -> MatrixUse | None:
-    """Return a node as a convolution with a whole parameter; `None` if it has a part of it."""
-    x = _kept(node, "_saved_input") if view == ParameterView.whole(p.shape) else None
-    if x is None:
-        return None
-    roles, call = convolution_call(p, node)
-    before = node.next_functions[0]
-    edges = () if before[0] is None else (GradientEdge(*before),)
-    bias = _vector(node.next_functions[2], None, node._input_metadata[0].shape[1])
-    return MatrixUse(p, bias, roles, x.detach(), GradientEdge(node, 0), edges, call)
-
-
-def _kept(node: Any, saved: str) -> Tensor | None:
-    """Return a saved tensor; `None` for one that is recomputed, which may be done once alone."""
-    hook = getattr(getattr(node, saved.replace("_saved_", "_raw_saved_")), "unpack_hook", None)
-    if getattr(hook, "__qualname__", "").startswith("_checkpoint_hook"):
-        return None
-    try:
-        kept: Tensor | None = getattr(node, saved)
-    except RuntimeError:  # changed in place since, or its memory is gone
-        return None
-    return kept
-
-
-def _layout(
-    p: Parameter, view: ParameterView
-) -> tuple[str, list[list[AxisRange]], Span | None, Span | None] | None:
-    """Return the roles of a parameter's axes, ranges, and which outputs and groups a product has.
-
-    Args:
-        p: The parameter.
-        view: Which of its entries the product has as `[..., d_in, outputs]`.
-    """
-    if len(view.axes) == 3 and all(stride == 0 for _, stride in view.axes[0]):
-        view = view.selected(0, 0)
-    found = ranges_of(view, p.shape)
-    if found is None:
-        return None
-    letters = "gio" if len(found) == 3 else "io"
-    roles: dict[int, str] = {r.axis: x for x, own in zip(letters, found, strict=True) for r in own}
-    single = [i for i, n in enumerate(p.shape) if i not in roles]
-    starts = _starts(view, p)
-    for i in reversed(single):  # one index, or an axis of one entry
-        if "o" not in roles.values():
-            roles[i] = "o"
-        elif "i" not in roles.values() and p.shape[i] == 1:
-            roles[i] = "i"
-        elif p.ndim > 2:
-            roles[i] = "g"
-        else:
-            return None
-    ranges = [r for own in found for r in own] + [AxisRange(i, starts[i], 1) for i in single]
-    if len(found) == 3 and found[0] != sorted(found[0], key=lambda r: r.axis):
-        return None
-    spans: dict[str, Span | None] = {"g": None, "o": None, "i": None}
-    for role in "goi":
-        own = [r for r in ranges if roles[r.axis] == role]
-        partial = [r for r in own if r.length != p.shape[r.axis]]
-        if partial and (role == "i" or len(own) != 1):
-            return None
-        for r in partial:
-            spans[role] = Span(r.start, r.length, p.shape[r.axis])
-    return "".join(roles[i] for i in range(p.ndim)), found, spans["o"], spans["g"]
-
-
-def _starts(view: ParameterView, p: Parameter) -> list[int]:
-    starts, offset = [], view.offset
-    for size in reversed(p.shape):
-        starts.append(offset % size)
-        offset //= size
-    return starts[::-1]
-
-
-def _bias(
-    node: Any, parents: Parents, weight: Parameter, outputs: Span | None, size: int
-) -> Parameter | None:
-    """Return the vector that is added to a product's rows, if it is a parameter.
-
-    Args:
-        node: The product.
-        parents: The graph.
-        weight: The matrix.
-        outputs: Which of its outputs the product has, if not all.
-        size: How many.
-    """
-    if node.name() == "AddmmBackward0":
-        return _vector(node.next_functions[0], outputs, size) if node._saved_beta == 1 else None
-    if node.name() == "BaddbmmBackward0":
-        return None
-    while len(parents[node]) == 1:
-        parent, place = parents[node][0]
-        if place < 0:
-            return None
-        if parent.name() in ("ViewBackward0", "UnsafeViewBackward0"):
-            if parent._input_metadata[0].shape[-1] != size:
-                return None
-            node = parent
-            continue
-        if parent.name() != "AddBackward0" or parent._saved_alpha != 1:
-            return None
-        return _vector(parent.next_functions[1 - place], outputs, size)
-    return None
-
-
-def _vector(edge: tuple[Any, int], outputs: Span | None, size: int) -> Parameter | None:
-    """Return the vector that an edge leads to, if it has the outputs of a product."""
-    found = parameter_behind(*edge)
-    if found is None or found[0].ndim != 1:
-        return None
-    p, view = found
-    *lead, last = view.axes
-    start, total = (0, size) if outputs is None else (outputs.start, outputs.total)
-    repeated = all(stride == 0 for parts in lead for _, stride in parts)
-    own = () if size == 1 else ((size, 1),)
-    fits = repeated and last == own and view.offset == start and len(p) == total
-    return p if fits else None
-
-
-@dataclass(frozen=True, eq=False)
-class MatrixLayout:
-    """How a matrix that no module's call uses is multiplied.
-
-    Attributes:
-        roles: As `MatrixUse` has them.
-        bias: What all products with it add.
-    """
-
-    roles: str
-    bias: Parameter | None
-
-    @classmethod
-    def of(cls, uses: Sequence[MatrixUse]) -> MatrixLayout:
-        """Return what products have in common."""
-        bias = uses[0].bias if len({id(use.bias) for use in uses}) == 1 else None
-        return cls(uses[0].roles, bias)
-
-    def layer(self, name: str, weight: Parameter, has_bias: bool, separate: bool) -> Layer:
-        """Return the layer that the matrix is.
-
-        Args:
-            name: The parameter's name.
-            weight: The parameter.
-            has_bias: Whether the bias, if there is one, is the layer's.
-            separate: Whether W and b have blocks of their own.
-        """
-        bias, family = self.bias if has_bias else None, self._family(weight)
-        groups = int(self.roles[1:]) if self._is_convolution else 1
-        groups = family.matrix_shape(weight.shape, groups)[0]
-        return Layer(name, weight, bias, groups, bias is not None and not separate, family)
-
-    @property
-    def _is_convolution(self) -> bool:
-        return self.roles[0] in "ct"
-
-    def _family(self, weight: Parameter) -> LayerFamily:
-        if self._is_convolution:
-            return convolution_family(self.roles, weight)
-        return Matrix(self.roles)
-
-    def kind(self, weight: Parameter) -> type[nn.Module]:
-        """Return which of torch's modules does the same."""
-        return convolution_kind(self.roles, weight) if self._is_convolution else nn.Linear
-
-
-def fits(use: MatrixUse, layer: Layer) -> bool:
-    """Tell whether a product can count as a use of a layer; blocks of W and b share their G."""
-    family = layer.family
-    if layer.bias is not None and not layer.joint and use.bias is not layer.bias:
-        return False
-    if isinstance(family, Matrix):
-        return family.roles == use.roles
-    if type(family) in (Convolution, TransposedConvolution):
-        roles = f"{'c' if type(family) is Convolution else 't'}{layer.groups}"
-        return use.roles == roles and layer.weight is use.weight
-    linear = type(family) is LinearFamily and use.roles == ("io" if family.inputs_first else "oi")
-    return (
-        linear and use.call in (Product(), Product(positions=True)) and layer.weight is use.weight
-    )
-
-
-def as_layer_use(use: MatrixUse, layer: Layer) -> LayerUse:
-    """Return a product as a use of its layer."""
-    a, version = use.input, use.input._version
-    edges = use.input_edges
-    return LayerUse(layer, None, use.call, a, use.edge, version, edges, None, use.bias)

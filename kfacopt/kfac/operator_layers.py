@@ -11,7 +11,8 @@ from kfacopt import argument_checks
 from kfacopt.data import Batch, evaluation
 from kfacopt.kfac.capture import capture
 from kfacopt.kfac.layers import Layer, all_kinds, described, find_layers
-from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.layers.embedding import Embedding
+from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.kfac.unrolled import unrolled
 from kfacopt.kfac.unseen_uses import edges_of, past_modules
 
@@ -53,7 +54,12 @@ def layers_of(
             raise ValueError(f"params[{i}] is not a parameter of model_func.")
     free = [p for p in params if p not in parameters_of(layers)]
     matrices = [p for p in free if p.ndim > 1 and p.is_floating_point() and p.numel()]
-    found = _find_products(model, layers, matrices, batches) if matrices else {}
+    looks = matrices or any(type(layer.family) is Embedding for layer, _ in layers)
+    found = _find_products(model, layers, matrices, batches) if looks else {}
+    if any(p in parameters_of(layers) for p in found):  # embeddings that are heads, too
+        untied = [p for p in params if p not in found or not found[p].is_tied]
+        layers = find_layers(model.named_modules(), untied, separate)
+        free = [p for p in params if p not in parameters_of(layers)]
     left = set(free)
     for p, layout in found.items():
         layer = layout.layer(names[id(p)], p, layout.bias in left, separate)
@@ -76,13 +82,28 @@ def _find_products(
 ) -> dict[Parameter, MatrixLayout]:
     """Return the layouts of matrices that products alone use."""
     found: dict[Parameter, MatrixLayout] = {}
-    own = [m for m in model.modules() if any(p is q for p in free for q in m._parameters.values())]
+    wanted = set(free)
+    owners = [m for m in model.modules() if not wanted.isdisjoint(m._parameters.values())]
     with evaluation(model):
         for X, _ in batches():
-            with capture(layers) as uses, unrolled(own):
+            with capture(layers) as uses, unrolled(owners):
                 output = argument_checks.checked_output(model(X))
             left = [p for p in free if p not in found]
-            found |= past_modules(edges_of(output), uses, {}, left).found
-            if len(found) == len(free):
+            found |= past_modules(edges_of(output), uses, parameters_of(layers), left).found
+            if not set(free) - set(found):
                 break
     return found
+
+
+def refuse_tied(layers: LayersWithModules) -> None:
+    """Raise for weights that are looked up and multiplied.
+
+    Raises:
+        NotImplementedError: It names them.
+    """
+    names = ", ".join(repr(layer.name) for layer, _ in layers if layer.parts)
+    if names:
+        raise NotImplementedError(
+            f"params: {names} is an embedding tied to a head, which EKFAC does not cover; "
+            "KFACLinearOperator does. Leave it out of params."
+        )

@@ -86,6 +86,10 @@ class ParameterView:
             index //= n
         return ParameterView(offset, (*self.axes[:axis], *self.axes[axis + 1 :]))
 
+    def gathered(self, count: int) -> ParameterView:
+        """Return entries of the first index of the first axis, in the place of those of others."""
+        return ParameterView(self.offset, (_parts([(count, 0)]), *self.axes[1:]))
+
     def expanded(self, shape: Sequence[int]) -> ParameterView:
         """Return the entries repeated along axes of size 1, or new ones in front."""
         new = len(shape) - len(self.axes)
@@ -108,11 +112,16 @@ def _parts(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(joined)
 
 
+def joined(axes: Sequence[tuple[Part, ...]]) -> tuple[Part, ...]:
+    """Return the parts of several axes as those of one."""
+    return _parts([part for parts in axes for part in parts])
+
+
 _SAME = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0")
 _RESHAPED = tuple(
     f"{name}Backward{number}"
     for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
-    for number in (0, 1, 2, 3)
+    for number in (0, 1, 2, 3, 4)
 )
 
 

@@ -18,18 +18,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Parameter
 from torch.utils.checkpoint import CheckpointFunction
 
+from kfacopt.kfac.added_biases import Parents
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
 from kfacopt.kfac.factors import of_all_groups
 from kfacopt.kfac.layers import Layer
-from kfacopt.kfac.matrix_uses import (
-    MatrixLayout,
-    Parents,
-    as_layer_use,
-    fits,
-    graph_parents,
-    matrix_uses,
-    vector_uses,
-)
+from kfacopt.kfac.lookup_uses import TIED
+from kfacopt.kfac.matrix_layouts import MatrixLayout, as_layer_use, becomes_tied, fits
+from kfacopt.kfac.matrix_uses import graph_parents, matrix_uses, operand_uses
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
 _ROUND_OFFS = 16
@@ -66,13 +61,17 @@ class PastModules:
 
     Attributes:
         uses: Products that are uses of layers.
-        found: Matrices in no layer that products alone use, and how.
+        found: Matrices in no layer that products alone use, and how; and those of layers whose
+            uses make them tied ones.
         rest: The parameters of layers that are used in ways that products do not explain.
+        hidden: Matrices in no layer that are not in the graph, but may be in activation
+            checkpointing with reentry, whose parts are not.
     """
 
     uses: list[LayerUse]
     found: dict[Parameter, MatrixLayout]
     rest: list[Parameter]
+    hidden: list[Parameter]
 
 
 def past_modules(
@@ -91,30 +90,54 @@ def past_modules(
     """
     nodes = _nodes_past(outputs, uses)
     unseen = _leaves(nodes, [*layer_of, *free])
-    vectors = vector_uses(nodes, unseen)
+    biases = {la.bias for la in layer_of.values()}
+    operands = operand_uses(nodes, [p for p in unseen if p in biases])
     further, found, explained = [], {}, set()
     for p, own in matrix_uses(nodes, unseen).items():
         layer = layer_of.get(p)
         if layer is None:
             found[p] = MatrixLayout.of(own)
+        elif layer.weight is p and becomes_tied(layer, own):
+            found[p] = MatrixLayout(TIED, None)
+            explained.add(p)
         elif layer.weight is p and all(fits(use, layer) for use in own):
             further += [as_layer_use(use, layer) for use in own]
             explained.add(p)
-            adding = sum(use.bias is layer.bias for use in own)
-            if layer.bias is not None and vectors.get(layer.bias) == adding:
+            adding = {use.edge.node for use in own if use.bias is layer.bias}
+            if layer.bias is not None and operands.get(layer.bias) == len(adding):
                 explained.add(layer.bias)
+    for p in unseen:
+        layer = layer_of.get(p)
+        if layer is not None and layer.weight is None:
+            calls = sum(use.layer is layer for use in uses if _leaves_weight(use))
+            explained |= {p} if 0 < calls == operands.get(p) else set()
     rest = [p for p in unseen if p in layer_of and p not in explained]
-    return PastModules(further, found, rest)
+    seen = {id(p) for p in unseen}
+    hidden = [p for p in free if id(p) not in seen]
+    hidden = hidden if hidden and any(map(_is_reentrant, nodes)) else []
+    return PastModules(further, found, rest, hidden)
+
+
+def _is_reentrant(node: Any) -> bool:
+    return getattr(node, "_forward_cls", None) is CheckpointFunction
 
 
 def _nodes_past(outputs: Iterable[GradientEdge], uses: Iterable[LayerUse]) -> Parents:
     """Return the nodes of graphs; from the output of a use the walk goes on at its input."""
     behind: dict[Any, list[Any]] = {}  # from the node of a use's output to that of its input
     for use in uses:
-        if not isinstance(use.edge.node, BackwardCFunction):
+        if not isinstance(use.edge.node, BackwardCFunction) and not _leaves_weight(use):
             following = [edge.node for edge in use.input_edges]
             behind.setdefault(use.edge.node, []).extend(following)
     return graph_parents(outputs, behind)
+
+
+def _leaves_weight(use: LayerUse) -> bool:
+    """Tell whether a recorded use is that of a bias alone, whose module's W has other uses."""
+    if use.layer.weight is not None or use.module is None:
+        return False
+    weight = use.module._parameters.get(use.family.weight_name)
+    return weight is not None and weight.requires_grad
 
 
 def is_undercounted(
@@ -199,8 +222,7 @@ def refuse_unseen_uses(
         raise NotImplementedError(
             f"params: model_func uses {names} other than by calling the module or multiplying by "
             "it, so that K-FAC's block would lack that part: a weight in a sum or penalty, times a "
-            "number, transposed, in a checkpoint past its module, in torch.func, or a derivative "
-            "by the input in the forward pass. "
+            "number, transposed, in torch.func, or a derivative by the input in the forward pass. "
             "Call the module, or leave the parameters out of params; the other operators "
             "(GGNLinearOperator, EFLinearOperator, ...) are exact for any use."
         )
@@ -214,7 +236,7 @@ def edges_of(output: Tensor) -> list[GradientEdge]:
             graph.
     """
     edges = [get_gradient_edge(output)] if output.requires_grad else []
-    if any(getattr(n, "_forward_cls", None) is CheckpointFunction for n in _nodes_past(edges, [])):
+    if any(map(_is_reentrant, _nodes_past(edges, []))):
         raise NotImplementedError(
             "model_func: activation checkpointing with use_reentrant=True hides layers from "
             "derivatives; checkpoint with use_reentrant=False."

@@ -28,6 +28,24 @@ class Elementwise(Likelihood):
 
     Attributes:
         weight: A factor of each term, broadcast to z, ≥ 0; `None` for 1.
+
+    Example:
+        Counts with the rate eᶻ: ℓ = eᶻ − y z, whose second derivative is eᶻ.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> import kfacopt
+        >>> class Counts(kfacopt.Elementwise):
+        ...     def second_derivative(self, output):
+        ...         return output.exp()
+        >>> @kfacopt.register_likelihood(lambda z, y: Counts("mean"))
+        ... def poisson_loss(z, y):
+        ...     return (z.exp() - y * z).mean()
+        >>> model, X = nn.Linear(3, 1, bias=False), torch.rand(8, 3)
+        >>> args = model, poisson_loss, list(model.parameters()), [(X, torch.ones(8, 1))]
+        >>> K = kfacopt.KFACLinearOperator(*args, fisher_type="type-2") @ torch.eye(3)
+        >>> torch.allclose(K, model(X).exp().mean() * X.T @ X / 8)  # G ⊗ A
+        True
     """
 
     weight: Tensor | None = None

@@ -48,6 +48,39 @@ class Likelihood(ABC):
 
     Attributes:
         reduction: `"mean"`, `"sum"` or `"none"`.
+
+    Example:
+        The mean over rows of ½ ‖z_n − y_n‖², whose terms are rows; their Hessian is I.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> import kfacopt
+        >>> class RowSquares(kfacopt.Likelihood):
+        ...     def term_weights(self, z, y):
+        ...         return torch.ones(len(z))
+        ...     def normalizer(self, z, y):
+        ...         return torch.tensor(float(len(z)))
+        ...     num_terms = normalizer
+        ...     def num_positions(self, z):
+        ...         return len(z)
+        ...     def root_columns(self, z):
+        ...         for one in torch.eye(z.shape[1]):
+        ...             yield one.expand_as(z)
+        ...     def multiply_hessian(self, z, v):
+        ...         return v
+        ...     def draw_gradient(self, z, generator):
+        ...         return torch.randn(z.shape, generator=generator)
+        ...     def spread(self, weights, z):
+        ...         return weights[:, None]
+        >>> @kfacopt.register_likelihood(lambda z, y: RowSquares("mean"))
+        ... def row_squares(z, y):
+        ...     return (z - y).square().sum(1).mean() / 2
+        >>> model, data = nn.Linear(3, 2), [(torch.rand(8, 3), torch.rand(8, 2))]
+        >>> args = model, row_squares, list(model.parameters()), data
+        >>> options = {"fisher_type": "type-2", "separate_weight_and_bias": False}
+        >>> K = kfacopt.KFACLinearOperator(*args, **options) @ torch.eye(8)
+        >>> torch.allclose(K, kfacopt.GGNLinearOperator(*args) @ torch.eye(8))
+        True
     """
 
     reduction: str

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.split_factors import Basis, Factor, SplitBasis, SplitFactor
 
 # Orthogonal iterations of one refresh at the most.
 MAX_ITERATIONS = 2
@@ -22,20 +23,24 @@ def off_diagonal_share(matrix: Tensor) -> Tensor:
     return share
 
 
-def rayleigh_quotients(factor: Tensor, basis: Tensor | None) -> Tensor:
+def rayleigh_quotients(factor: Factor, basis: Basis | None) -> Tensor:
     """Return the diagonal of QᵀAQ `[B, d]`, clamped at 0; `None` is the identity.
 
     Args:
         factor: A, `[B, d, d]` or its diagonal `[B, d]`.
         basis: Q, `[B, d, d]`.
     """
+    if isinstance(basis, SplitBasis):
+        assert isinstance(factor, SplitFactor)
+        return factor.quotients(basis)
+    assert isinstance(factor, Tensor)
     if basis is None:
         return kronecker.diagonal_of(factor).clamp(min=0)
     wide = basis.to(factor.dtype)
     return ((factor @ wide) * wide).sum(-2).clamp(min=0)
 
 
-def refreshed_basis(factor: Tensor, basis: Tensor | None, tolerance: float) -> Tensor | None:
+def refreshed_basis(factor: Factor, basis: Basis | None, tolerance: float) -> Basis | None:
     """Return an orthonormal basis that nearly diagonalises a factor, from an earlier one.
 
     Without an earlier basis, the eigenvectors. Else orthogonal iteration, Q ← qr(A Q) with the
@@ -44,7 +49,8 @@ def refreshed_basis(factor: Tensor, basis: Tensor | None, tolerance: float) -> T
     `MAX_ITERATIONS` times.
 
     Args:
-        factor: A, `[B, d, d]`, symmetric positive semi-definite; or its diagonal `[B, d]`.
+        factor: A, `[B, d, d]`, symmetric positive semi-definite; or its diagonal `[B, d]`; or
+            split, of which the two sums of blocks are followed.
         basis: Q, `[B, d, d]`, or `None`.
         tolerance: The relative Frobenius norm of the off-diagonal part that is left alone.
 
@@ -58,8 +64,19 @@ def refreshed_basis(factor: Tensor, basis: Tensor | None, tolerance: float) -> T
         - Golub & Van Loan, Matrix Computations, 4th ed., section 8.2.4.
         - Eschenhagen et al. (2025), https://arxiv.org/abs/2506.03595, section 4.1 (the criterion).
     """
+    if isinstance(factor, SplitFactor) and isinstance(basis, SplitBasis):
+        channels = _refreshed(factor.channels, basis.channels, tolerance)
+        positions = _refreshed(factor.position_moment(), basis.positions, tolerance)
+        return SplitBasis(channels, positions, factor.joint)
     if kronecker.is_diagonal(factor) or basis is None:
         return kronecker.eigendecomposition(factor)[1]
+    assert isinstance(factor, Tensor)
+    assert isinstance(basis, Tensor)
+    return _refreshed(factor, basis, tolerance)
+
+
+def _refreshed(factor: Tensor, basis: Tensor, tolerance: float) -> Tensor:
+    """Return a basis `[B, d, d]` from an earlier one."""
     if not bool(factor.isfinite().all()):
         raise kronecker.DecompositionError("the factor has NaN or infinite entries")
     dtype = torch.promote_types(factor.dtype, torch.float32)
@@ -79,8 +96,8 @@ def refreshed_basis(factor: Tensor, basis: Tensor | None, tolerance: float) -> T
 
 def rotated_eigenvalues(
     eigenvalues: Tensor,
-    bases: tuple[Tensor | None, Tensor | None],
-    new_bases: tuple[Tensor | None, Tensor | None],
+    bases: tuple[Tensor | None, Basis | None],
+    new_bases: tuple[Tensor | None, Basis | None],
 ) -> Tensor:
     """Return the diagonal of (Q_G ⊗ Q_A) diag(λ) (Q_G ⊗ Q_A)ᵀ in other bases Q'.
 
@@ -96,6 +113,11 @@ def rotated_eigenvalues(
     for axis, old, new in zip((-2, -1), bases, new_bases, strict=True):
         if old is None or new is None or old is new:
             continue
+        if isinstance(old, SplitBasis) and isinstance(new, SplitBasis):
+            eigenvalues = new.to(eigenvalues.dtype).squared_overlap(old).right(eigenvalues)
+            continue
+        assert isinstance(old, Tensor)
+        assert isinstance(new, Tensor)
         squared = (new.mT.to(eigenvalues.dtype) @ old.to(eigenvalues.dtype)).square()
         eigenvalues = squared @ eigenvalues if axis == -2 else eigenvalues @ squared.mT
     return eigenvalues

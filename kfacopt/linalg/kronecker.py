@@ -1,8 +1,8 @@
 """Kronecker products G ⊗ A, their eigenbases and damped inverses; no parameters, no layers.
 
-A factor is dense, `[B, d, d]`, or diagonal, `[B, d]`; B counts independent blocks (the groups of a
-convolution, 1 otherwise). All matrices are symmetric and vec is row-major, so that
-(G ⊗ A) vec(X) = vec(G X A) for X of shape `[..., B, d_out, d_in]`.
+A factor is dense, `[B, d, d]`, or diagonal, `[B, d]`; A may also be split (`split_factors`). B
+counts independent blocks (the groups of a convolution, 1 otherwise). All matrices are symmetric and
+vec is row-major, so that (G ⊗ A) vec(X) = vec(G X A) for X of shape `[..., B, d_out, d_in]`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kfacopt.linalg import decompositions
+from kfacopt.linalg.decompositions import DecompositionError as DecompositionError
 from kfacopt.linalg.precision import null_directions
+from kfacopt.linalg.split_factors import Basis, Factor, SplitFactor, SplitInverse
+from kfacopt.linalg.split_products import multiplied
 
 DampingMethod = Literal["factored", "exact"]
 DAMPING_METHODS: tuple[DampingMethod, ...] = ("factored", "exact")
 
 
-class DecompositionError(RuntimeError):
-    """A factor could not be inverted or decomposed, not even in float64."""
-
-
-def is_diagonal(factor: Tensor) -> bool:
+def is_diagonal(factor: Factor) -> bool:
     """Tell whether a factor is stored as its diagonal `[B, d]`."""
     return factor.ndim == 2
 
@@ -34,9 +34,14 @@ def diagonal_of(factor: Tensor) -> Tensor:
     return factor if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
 
 
-def trace(factor: Tensor) -> Tensor:
+def trace(factor: Factor) -> Tensor:
     """Return the traces `[B]` of a factor."""
-    return diagonal_of(factor).sum(-1)
+    return diagonal_of(factor).sum(-1) if isinstance(factor, Tensor) else factor.trace()
+
+
+def dense(factor: Factor) -> Tensor:
+    """Return a factor as a tensor: itself, or what a split one stands for."""
+    return factor if isinstance(factor, Tensor) else factor.dense()
 
 
 def multiply_left(factor: Tensor | None, X: Tensor) -> Tensor:
@@ -46,10 +51,12 @@ def multiply_left(factor: Tensor | None, X: Tensor) -> Tensor:
     return factor.unsqueeze(-1) * X if is_diagonal(factor) else product(factor, X)
 
 
-def multiply_right(X: Tensor, factor: Tensor | None) -> Tensor:
+def multiply_right(X: Tensor, factor: Factor | Basis | None) -> Tensor:
     """Return `X @ factor` for X `[..., B, n, d]`; `None` is the identity."""
     if factor is None:
         return X
+    if not isinstance(factor, Tensor):
+        return X @ factor.dense() if isinstance(factor, SplitFactor) else factor.right(X)
     return X * factor.unsqueeze(-2) if is_diagonal(factor) else product(X, factor)
 
 
@@ -98,77 +105,19 @@ def _multiplied_left(factor: Tensor, columns: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Decompose a positive semi-definite factor, factor = Q diag(λ) Qᵀ.
-
-    Args:
-        factor: `[B, d, d]` or, diagonal, `[B, d]`.
-
-    Returns:
-        λ `[B, d]`, clamped at 0, and Q `[B, d, d]`, or `None` for a diagonal factor (Q = I).
-
-    Raises:
-        DecompositionError: If the factor is not finite or the decomposition fails in float64 too.
-    """
-    if is_diagonal(factor):
-        return factor.clamp(min=0), None
-    if not bool(factor.isfinite().all()):  # eigh returns NaN for an inf without raising
-        raise DecompositionError("the factor has NaN or infinite entries")
-    symmetric = (factor + factor.mT) / 2
-    for dtype in (factor.dtype, torch.float64):
-        try:
-            values, basis = torch.linalg.eigh(symmetric.to(dtype))
-        except torch.linalg.LinAlgError:
-            continue
-        if bool(values.isfinite().all()):
-            return values.clamp(min=0).to(factor.dtype), basis.to(factor.dtype)
-    raise DecompositionError("eigh failed, also in float64")
+def eigendecomposition(factor: Factor) -> tuple[Tensor, Basis | None]:
+    """Return λ `[B, d]` and Q of a factor; see `decompositions`, and `split_factors`."""
+    if isinstance(factor, Tensor):
+        return decompositions.eigendecomposition(factor)
+    return factor.eigendecomposition()
 
 
-def damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
-    """Return (factor + damping · I)⁻¹ by a Cholesky decomposition.
-
-    Args:
-        factor: `[B, d, d]` or, diagonal, `[B, d]`; symmetric positive semi-definite, of which the
-            lower triangle is read.
-        damping: `[B]`, in units of the factor.
-
-    Returns:
-        The inverse, in the form of `factor`.
-
-    Raises:
-        DecompositionError: If the damped factor is not finite or not positive definite.
-    """
-    if is_diagonal(factor):
-        shifted = factor.clamp(min=0) + damping.unsqueeze(-1)
-        if not bool((shifted > 0).all()) or not bool(shifted.isfinite().all()):
-            raise DecompositionError("the damped diagonal factor is not positive and finite")
-        return shifted.reciprocal()
-    for dtype in (factor.dtype, torch.float64):
-        shifted = factor.to(dtype, copy=True)
-        shifted.diagonal(dim1=-2, dim2=-1).add_(damping.to(dtype).unsqueeze(-1))
-        root, info = torch.linalg.cholesky_ex(shifted)
-        if not bool(info.any()):
-            inverse = _inverse_from_root(root).to(factor.dtype)
-            # Its entries are at most as large as those of its diagonal.
-            if bool(inverse.diagonal(dim1=-2, dim2=-1).isfinite().all()):
-                return inverse
-    raise DecompositionError(
-        "the damped factor is not positive definite, also in float64; raise the damping"
-    )
-
-
-def _inverse_from_root(root: Tensor) -> Tensor:
-    """Return (L Lᵀ)⁻¹ of lower triangular L `[B, d, d]`.
-
-    On a GPU L⁻¹ and a product, which takes less than half the time of `cholesky_inverse` there.
-    """
-    if root.device.type == "cpu":
-        return torch.cholesky_inverse(root)
-    identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-    inverse_root = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
-    product: Tensor = inverse_root.mT @ inverse_root
-    return product
+def damped_inverse(factor: Factor, damping: Tensor) -> Factor:
+    """Return (factor + damping · I)⁻¹; see `decompositions`, and `split_factors`."""
+    if isinstance(factor, SplitFactor):
+        return factor.damped_inverse(damping)
+    assert isinstance(factor, Tensor)
+    return decompositions.damped_inverse(factor, damping)
 
 
 # Matrices that are inverted in one call have together at most so many entries.
@@ -200,7 +149,7 @@ def inverses_by_size(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> l
             damping = torch.cat([dampings[i] for i in batch])
             shifted.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
             root, info = torch.linalg.cholesky_ex(shifted)
-            inverse = _inverse_from_root(root)
+            inverse = decompositions.inverse_from_root(root)
             inverse[info != 0] = torch.nan
             pieces = inverse.split([len(factors[i]) for i in batch])
             found.update((i, x.clone()) for i, x in zip(batch, pieces, strict=True))
@@ -208,7 +157,7 @@ def inverses_by_size(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> l
 
 
 def factored_damping(
-    grad_output_factor: Tensor, input_factor: Tensor, damping: float
+    grad_output_factor: Tensor, input_factor: Factor, damping: float
 ) -> tuple[Tensor, Tensor]:
     """Split the damping δ between G and A: √δ/π for G and π√δ for A.
 
@@ -251,11 +200,11 @@ class KroneckerProduct:
 
     Attributes:
         grad_output_factor: G, `[B, d_out, d_out]` or its diagonal `[B, d_out]`.
-        input_factor: A, `[B, d_in, d_in]` or its diagonal `[B, d_in]`.
+        input_factor: A, `[B, d_in, d_in]` or its diagonal `[B, d_in]`, or split.
     """
 
     grad_output_factor: Tensor
-    input_factor: Tensor
+    input_factor: Factor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -275,8 +224,12 @@ class KroneckerProduct:
 
     def apply_columns(self, columns: Sequence[Tensor]) -> list[Tensor]:
         """Return G X A in the columns `[..., B, d_out, width]` that X is given in, as [W | b]."""
-        left = _multiplied_left(self.grad_output_factor, columns)
-        A, widths = self.input_factor, [x.shape[-1] for x in columns]
+        G, A, widths = self.grad_output_factor, self.input_factor, [x.shape[-1] for x in columns]
+        if isinstance(A, SplitInverse) and columns[0].ndim == 3 and not is_diagonal(G):
+            return multiplied(G, A, columns)
+        left = _multiplied_left(G, columns)
+        if not isinstance(A, Tensor):
+            return list(multiply_right(left, A).split(widths, dim=-1))
         rows = left.split(widths, dim=-1) if is_diagonal(A) else [left] * len(widths)
         factors = A.split(widths, dim=-1)
         return [multiply_right(x, a) for x, a in zip(rows, factors, strict=True)]
@@ -287,23 +240,27 @@ class KroneckerProduct:
 
     def frobenius_norm(self) -> Tensor:
         """Return ‖G ⊗ A‖_F = sqrt(Σ_B ‖G‖² ‖A‖²)."""
-        squares = [
-            side.flatten(1).square().sum(1) for side in (self.grad_output_factor, self.input_factor)
-        ]
+        sides = (self.grad_output_factor, dense(self.input_factor))
+        squares = [side.flatten(1).square().sum(1) for side in sides]
         return (squares[0] * squares[1]).sum().sqrt()
 
     def logdet(self) -> Tensor:
         """Return log det(G ⊗ A) = Σ_B d_in log det G + d_out log det A; −∞ if singular."""
-        logdet = self.eigendecomposition().logdet()
+        whole = KroneckerProduct(self.grad_output_factor, dense(self.input_factor))
+        logdet = whole.eigendecomposition().logdet()
         return torch.full_like(logdet, -torch.inf) if self._is_singular() else logdet
 
     def _is_singular(self) -> bool:
-        spectra = map(eigendecomposition, (self.grad_output_factor, self.input_factor))
+        sides = (self.grad_output_factor, dense(self.input_factor))
+        spectra = map(decompositions.eigendecomposition, sides)
         return any(bool(null_directions(*spectrum).any()) for spectrum in spectra)
 
     def eigendecomposition(self) -> KroneckerEigendecomposition:
-        """Return G ⊗ A in the Kronecker product of its factors' eigenbases."""
-        values_g, basis_g = eigendecomposition(self.grad_output_factor)
+        """Return G ⊗ A in the Kronecker product of its factors' eigenbases.
+
+        Of a split A, that of its diagonal in the basis of `SplitFactor.eigendecomposition`.
+        """
+        values_g, basis_g = decompositions.eigendecomposition(self.grad_output_factor)
         values_a, basis_a = eigendecomposition(self.input_factor)
         values = values_g.unsqueeze(-1) * values_a.unsqueeze(-2)
         return KroneckerEigendecomposition(basis_g, basis_a, values)
@@ -324,7 +281,9 @@ class KroneckerProduct:
         if method == "exact":
             return self.eigendecomposition().inverse(damping)
         sides = (self.grad_output_factor, self.input_factor)
-        return KroneckerProduct(*map(damped_inverse, sides, factored_damping(*sides, damping)))
+        damping_g, damping_a = factored_damping(*sides, damping)
+        inverse_g = decompositions.damped_inverse(self.grad_output_factor, damping_g)
+        return KroneckerProduct(inverse_g, damped_inverse(self.input_factor, damping_a))
 
 
 @dataclass
@@ -333,12 +292,12 @@ class KroneckerEigendecomposition:
 
     Attributes:
         grad_output_basis: Q_G, `[B, d_out, d_out]`; `None` is the identity.
-        input_basis: Q_A, `[B, d_in, d_in]`; `None` is the identity.
+        input_basis: Q_A, `[B, d_in, d_in]`; `None` is the identity; or a Kronecker product itself.
         eigenvalues: λ, `[B, d_out, d_in]`.
     """
 
     grad_output_basis: Tensor | None
-    input_basis: Tensor | None
+    input_basis: Basis | None
     eigenvalues: Tensor
 
     @property
@@ -349,8 +308,8 @@ class KroneckerEigendecomposition:
     def widened(self) -> KroneckerEigendecomposition:
         """Return the same matrix with bases and eigenvalues in one dtype, at least float32."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        bases = (self.grad_output_basis, self.input_basis)
-        basis_g, basis_a = (None if Q is None else Q.to(dtype) for Q in bases)
+        basis_g = None if self.grad_output_basis is None else self.grad_output_basis.to(dtype)
+        basis_a = None if self.input_basis is None else self.input_basis.to(dtype)
         return KroneckerEigendecomposition(basis_g, basis_a, self.eigenvalues.to(dtype))
 
     def apply(self, X: Tensor) -> Tensor:

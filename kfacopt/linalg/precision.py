@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def round_off(dtype: torch.dtype) -> float:
     return (_ROUND_OFFS if eps < torch.finfo(torch.float16).eps else _HALF_ROUND_OFFS) * eps
 
 
-def null_directions(eigenvalues: Tensor, basis: Tensor | None) -> Tensor:
+def null_directions(eigenvalues: Tensor, basis: Any) -> Tensor:
     """Tell which eigenvalues `[B, d]` of a semi-definite matrix are 0 but for round-off.
 
     Of those that are computed, d eps λ_max; of a diagonal matrix, whose basis is `None`, they are

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from kfacopt.kfac.layers import Kinds, Layer, default_kinds, families_of, find_layers
-from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.choice import Choice
+from kfacopt.kfac.layers import Layer, default_kinds, find_layers, split
+from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.optim.distributed import Ranks
 from kfacopt.optim.messages import log_layers
 from kfacopt.optim.settings import Settings
@@ -18,9 +19,10 @@ from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.statistics.collector import Statistics
 from kfacopt.optim.statistics.label_draws import LabelDraws
 from kfacopt.optim.statistics.other_uses import OtherUses
-from kfacopt.optim.steps.fallback import embeddings
+from kfacopt.optim.steps.fallback import at_rate_of_vectors
 from kfacopt.optim.watch.gradient_exchange import ExchangeWatch
 from kfacopt.optim.watch.modules import parameter_names
+from kfacopt.optim.watch.recurrence import RecurrenceWatch
 from kfacopt.optim.watch.sharding import refuse_pipeline_stages, refuse_replaced
 from kfacopt.optim.watch.watch import Watch
 
@@ -33,7 +35,8 @@ class Connection:
         watch: The hooks on them.
         statistics: What the hooks tell.
         names: The parameters' names by their `id`.
-        embedded: The `id`s of embeddings.
+        left_out: Kinds of modules that are not among `layers=`, by the `id`s of their parameters.
+        vectors: The `id`s of what AdamW trains at the rate of vectors.
         trained: Which parameters required gradients.
         placement: The parameters' dtypes and devices.
         stages_looked_for: Whether the modules were looked for in pipelines since.
@@ -42,7 +45,8 @@ class Connection:
     watch: Watch
     statistics: Statistics
     names: dict[int, str]
-    embedded: set[int]
+    left_out: dict[int, str]
+    vectors: set[int]
     trained: list[bool]
     placement: list[tuple[torch.dtype, torch.device]]
     stages_looked_for: bool = False
@@ -110,34 +114,29 @@ def connect(
     """
     refuse_pipeline_stages(module for _, module in modules)
     kinds = default_kinds() if settings.layers is None else settings.layers
-    layers = find_layers(modules, params, settings.separate_weight_and_bias, kinds)
+    own_modules = [module for _, module in modules]
+    choice = Choice.of(own_modules, kinds, settings.inverse.corrected)
+    # A state may have been saved with other settings.
+    matrices = {p: layout for p, layout in matrices.items() if choice.makes_layer(p, layout)}
+    untied = [p for p in params if p not in matrices or not matrices[p].is_tied]
+    layers = find_layers(modules, untied, settings.separate_weight_and_bias, kinds)
     names = parameter_names(modules, params)
     layers += _product_layers(matrices, layers, names, settings.separate_weight_and_bias)
+    form = settings.curvature.form
+    layers = split(layers, settings.conv_factor, form.max_factor_dim)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)
-    others = OtherUses(curvature.layers, _free(params, modules, kinds), kinds)
+    others = OtherUses(curvature.layers, params, choice)
     statistics = Statistics(curvature.layers, others, settings.curvature, labels, exchange)
-    watch = Watch(layers, modules, settings.curvature, statistics, ranks.wrappers)
+    recurrence = RecurrenceWatch(statistics, kinds, settings.curvature.recording)
+    own = (settings.curvature, statistics, ranks.wrappers, recurrence)
+    watch = Watch(layers, modules, *own)
     covered = {id(p) for layer in curvature.layers for p in (layer.weight, layer.bias)}
     rest = [names[id(p)] for p in params if id(p) not in covered]
-    log_layers(curvature.layers, rest, settings.curvature.form)
-    embedded = embeddings(module for _, module in modules)
-    trained = [p.requires_grad for p in params]
-    return Connection(watch, statistics, names, embedded, trained, placement_of(params))
-
-
-def _free(
-    params: Sequence[Parameter], modules: Sequence[tuple[str, nn.Module]], kinds: Kinds
-) -> list[Parameter]:
-    """Return the parameters that products past modules' calls may make layers of.
-
-    Not those of modules whose kind is known, but was not chosen.
-    """
-    if not kinds:
-        return []
-    others = [m for _, m in modules if not isinstance(m, tuple(kinds))]
-    left = {id(m._parameters.get(f.weight_name)) for m in others for f in families_of(m)}
-    return [p for p in params if id(p) not in left]
+    log_layers(curvature.layers, rest, form)
+    trained, placement = [p.requires_grad for p in params], placement_of(params)
+    vectors = at_rate_of_vectors(own_modules)
+    return Connection(watch, statistics, names, choice.left_out, vectors, trained, placement)
 
 
 def _product_layers(

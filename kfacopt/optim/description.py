@@ -95,6 +95,7 @@ def describe(
     curvature: CurvatureState,
     objectives: Mapping[str, str],
     undercounted: set[Layer],
+    left_out: Mapping[int, str],
 ) -> Description:
     """Return what an optimizer does with each objective and parameter.
 
@@ -104,12 +105,13 @@ def describe(
         curvature: Has the layers and the state.
         objectives: Objectives and their curvature.
         undercounted: Layers whose weights are used otherwise, too.
+        left_out: Kinds of modules that are not among `layers=`, by the `id`s of their parameters.
     """
     block_of = {p: block for block in curvature.blocks for p in block.parameters}
     rows = []
     for p in params:
         block, state = block_of.get(p), curvature.entries.get(p, {})
-        text = _curvature(p, block, curvature, undercounted)
+        text = _curvature(p, block, curvature, undercounted, left_out)
         layer = "" if block is None else block.layer.name
         size = sum(_bytes(x) for x in state.values() if isinstance(x, Tensor))
         active = not text.startswith("AdamW")
@@ -131,10 +133,16 @@ def describe(
 
 
 def _curvature(
-    p: Parameter, block: Block | None, curvature: CurvatureState, undercounted: set[Layer]
+    p: Parameter,
+    block: Block | None,
+    curvature: CurvatureState,
+    undercounted: set[Layer],
+    left_out: Mapping[int, str],
 ) -> str:
     if not p.requires_grad:
         return "AdamW: frozen"
+    if block is None and id(p) in left_out:
+        return f"AdamW: {left_out[id(p)]} is not among layers="
     if block is None:
         return "AdamW: in no layer that K-FAC knows"
     if block.layer in undercounted:
@@ -148,8 +156,17 @@ def _curvature(
     sides = []
     for side, width in (("grad_output_factor", block.layer.d_out), ("input_factor", block.d_in)):
         diagonal = " (diagonal)" if state[side].ndim == 2 else ""
-        sides.append(f"{width}{diagonal}")
+        sides.append(f"{width}{diagonal}{_split(block) if side == 'input_factor' else ''}")
     return f"Kronecker {groups}{' × '.join(sides)}"
+
+
+def _split(block: Block) -> str:
+    """Return how a block's A is split, if it is."""
+    layer = block.layer
+    if block.weight is None or not layer.positions:
+        return ""
+    bias = " + 1" if layer.joint else ""
+    return f" ({layer.channels} channels × {layer.positions} positions{bias})"
 
 
 def _bytes(x: Tensor) -> int:

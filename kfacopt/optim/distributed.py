@@ -44,7 +44,11 @@ class Ranks:
         assert wrapper is not None
         positions = {id(p): i for i, p in enumerate(wrapper.parameters())}
         own = [
-            (positions.get(id(la.anchor)), la.groups, la.d_in, la.d_out, la.anchor.dtype)
+            (
+                positions.get(id(la.anchor)),
+                (la.groups, la.d_in, la.d_out, la.positions),
+                la.anchor.dtype,
+            )
             for la in layers
         ]
         alike = (settings.inverse, settings.schedule, settings.steps, settings.curvature.form)

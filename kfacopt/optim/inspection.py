@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch.nn import Parameter
 
 from kfacopt.kfac.layers import Block, Kinds, default_kinds
-from kfacopt.linalg.kronecker import KroneckerEigendecomposition, KroneckerMatrix, KroneckerProduct
+from kfacopt.linalg.kronecker import KroneckerEigendecomposition, KroneckerMatrix
 from kfacopt.optim.kfac import KFACOptimizer
 from kfacopt.optim.monitoring import Scalars, block_statistics
 from kfacopt.optim.settings import Settings, as_number
-from kfacopt.optim.state.inverses import bases_of
-from kfacopt.optim.state.running_averages import FACTORS, State, has_weight
+from kfacopt.optim.state.inverses import _factors, bases_of
+from kfacopt.optim.state.running_averages import State, has_weight
 
 
 @dataclass(frozen=True)
@@ -78,5 +78,4 @@ def _matrix(own: State, layer_state: State, block: Block) -> KroneckerMatrix | N
     bases = bases_of(own)
     if bases is not None:
         return KroneckerEigendecomposition(*bases, own["second_moments"]).widened()
-    A, G = (layer_state[name] for name in FACTORS)
-    return KroneckerProduct(G, block.input_factor(A)).widened()
+    return _factors(layer_state, block).widened()

@@ -13,8 +13,8 @@ from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer
 
 from kfacopt.kfac.factors import Factors
-from kfacopt.kfac.layers import Block, KFACApprox, Layer
-from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Layer
+from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
 from kfacopt.optim.connection import Connection, connect
@@ -22,6 +22,7 @@ from kfacopt.optim.description import Description, describe
 from kfacopt.optim.distributed import Ranks, mean_over_ranks
 from kfacopt.optim.messages import (
     Notices,
+    hidden_by_checkpointing,
     log_new_layer,
     skipped_step,
     used_otherwise,
@@ -44,7 +45,12 @@ from kfacopt.optim.state.conversions import restore_generator, store_generator
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.state.initial import is_initialisation
 from kfacopt.optim.state.loading import load_checked
-from kfacopt.optim.state.matrices import agreed_layouts, keep_layouts, kept_layouts
+from kfacopt.optim.state.matrices import (
+    agreed_layouts,
+    keep_layouts,
+    kept_layouts,
+    shapes_to_load,
+)
 from kfacopt.optim.statistics.collector import Statistics
 from kfacopt.optim.statistics.label_draws import LabelDraws
 from kfacopt.optim.statistics.moments import Moments
@@ -137,16 +143,22 @@ class KFACOptimizer(Optimizer):
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         layers: Which kinds of modules are preconditioned, as a list of classes, of those in
             docs/layers.md and those given to `kfacopt.register_layer`; AdamW trains what is in
-            others. `None`: `kfacopt.default_layers()`.
+            others. `None`: `kfacopt.default_layers()`. With `nn.Linear` and `nn.Embedding` an
+            embedding that is tied to the head is a layer (not for EKFAC); `nn.LSTM` and the like
+            name the products in them.
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
+        conv_factor: How A of convolutions is kept: `"full"`; `"channels"`, by channels C and
+            positions K of the kernel, which takes (K + 1) C² numbers with its inverse instead of
+            2 (K C)² (see `kfacopt.linalg.split_factors`); `"auto"`, so where K C is above
+            512 and C at least K.
         factor_dtype: The dtype that Ā, Ḡ and Λ are kept in; `None` is the parameters', at least
             float32. Sums and decompositions are computed in at least float32.
         inverse_dtype: The dtype that inverses and bases are kept in; `None` is the factors', at
             least float32. They are multiplied in that, but at least float32.
         fallback_lr: AdamW's learning rate for all other parameters; it follows the ratio of the
-            group's current to its initial `lr`. `None`: 0.015 for vectors and embeddings, and
-            AdamW's usual 1e-3 for other tensors (of `nn.MultiheadAttention`, recurrent layers,
-            positions), and for all with `lr="auto"`.
+            group's current to its initial `lr`. `None`: 0.015 for vectors, embeddings and
+            recurrent modules, and AdamW's usual 1e-3 for other tensors (positions, matrices that
+            are scaled), and for all with `lr="auto"`.
         loss_func: The loss at the model's output (an `nn` loss), where it is computed in a way
             that is not recognised; the curvature is then taken at the output of the outermost
             module. Its targets are unknown: no class weights, no ignored targets. A factor on it
@@ -218,6 +230,7 @@ class KFACOptimizer(Optimizer):
         separate_weight_and_bias: bool = False,
         layers: Collection[type[nn.Module]] | None = None,
         max_factor_dim: int | None = 8192,
+        conv_factor: ConvFactor = "auto",
         factor_dtype: torch.dtype | None = None,
         inverse_dtype: torch.dtype | None = None,
         fallback_lr: float | None = None,
@@ -325,7 +338,7 @@ class KFACOptimizer(Optimizer):
         return self._curvature.fold(pending, bases, step, self._group)
 
     def _report_without_inverse(self, waiting: bool, block: Block) -> None:
-        if waiting:
+        if waiting or block.layer.weight in self._statistics.others.found:
             log_new_layer(block.layer)
             return
         otherwise = self._statistics.undercounted
@@ -351,7 +364,7 @@ class KFACOptimizer(Optimizer):
 
         moved = self._rule.step(self.state, self.param_groups, gradients, directions, objective)
         if moved:  # a self-tuned step that found nothing to gain moves nothing
-            others = (self._connection.embedded, self._settings.steps.vector_lr)
+            others = (self._connection.vectors, self._settings.steps.vector_lr)
             self._num_fallback = fallback_step(self.state, self.param_groups, directions, *others)
 
     def _look_ahead(self, waiting: bool) -> None:
@@ -480,7 +493,10 @@ class KFACOptimizer(Optimizer):
         """Find the layers anew where parameters were frozen or unfrozen since; tell of new ones."""
         if [p.requires_grad for p in self._parameters()] == self._connection.trained:
             return False
+        before = self._curvature.layers
         self._connect(self._watch.living_modules())
+        self._curvature.forget_missed(before, self._num_steps)
+        self._set_watching(True)
         return not self._curvature.is_complete()
 
     def _adopt_products(self) -> bool:
@@ -488,13 +504,19 @@ class KFACOptimizer(Optimizer):
         if not self._statistics.collecting:
             return False
         others, params = self._statistics.others, self._parameters()
-        found = agreed_layouts(others.found, others.free, params, self._group)
-        if not found:
+        found = agreed_layouts(others.found, others.candidates, params, self._group)
+        hidden = [p for p in params if p in others.hidden and p.grad is not None]
+        if hidden:
+            names = [self._connection.names[id(p)] for p in hidden]
+            self._notices.warn("hidden", hidden_by_checkpointing(names))
+        elif not found:
             self._warn_without_layers()
+        if not found:
             return False
         self._matrices |= found
         keep_layouts(self.state, found, params)
         self._connect(self._watch.living_modules())
+        self._curvature.complete(self.param_groups)  # checkpoints are loaded into what is there
         return True
 
     def _set_watching(self, active: bool) -> None:
@@ -550,7 +572,8 @@ class KFACOptimizer(Optimizer):
         """
         own = (self._parameters(), self._connection.names, self._curvature)
         seen = self._statistics
-        return describe(*own, seen.objectives.curvature, seen.undercounted)
+        left_out = self._connection.left_out
+        return describe(*own, seen.objectives.curvature, seen.undercounted, left_out)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.
@@ -574,10 +597,11 @@ class KFACOptimizer(Optimizer):
         """
         params, tuned = self._parameters(), self._settings.steps.tuned
         named = [(self._connection.names[id(p)], p) for p in params]
-        shapes = self._curvature.shapes(params)
+        shapes, form = self._curvature.shapes(params), self._settings.curvature.form
+        shapes_of = partial(shapes_to_load, shapes=shapes, form=form)
 
         def check(state: Any) -> None:
-            check_state_dict(state, self.param_groups, named, shapes, tuned)
+            check_state_dict(state, self.param_groups, named, shapes_of, tuned)
 
         load_checked(self, super().load_state_dict, state_dict, check)
         self._resume()

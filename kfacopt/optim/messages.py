@@ -54,6 +54,7 @@ def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorFor
     for layer in layers:
         for side, width in (("input", layer.d_in), ("grad_output", layer.d_out)):
             always = side == "input" and layer.diagonal_input
+            always = always or (side == "input" and layer.positions > 0)
             if form.diagonal(width) and not always:
                 logger.warning(
                     "layer %r: its %s factor is kept as a diagonal, %d > max_factor_dim = %s",
@@ -135,8 +136,8 @@ def used_otherwise(layers: Iterable[Layer]) -> str:
     return (
         f"{kind} {', '.join(names)}: the loss depends on {whose} parameters in other ways, too, "
         "than by calls of the module and products with its weight (a weight in a sum, times a "
-        "number, transposed, in activation checkpointing past the module; a derivative of the "
-        f"model by its input), which {whose} factors would lack; the AdamW fallback updates them. "
+        "number, transposed; a derivative of the model by its input), which "
+        f"{whose} factors would lack; the AdamW fallback updates them. "
         "To have them preconditioned, take derivatives by the input with "
         "kfacopt.input_derivatives(model, x), and call the module wherever its weight is used."
     )
@@ -196,6 +197,22 @@ def without_layers(layers: Kinds | None) -> str:
     return (
         f"none of the parameters is in {which} ({described(kinds) or 'nothing'}); "
         "all are trained by the AdamW fallback."
+    )
+
+
+def hidden_by_checkpointing(names: Sequence[str]) -> str:
+    """Say that reentrant checkpointing hides what matrices are used for.
+
+    Args:
+        names: The matrices' names.
+    """
+    shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    return (
+        f"the products with {shown} are not to be seen: activation checkpointing with "
+        "use_reentrant=True keeps what is within out of autograd's graph. The AdamW fallback "
+        "trains what is named here. Call torch.utils.checkpoint.checkpoint(..., "
+        "use_reentrant=False); in transformers, gradient_checkpointing_kwargs="
+        '{"use_reentrant": False}.'
     )
 
 

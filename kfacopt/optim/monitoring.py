@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kronecker import KroneckerMatrix, KroneckerProduct, eigendecomposition
+from kfacopt.linalg.split_factors import SplitInverse
+from kfacopt.linalg.split_spectrum import spectrum_ends
 from kfacopt.optim.settings import Groups, as_number
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.state.inverses import inverse_of
@@ -66,7 +68,10 @@ def condition(inverse: KroneckerMatrix) -> float:
     inverse = inverse.widened()
     if isinstance(inverse, KroneckerProduct):
         sides = (inverse.grad_output_factor, inverse.input_factor)
-        spectra = [eigendecomposition(side)[0] for side in sides]
+        spectra = [
+            spectrum_ends(side) if isinstance(side, SplitInverse) else eigendecomposition(side)[0]
+            for side in sides
+        ]
     else:
         spectra = [inverse.eigenvalues.flatten(1)]
     if all(values.shape[1] == 1 for values in spectra):  # one block for each entry

@@ -14,6 +14,7 @@ from kfacopt.optim.settings import Settings
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.statistics.averaging import average_moments
 from kfacopt.optim.statistics.moments import Moments
+from kfacopt.optim.statistics.tied_moments import joined
 from kfacopt.optim.watch.loss_scale import calling_loss_scale
 
 
@@ -50,9 +51,11 @@ def take_pending(
     watch.forget()
     if group is not None:
         ranks.refuse_different(params, curvature.layers, settings, step)
-        pending = average_moments(pending, curvature.layers, settings.curvature.form, group)
+        parts = [part for layer in curvature.layers for part in layer.collected]
+        pending = average_moments(pending, parts, settings.curvature.form, group)
     elif exchanged:
         notices.warn("exchanged", messages.unwrapped_averaging())
+    pending = joined(pending, curvature.layers, settings.curvature.form)
     if transformed and not pending:  # else it may have been an evaluation
         notices.warn("transformed", messages.transformed())
     if statistics.objectives.partial:

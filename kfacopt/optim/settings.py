@@ -25,7 +25,14 @@ from kfacopt.argument_checks import (
     check_range,
 )
 from kfacopt.kfac.factors import FactorForm
-from kfacopt.kfac.layers import KFAC_APPROXES, Kinds, all_kinds, described
+from kfacopt.kfac.layers import (
+    CONV_FACTORS,
+    KFAC_APPROXES,
+    ConvFactor,
+    Kinds,
+    all_kinds,
+    described,
+)
 from kfacopt.likelihoods import FISHER_TYPES, FisherType, Likelihood, likelihood_of
 from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 
@@ -115,7 +122,7 @@ class StepSettings:
     Attributes:
         tuned: Whether steps tune themselves, `lr="auto"`.
         kl_clip: κ; `None` does not clip.
-        vector_lr: AdamW's rate of vectors and embeddings.
+        vector_lr: AdamW's rate of vectors, embeddings and recurrent modules.
     """
 
     tuned: bool
@@ -133,6 +140,7 @@ class Settings:
     steps: StepSettings
     separate_weight_and_bias: bool
     layers: Kinds | None
+    conv_factor: ConvFactor
     seed: int
 
 
@@ -144,11 +152,11 @@ class Defaults:
     ema_decay: float
     factor_update_interval: int
     inverse_update_interval: int
-    fallback_lr: float  # of vectors and embeddings
+    fallback_lr: float  # of vectors, embeddings and recurrent modules
 
 
 # "fixed", with the numbers in the signature of `KFACOptimizer`, is the best of the settings in
-# benchmarks/defaults.py (r1), but for `fallback_lr`: matrices and positions get 1e-3 instead.
+# benchmarks/defaults.py (r1), but for `fallback_lr`: other matrices and positions get 1e-3 instead.
 DEFAULTS = {"fixed": Defaults(5e-4, 0.9, 10, 50, 0.015), "auto": Defaults(1e-3, 0.8, 1, 5, 1e-3)}
 
 
@@ -219,6 +227,7 @@ WHOLE_SETTINGS: dict[str, Check] = {
     "inverse_update_interval": check_count,
     "kl_clip": _or_none(partial(check_range, lower=0, lower_open=True)),
     "max_factor_dim": _or_none(check_count),
+    "conv_factor": partial(check_choice, allowed=CONV_FACTORS),
     "separate_weight_and_bias": check_flag,
     "layers": _or_none(_check_kinds),
     "model": _check_model,
@@ -284,6 +293,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
         StepSettings(tuned, values["kl_clip"], defaults.fallback_lr),
         values["separate_weight_and_bias"],
         None if values["layers"] is None else tuple(values["layers"]),
+        values["conv_factor"],
         values["seed"],
     )
     if tuned:

@@ -7,6 +7,7 @@ from kfacopt.kfac.layers.interface import KFAC_APPROXES as KFAC_APPROXES
 from kfacopt.kfac.layers.interface import KFACApprox as KFACApprox
 from kfacopt.kfac.layers.interface import LayerFamily as LayerFamily
 from kfacopt.kfac.layers.linear import LinearFamily as LinearFamily
+from kfacopt.kfac.layers.registry import RECURRENT as RECURRENT
 from kfacopt.kfac.layers.registry import Kinds as Kinds
 from kfacopt.kfac.layers.registry import all_kinds as all_kinds
 from kfacopt.kfac.layers.registry import default_kinds as default_kinds
@@ -14,3 +15,6 @@ from kfacopt.kfac.layers.registry import described as described
 from kfacopt.kfac.layers.registry import families_of as families_of
 from kfacopt.kfac.layers.registry import is_supported as is_supported
 from kfacopt.kfac.layers.registry import register_layer as register_layer
+from kfacopt.kfac.layers.splitting import CONV_FACTORS as CONV_FACTORS
+from kfacopt.kfac.layers.splitting import ConvFactor as ConvFactor
+from kfacopt.kfac.layers.splitting import split as split

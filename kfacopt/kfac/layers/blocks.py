@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.kfac.layers.interface import LayerFamily
+from kfacopt.linalg.split_factors import Factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,10 @@ class Layer:
         groups: B.
         joint: Whether [W | b] is one matrix, with a constant 1 appended to a.
         family: How W is laid out.
+        parts: Uses of different kinds, each a layer of the same W whose factors are collected
+            apart; none for most.
+        positions: K, the entries of the kernel, where A is kept by channels and positions (see
+            `kfacopt.linalg.split_factors`); 0 where it is kept whole.
     """
 
     name: str
@@ -35,6 +40,13 @@ class Layer:
     groups: int
     joint: bool
     family: LayerFamily
+    parts: tuple[Layer, ...] = ()
+    positions: int = 0
+
+    @property
+    def collected(self) -> tuple[Layer, ...]:
+        """The layers that uses are of: the parts, or the layer itself."""
+        return self.parts or (self,)
 
     @property
     def anchor(self) -> nn.Parameter:
@@ -76,6 +88,11 @@ class Layer:
         if self.weight is None:
             return 1
         return self.family.matrix_shape(self.weight.shape, self.groups)[2] + int(self.joint)
+
+    @property
+    def channels(self) -> int:
+        """C, the channels of a group's input, where A is split."""
+        return (self.d_in - int(self.joint)) // self.positions
 
     @property
     def d_out(self) -> int:
@@ -128,8 +145,9 @@ class Block:
         widths = [family.matrix_shape(p.shape, groups)[2] for p in self.parameters]
         return self.from_columns(matrix.split(widths, dim=-1))
 
-    def input_factor(self, layer_factor: Tensor) -> Tensor:
+    def input_factor(self, layer_factor: Factor) -> Factor:
         """Return the block's A: the layer's, or 1 for a bias, whose input is the constant 1."""
         if self.weight is not None:
             return layer_factor
-        return layer_factor.new_ones(self.layer.groups, 1, 1)
+        shape, device = (self.layer.groups, 1, 1), self.anchor.device
+        return torch.ones(shape, dtype=layer_factor.dtype, device=device)

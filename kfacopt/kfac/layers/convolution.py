@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from kfacopt.kfac.layers.interface import LayerFamily
-from kfacopt.kfac.layers.patches import patch_moment, patch_sums, patches
+from kfacopt.kfac.layers.patches import patch_moment, patch_sums, patches, sightings
 from kfacopt.linalg.gram import gram
 
 
@@ -58,6 +58,21 @@ class Convolution(LayerFamily):
             return None
         sums, positions = patch_sums(module, x)
         return moment, sums.sum(0).reshape(module.groups, -1), positions * sums.shape[0]
+
+    def kernel_entries(self, shape: Size) -> int:
+        """Return the entries of the kernel of a weight."""
+        return shape[2:].numel()
+
+    def split_moment(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Sum over the input, with how often the kernel sees each of its places; no patches."""
+        groups, (sums, positions) = module.groups, patch_sums(module, x)
+        count = positions * sums.shape[0]
+        x, seen, padded = sightings(module, x)
+        channels = self.grad_output_moment(x * seen.sqrt(), groups)
+        assert channels is not None
+        squares = x.square().unflatten(1, (groups, -1)).sum((0, 2)).unsqueeze(0)
+        energies, _ = patch_sums(module, squares, padded)
+        return channels, energies.reshape(groups, -1), sums.sum(0).reshape(groups, -1), count
 
     def grad_output_moment(self, g: Tensor, groups: int) -> Tensor | None:
         """Sum without a copy of g `[N, C, *O]`.

@@ -34,6 +34,31 @@ class LayerFamily(ABC):
             counts of its own then.
         elementwise: Whether all B blocks are 1 x 1. A is then 1, and G the mean squares of the
             gradients of single data, which makes G ⊗ A exact.
+
+    Example:
+        A layer z = W cos x, and what K-FAC has to know of it.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> import kfacopt
+        >>> class Cosines(nn.Module):
+        ...     def __init__(self, d_in, d_out):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.randn(d_out, d_in))
+        ...     def forward(self, x):
+        ...         return x.cos() @ self.weight.mT
+        >>> class CosinesFamily(kfacopt.LayerFamily):
+        ...     datum_axes, bias_name = 1, None
+        ...     def inputs(self, module, x, reduce):
+        ...         return x.cos().reshape(1, len(x), 1, -1), 1
+        ...     def grad_outputs(self, module, g):
+        ...         return g.reshape(1, len(g), 1, -1)
+        >>> kfacopt.register_layer(Cosines, CosinesFamily())
+        >>> model, data = Cosines(3, 2), [(torch.rand(8, 3), torch.rand(8, 2))]
+        >>> args = model, nn.MSELoss(), list(model.parameters()), data
+        >>> K = kfacopt.KFACLinearOperator(*args, fisher_type="type-2") @ torch.eye(6)
+        >>> torch.allclose(K, kfacopt.GGNLinearOperator(*args) @ torch.eye(6), atol=1e-6)
+        True
     """
 
     datum_axes: int
@@ -110,6 +135,17 @@ class LayerFamily(ABC):
     def grad_output_moment(self, g: Tensor, groups: int) -> Tensor | None:
         """Return Σ g gᵀ `[B, d_out, d_out]`; `None` where summing over rows is as fast."""
         return None
+
+    def kernel_entries(self, shape: Size) -> int:
+        """Return K of columns `[C, K]` of a weight of some shape; 0 where they are of one kind."""
+        return 0
+
+    def split_moment(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return the sums of `kfacopt.linalg.split_factors.packed` over inputs, and their number.
+
+        Only for families whose columns have positions.
+        """
+        raise NotImplementedError
 
     # The layout of parameters: here, the axis of outputs leads, as that of biases does always ----
 

@@ -24,6 +24,21 @@ class LinearFamily(LayerFamily):
         weight_name: Which parameter of a module W is.
         bias_name: Which one b is; `None` if there is none.
         inputs_first: Whether W is kept as `[d_in, d_out]`, for z = a W + b, as GPT-2 does.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import kfacopt
+        >>> class InputsFirst(nn.Module):
+        ...     def __init__(self, d_in, d_out):
+        ...         super().__init__()
+        ...         self.kernel = nn.Parameter(torch.randn(d_in, d_out))
+        ...     def forward(self, x):
+        ...         return x @ self.kernel
+        >>> family = kfacopt.LinearFamily("kernel", bias_name=None, inputs_first=True)
+        >>> kfacopt.register_layer(InputsFirst, family)
+        >>> InputsFirst in kfacopt.default_layers()
+        True
     """
 
     datum_axes = 1

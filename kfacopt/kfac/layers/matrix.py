@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -15,7 +15,7 @@ from kfacopt.kfac.layers.interface import LayerFamily
 
 @dataclass(frozen=True)
 class Span:
-    """A range of the outputs, or of the groups, of a matrix.
+    """A range of the outputs, inputs or groups of a matrix, or of the rows of a product.
 
     Attributes:
         start: The first one.
@@ -27,6 +27,10 @@ class Span:
     length: int
     total: int
 
+    def padded(self, rows: Tensor) -> Tensor:
+        """Return rows of which the last axis has this range, with zeros elsewhere."""
+        return F.pad(rows, (self.start, self.total - self.start - rows.shape[-1]))
+
 
 @dataclass(frozen=True)
 class Product:
@@ -35,7 +39,10 @@ class Product:
     Attributes:
         left: Whether it is W x, whose data are columns.
         outputs: Which outputs it has, if not all.
+        inputs: Which inputs it has, if not all.
         groups: Which groups it has, if not all.
+        rows: Which rows of the node's output are its own, if not all.
+        chosen: Indices of its own along the first axis of a node's output `[S, ...]`, if not all.
         order: The parameter's axes that its outputs have, with their sizes, if they are in another
             order.
         positions: Whether its rows were `[N, S, d_in]`, as far as that is known.
@@ -43,9 +50,12 @@ class Product:
 
     left: bool = False
     outputs: Span | None = None
+    inputs: Span | None = None
     groups: Span | None = None
+    rows: Span | None = None
     order: tuple[tuple[int, int], ...] = ()
     positions: bool = False
+    chosen: Tensor | None = field(default=None, compare=False)
 
 
 def by_axis(rows: Tensor, axes: Sequence[tuple[int, int]]) -> Tensor:
@@ -65,7 +75,8 @@ class Matrix(LayerFamily):
 
     Args:
         roles: A letter for each of the parameter's axes: "g" for groups, each a matrix of its own
-            (as experts are), "o" for outputs, "i" for inputs. "oi" is `nn.Linear`'s.
+            (as experts are), "o" for outputs, "i" for inputs. "oi" is `nn.Linear`'s. A bias has
+            fewer axes: groups, if there are several, then outputs.
     """
 
     datum_axes, bias_name = 1, None
@@ -79,8 +90,11 @@ class Matrix(LayerFamily):
         return self.roles == "io"
 
     def is_single(self, module: Any, x: Tensor) -> bool:
-        """Take all rows where they are not the first axis of g."""
-        return module is not None and (module.left or x.ndim > 2)
+        """Take all rows where they are not the first axis of g, or others are there, too."""
+        if module is None:
+            return False
+        partial = module.rows is not None or module.chosen is not None
+        return module.left or x.ndim > 2 or partial
 
     def groups_used(self, module: Any) -> slice | None:
         """Return the experts of a product."""
@@ -88,20 +102,26 @@ class Matrix(LayerFamily):
         return None if span is None else slice(span.start, span.start + span.length)
 
     def inputs(self, module: Any, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
-        """Bring `[R, d_in]` to `[1, R, 1, d_in]`, `[B, R, d_in]` to `[B, R, 1, d_in]`."""
+        """Bring `[R, inputs]` to `[1, R, 1, d_in]`, `[B, R, inputs]` to `[B, R, 1, d_in]`."""
+        if module.inputs is not None:
+            x = module.inputs.padded(x)
         return (x if x.ndim == 3 else x.unsqueeze(0)).unsqueeze(2), 1
 
     def grad_outputs(self, module: Any, g: Tensor) -> Tensor:
-        """Bring `[B, R, outputs]`, `[B, outputs, R]`, or without B, to `[B, R, 1, d_out]`."""
+        """Bring `[B, R, outputs]`, `[B, outputs, R]`, or less of it, to `[B, R, 1, d_out]`."""
+        g = g.unsqueeze(-1) if g.ndim == 1 else g
         rows = g.mT if module.left else g
+        if module.rows is not None:
+            rows = rows.narrow(0, module.rows.start, module.rows.length)
+        if module.chosen is not None:
+            rows = rows[module.chosen].flatten(0, 1)
         if not self.routed:
             rows = rows.reshape(1, rows.shape[:-1].numel(), rows.shape[-1])
         elif rows.ndim == 2:
             rows = rows.unsqueeze(0)
         rows = by_axis(rows, module.order)
         if module.outputs is not None:
-            before = module.outputs.start
-            rows = F.pad(rows, (before, module.outputs.total - before - rows.shape[-1]))
+            rows = module.outputs.padded(rows)
         return rows.unsqueeze(2)
 
     # The layout -----------------------------------------------------------------------------------
@@ -113,9 +133,9 @@ class Matrix(LayerFamily):
         return [i for role in "goi" for i, own in enumerate(self.roles) if own == role]
 
     def matrix_shape(self, shape: Size, groups: int) -> tuple[int, int, int]:
-        """Return B, d_out and d_in of W, or 1, d_out and 1 of b."""
+        """Return B, d_out and d_in of W, or B, d_out and 1 of b."""
         if len(shape) < len(self.roles):
-            return super().matrix_shape(shape, groups)
+            return groups, shape.numel() // groups, 1
         B, d_out, d_in = (prod(self._sizes(shape, role)) for role in "goi")
         return B, d_out, d_in
 

@@ -100,7 +100,34 @@ def patches(module: _Convolution, x: Tensor) -> Tensor:
     return x
 
 
-def patch_sums(module: _Convolution, x: Tensor) -> tuple[Tensor, int]:
+def sightings(module: _Convolution, x: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Return an input `[N, C, *P]`, and how often the kernel sees each of its places, `[*P]`.
+
+    The input is padded, which is told as well, unless it is so with zeros, which are left out.
+
+    Args:
+        module: The convolution.
+        x: Its input, `[N, C, *spatial]`; the axis N may lack.
+    """
+    dims = len(module.kernel_size)
+    margins = [(0, 0)] * dims
+    padded = isinstance(module, Upsampling) or module.padding_mode != "zeros"
+    if isinstance(module, Upsampling) or padded:
+        x = padded_input(module, x)
+    else:
+        x = x.unsqueeze(0) if x.ndim == dims + 1 else x
+        pads = module._reversed_padding_repeated_twice
+        margins = [(pads[2 * i], pads[2 * i + 1]) for i in reversed(range(dims))]
+    seen = x.new_ones(())
+    for axis, (before, after) in enumerate(margins):
+        places = torch.arange(before + x.shape[2 + axis] + after)
+        windows = _windows(module, places, axis, 0)
+        counts = torch.bincount(windows.reshape(-1), minlength=len(places))
+        seen = seen.unsqueeze(-1) * counts[before : len(places) - after].to(x)
+    return x, seen, padded
+
+
+def patch_sums(module: _Convolution, x: Tensor, padded: bool = False) -> tuple[Tensor, int]:
     """Return each datum's sum of its patches, and their number.
 
     The sum is taken along one axis after the other: K + 1 readings of x instead of K² for two axes.
@@ -108,11 +135,12 @@ def patch_sums(module: _Convolution, x: Tensor) -> tuple[Tensor, int]:
     Args:
         module: The convolution.
         x: Its input, `[N, C, *spatial]`; the axis N may lack.
+        padded: Whether it is padded already.
 
     Returns:
         The sums `[N, C, *K]`, and S, the number of positions.
     """
-    x, positions = padded_input(module, x), 1
+    x, positions = x if padded else padded_input(module, x), 1
     for axis in range(len(module.kernel_size)):
         rows = _windows(module, x, axis, 2)  # [N, C, O, *other spatial axes, *K so far]
         positions *= rows.shape[2]

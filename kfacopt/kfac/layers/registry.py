@@ -56,6 +56,10 @@ ENTRIES: list[Entry] = [
     Entry(nn.EmbeddingBag, EmbeddingBag(), default=False),
 ]
 
+# Without a family: the products in them are found in the graph, see `kfac/unrolled.py`. Options,
+# since an LSTM's curvature was not worth its time (docs/layers.md).
+RECURRENT: Kinds = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+
 for _normalized, _channels_last, _kinds in (
     (layer_normalized, True, (nn.LayerNorm,)),
     (rms_normalized, True, (nn.RMSNorm,)),
@@ -110,7 +114,7 @@ def register_layer(kind: type[nn.Module], family: LayerFamily, default: bool = T
 
 def all_kinds() -> Kinds:
     """Return all kinds of modules that K-FAC knows."""
-    return tuple(dict.fromkeys(entry.kind for entry in ENTRIES))
+    return tuple(dict.fromkeys([*(entry.kind for entry in ENTRIES), *RECURRENT]))
 
 
 def default_kinds() -> Kinds:
@@ -118,8 +122,9 @@ def default_kinds() -> Kinds:
 
     Example:
         >>> from torch import nn
-        >>> nn.Linear in default_kinds()
-        True
+        >>> from kfacopt import default_layers
+        >>> nn.Linear in default_layers(), nn.Embedding in default_layers()
+        (True, False)
     """
     return tuple(dict.fromkeys(entry.kind for entry in ENTRIES if entry.default))
 

@@ -19,6 +19,7 @@ class SparseRows:
         index: Which of the d_in columns, `[M]`.
         value: The entry, `[M]`.
         shape: N, S and d_in.
+        live: Which rows `[N, S]` count, if not all; there are no entries elsewhere.
     """
 
     datum: Tensor
@@ -26,6 +27,13 @@ class SparseRows:
     index: Tensor
     value: Tensor
     shape: tuple[int, int, int]
+    live: Tensor | None = None
+
+    def at(self, live: Tensor) -> SparseRows:
+        """Return the rows `[N, S]` that are told, alone."""
+        kept = live[self.datum, self.position]
+        datum, position = self.datum[kept], self.position[kept]
+        return SparseRows(datum, position, self.index[kept], self.value[kept], self.shape, live)
 
     def dense(self) -> Tensor:
         """Return a itself."""
@@ -41,11 +49,24 @@ class SparseRows:
             reduce: Whether to average over the positions first.
         """
         N, S, d_in = self.shape
+        if self.live is not None:
+            return self._live_squares(self.live, reduce)
         if not reduce and len(self.index) == N * S:  # one entry a row
             return self._by_column(self.value.square(), self.index).unsqueeze(0), N * S
         rows = self.datum if reduce else self.datum * S + self.position
         keys, sums = _added_up(rows * d_in + self.index, self.value / S if reduce else self.value)
         return self._by_column(sums.square(), keys % d_in).unsqueeze(0), N if reduce else N * S
+
+    def _live_squares(self, live: Tensor, reduce: bool) -> tuple[Tensor, int]:
+        """Return what `squares` does, with means over the positions that count."""
+        _, S, d_in = self.shape
+        counts, value = live.sum(1), self.value
+        rows = self.datum if reduce else self.datum * S + self.position
+        if reduce:
+            value = value / counts[self.datum]
+        keys, sums = _added_up(rows * d_in + self.index, value)
+        number = int((counts > 0).sum() if reduce else counts.sum())
+        return self._by_column(sums.square(), keys % d_in).unsqueeze(0), number
 
     def products(self, g: Tensor) -> Tensor:
         """Return Σ g aᵀ `[1, d_out, d_in]` for g `[1, N, S, d_out]`."""
@@ -76,12 +97,18 @@ def side_by_side(parts: Sequence[SparseRows]) -> SparseRows:
         for rows, start in zip(parts, starts, strict=True)
     ]
     N, _, d_in = parts[0].shape
+    live = None
+    if any(rows.live is not None for rows in parts):
+        everywhere = [rows.datum.new_ones(rows.shape[:2], dtype=torch.bool) for rows in parts]
+        pairs = zip(parts, everywhere, strict=True)
+        live = torch.cat([own if rows.live is None else rows.live for rows, own in pairs], dim=1)
     return SparseRows(
         torch.cat([rows.datum for rows in moved]),
         torch.cat([rows.position for rows in moved]),
         torch.cat([rows.index for rows in moved]),
         torch.cat([rows.value for rows in moved]),
         (N, sum(rows.shape[1] for rows in parts), d_in),
+        live,
     )
 
 

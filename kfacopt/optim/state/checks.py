@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,8 +14,15 @@ from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
 from kfacopt.optim.settings import Groups, check_group
 from kfacopt.optim.state.conversions import was_not_saved
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
-from kfacopt.optim.state.inverses import BASES, CORRECTION, INVERSES, NO_INVERSE
-from kfacopt.optim.state.running_averages import FACTORS, RECORDS
+from kfacopt.optim.state.inverses import (
+    BASES,
+    CORRECTION,
+    INPUT_UPDATE,
+    INVERSES,
+    NO_INVERSE,
+    POSITION_BASIS,
+)
+from kfacopt.optim.state.running_averages import FACTORS, RECORDS, REST
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,21 +30,28 @@ Shapes = Mapping[str, tuple[int, ...]]
 _ASYMMETRY = 0.02
 
 _NOT_NEGATIVE = ("inverse_eigenvalues", *CORRECTION, "exp_avg_sq", "factor_weight", "step")
-_FLOATING = (*FACTORS, *INVERSES, *BASES, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
+_SPLIT = (REST, INPUT_UPDATE, POSITION_BASIS)
+_FLOATING = (*FACTORS, *INVERSES, *BASES, *_SPLIT, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
 _SCALARS = ("step", "skipped_updates", "factor_step")
 _COUNTS = ("factor_updates", "skipped_updates", "factor_step", "inverse_failures", HAS_PREVIOUS)
 _LEAST = dict.fromkeys(_COUNTS, 0) | {"inverse_step": NO_INVERSE}
 
 # Entries that are there together or not at all.
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
-_TOGETHER = ((*FACTORS, *RECORDS), INVERSES, CORRECTION, _ADAMW, (PREVIOUS, HAS_PREVIOUS))
+_TOGETHER = (
+    (*FACTORS, REST, *RECORDS),
+    (*INVERSES, INPUT_UPDATE),
+    CORRECTION,
+    _ADAMW,
+    (PREVIOUS, HAS_PREVIOUS),
+)
 
 
 def check_state_dict(
     state_dict: Any,
     groups: Groups,
     named_params: Sequence[tuple[str, Parameter]],
-    shapes: Mapping[Parameter, Shapes],
+    shapes_of: Callable[[Parameter, Mapping[str, Any]], Shapes],
     tuned: bool,
 ) -> None:
     """Raise unless a state dictionary can be loaded; nothing has been changed then.
@@ -46,7 +60,8 @@ def check_state_dict(
         state_dict: What is to be loaded.
         groups: The optimizer's groups.
         named_params: The optimizer's parameters, in order, with their names.
-        shapes: For each of them the shapes of the entries of its state.
+        shapes_of: Returns the shapes that the entries of a parameter's state must have, of it and
+            of these entries.
         tuned: Whether the optimizer has lr="auto".
 
     Raises:
@@ -75,7 +90,9 @@ def check_state_dict(
         )
     _check_keys(state_dict["state"], saved)
     for key, (name, p) in zip(saved, named_params, strict=True):
-        _check_entries(f"{name!r}", state_dict["state"].get(key, {}), shapes[p], p.is_complex())
+        entries = state_dict["state"].get(key, {})
+        _check_is_dict(name, entries)
+        _check_entries(f"{name!r}", entries, shapes_of(p, entries), p.is_complex())
     _check_kind_of_steps(state_dict["state"], tuned)
 
 
@@ -130,11 +147,15 @@ def _check_keys(state: Mapping[Any, Any], saved: list[Any]) -> None:
         raise ValueError(f"state_dict has a state of {strangers}, which no group's params name.")
 
 
-def _check_entries(parameter: str, entries: Any, shapes: Shapes, is_complex: bool) -> None:
+def _check_is_dict(name: str, entries: Any) -> None:
     if not isinstance(entries, Mapping):
-        raise ValueError(
-            f"state_dict: the state of {parameter} must be a dict, got {_described(entries)}."
-        )
+        got = _described(entries)
+        raise ValueError(f"state_dict: the state of {name!r} must be a dict, got {got}.")
+
+
+def _check_entries(
+    parameter: str, entries: Mapping[str, Any], shapes: Shapes, is_complex: bool
+) -> None:
     there = _present(entries)
     for name, value in there.items():
         where = f"state_dict: {name} of {parameter}"
@@ -142,7 +163,9 @@ def _check_entries(parameter: str, entries: Any, shapes: Shapes, is_complex: boo
             raise ValueError(f"{where} must be a tensor or a number, got {_described(value)}.")
         _check_entry(where, name, value, shapes.get(name), is_complex)
     # What the parameter has no use for, as of a layer that was frozen since, may be partial.
-    together = [names for names in _TOGETHER if names[0] in shapes]
+    without = () if REST in shapes else _SPLIT  # where A is not split
+    together = [[n for n in names if n not in without] for names in _TOGETHER]
+    together = [names for names in together if names[0] in shapes]
     for names in (*together, *_inverse_entries(there, shapes)):
         missing = [name for name in names if name not in there]
         if 0 < len(missing) < len(names):
@@ -154,6 +177,7 @@ def _inverse_entries(there: Mapping[str, Any], shapes: Shapes) -> Iterable[tuple
     for name in ("inverse_eigenvalues", "second_moments"):
         if name in there and name in shapes:
             full = [basis for basis in BASES if len(shapes[basis]) == 3]
+            full += [POSITION_BASIS] if POSITION_BASIS in shapes else []
             yield (name, "inverse_step", *full)
     if INVERSES[0] in there:
         yield (INVERSES[0], "inverse_step")
@@ -175,8 +199,8 @@ def _check_entry(
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"{where} must be a tensor of shape {shape}, got {got}. Use the same model, "
-            "frozen parameters, layers, separate_weight_and_bias and max_factor_dim as when it was "
-            "saved."
+            "frozen parameters, layers, separate_weight_and_bias, max_factor_dim and conv_factor "
+            "as when it was saved."
         )
     if is_complex and value.is_complex():  # moments of real and imaginary parts
         value = torch.view_as_real(value)

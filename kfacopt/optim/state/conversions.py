@@ -14,14 +14,14 @@ from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Layer
 from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state.inverses import INVERSE_KEYS, INVERSE_SIDES
-from kfacopt.optim.state.running_averages import FACTORS, RECORDS, States
+from kfacopt.optim.state.running_averages import FACTORS, RECORDS, REST, States
 
 logger = logging.getLogger("kfacopt")
 
 _GENERATOR = "generator_state"
 
 # Kept in a dtype of their own, whatever that of the parameter.
-_OWN_DTYPE = frozenset((*FACTORS, *RECORDS, *INVERSE_KEYS))
+_OWN_DTYPE = frozenset((*FACTORS, REST, *RECORDS, *INVERSE_KEYS))
 
 
 def was_not_saved(value: Any) -> bool:
@@ -33,7 +33,14 @@ def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, A
     """Undo the cast of floating state to the parameter's dtype in `Optimizer.load_state_dict`."""
     saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
     params = chain.from_iterable(g["params"] for g in param_groups)
-    for key, p in zip(saved, params, strict=True):
+    for number, (key, p) in enumerate(zip(saved, params, strict=True)):
+        if was_not_saved(state_dict["state"].get(key, {}).get("exp_avg")):
+            logger.warning(
+                "parameter %d had curvature and no moments of AdamW in the state that was loaded; "
+                "here it was in no layer yet, so that its state starts anew. Make one step, of any "
+                "data, before torch.distributed.checkpoint loads into the optimizer",
+                number,
+            )
         for name, value in state_dict["state"].get(key, {}).items():
             if was_not_saved(value):
                 states[p].pop(name, None)

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.nn import Parameter
 
 from kfacopt.kfac.eigenvalues import Bases
-from kfacopt.kfac.factors import Factors
+from kfacopt.kfac.factors import Factors, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
 from kfacopt.optim.settings import Groups, Settings
@@ -21,7 +21,12 @@ from kfacopt.optim.state import inverses
 from kfacopt.optim.state.conversions import follow_parameters
 from kfacopt.optim.state.initial import complete_state, state_shapes
 from kfacopt.optim.state.inverses_over_ranks import update_shared
-from kfacopt.optim.state.running_averages import States, fold_factors, fold_second_moments
+from kfacopt.optim.state.running_averages import (
+    States,
+    fold_factors,
+    fold_second_moments,
+    input_factor,
+)
 from kfacopt.optim.statistics.averaging import average_second_moments
 from kfacopt.optim.statistics.moments import Moments
 
@@ -52,6 +57,20 @@ class CurvatureState:
         for layer in self.layers:
             inverses.discard_unfitting(self.entries, layer, self._form)
 
+    def forget_missed(self, before: Iterable[Layer], step: int) -> None:
+        """Let layers start anew that were no layers, and missed an update of their factors so.
+
+        Args:
+            before: The layers until now.
+            step: The number of the next step.
+        """
+        anchors, due = {layer.anchor for layer in before}, self._schedule.factors_due
+        for layer in self.layers:
+            if layer.anchor not in anchors and self.has_statistics(layer):
+                last = int(self.entries[layer.anchor]["factor_step"])
+                if any(map(due, range(last + 1, step))):
+                    inverses.discard(self.entries, layer)
+
     def has_statistics(self, layer: Layer) -> bool:
         """Tell whether a layer has had an update of its factors."""
         return bool(self.entries.get(layer.anchor, {}).get("factor_updates", 0))
@@ -73,7 +92,10 @@ class CurvatureState:
             )
         if owners and self.has_statistics(owners[0]):
             state = self.entries[owners[0].anchor]
-            return Factors.of(owners[0], state["input_factor"], state["grad_output_factor"])
+            A = input_factor(state, owners[0], factor_dtype(state["input_factor"].dtype))
+            if not owners[0].positions:
+                A = state["input_factor"]
+            return Factors.of(owners[0], A, state["grad_output_factor"])
         known = [layer.name for layer in self.layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 

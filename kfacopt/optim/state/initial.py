@@ -16,7 +16,13 @@ from torch.nn import Parameter
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.optim.settings import Groups, InverseForm, Settings
-from kfacopt.optim.state.inverses import NO_INVERSE, refresh_inverse
+from kfacopt.optim.state.inverses import (
+    INPUT_UPDATE,
+    INVERSES,
+    NO_INVERSE,
+    POSITION_BASIS,
+    refresh_inverse,
+)
 from kfacopt.optim.state.running_averages import States, factor_shapes, initialise_factors
 
 PREVIOUS = "previous_parameter"
@@ -104,10 +110,15 @@ def state_shapes(
                 "grad_output": factors["grad_output_factor"],
                 "input": constant if block.weight is None else factors["input_factor"],
             }
+            is_split = layer.positions and block.weight is not None
             entries: dict[str, tuple[int, ...]] = {"second_moment_weight": form.count_shape(layer)}
             for name in ("inverse_eigenvalues", "second_moments"):
                 entries[name] = (layer.groups, layer.d_out, block.d_in)
             for side, shape in sides.items():
                 entries |= {f"{side}_inverse": shape, f"{side}_basis": shape}
+            if is_split:
+                B, K, C = layer.groups, layer.positions, layer.channels
+                entries |= {INVERSES[1]: (B, K, C, C), INPUT_UPDATE: (B, layer.d_in + 1)}
+                entries[POSITION_BASIS] = (B, K, K)
             shapes[block.anchor] |= entries
     return shapes

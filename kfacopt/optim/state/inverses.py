@@ -21,14 +21,17 @@ from kfacopt.linalg.kronecker import (
     is_diagonal,
     trace,
 )
+from kfacopt.linalg.split_factors import SplitBasis, SplitInverse
 from kfacopt.optim.settings import InverseForm
 from kfacopt.optim.state.running_averages import (
     FACTORS,
     RECORDS,
+    REST,
     State,
     States,
     factor_shapes,
     has_weight,
+    input_factor,
     is_free_to_read,
 )
 
@@ -43,24 +46,33 @@ INVERSES = ("grad_output_inverse", "input_inverse")
 BASES = ("grad_output_basis", "input_basis")
 CORRECTION = ("second_moments", "second_moment_weight")
 
-# The state's keys for an inverse, by what they initialise.
-_KEYS = {KroneckerProduct: INVERSES, KroneckerEigendecomposition: (*BASES, "inverse_eigenvalues")}
-INVERSE_SIDES = (*INVERSES, *BASES, "inverse_eigenvalues")
+# What a split A has besides: w of its inverse, and the second part of its basis.
+INPUT_UPDATE, POSITION_BASIS = "input_update", "position_basis"
+
+INVERSE_SIDES = (*INVERSES, *BASES, POSITION_BASIS, "inverse_eigenvalues")
 
 # All that a block's state may have of its inverse.
-INVERSE_KEYS = (*INVERSE_SIDES, *CORRECTION)
+INVERSE_KEYS = (*INVERSE_SIDES, INPUT_UPDATE, *CORRECTION)
 
 
 def discard_unfitting(states: States, layer: Layer, form: FactorForm) -> None:
     """Forget a layer's factors and inverses if a parameter was frozen or added since."""
     state = states.get(layer.anchor, {})
     shapes = factor_shapes(layer, form)
-    if all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state):
-        return
-    unfitting = (*shapes, *RECORDS, "inverse_step", "inverse_failures", *INVERSE_KEYS)
+    fits = all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state)
+    # A split A is kept alike with and without a bias, but its inverse is not.
+    columns = {INPUT_UPDATE: layer.d_in + 1}
+    columns |= dict.fromkeys(("inverse_eigenvalues", "second_moments"), layer.d_in)
+    if not (fits and all(state[x].shape[-1] == n for x, n in columns.items() if x in state)):
+        discard(states, layer)
+
+
+def discard(states: States, layer: Layer) -> None:
+    """Forget a layer's factors and inverses."""
+    entries = (*FACTORS, REST, *RECORDS, "inverse_step", "inverse_failures", *INVERSE_KEYS)
     for p in (layer.weight, layer.bias):
         if p is not None:
-            _forget(states.get(p, {}), unfitting)
+            _forget(states.get(p, {}), entries)
 
 
 def _forget(state: State, keys: Iterable[str]) -> None:
@@ -77,13 +89,26 @@ def bases_of(state: State) -> Bases | None:
 
 def _kept_bases(state: State) -> Bases:
     basis_g, basis_a = map(state.get, BASES)
-    return basis_g, basis_a
+    if POSITION_BASIS not in state:
+        return basis_g, basis_a
+    assert basis_a is not None
+    positions, columns = state[POSITION_BASIS], _eigenvalues(state).shape[-1]
+    joint = columns > basis_a.shape[-1] * positions.shape[-1]
+    return basis_g, SplitBasis(basis_a, positions, joint)
+
+
+def _eigenvalues(state: State) -> Tensor:
+    """Return the eigenvalues that a state has beside bases."""
+    name = "second_moments" if "second_moments" in state else "inverse_eigenvalues"
+    values: Tensor = state[name]
+    return values
 
 
 def _factors(layer_state: State, block: Block) -> KroneckerProduct:
     dtype = factor_dtype(layer_state["input_factor"].dtype)
-    A, G = (layer_state[name].to(dtype) for name in FACTORS)
+    A, G = input_factor(layer_state, block.layer, dtype), layer_state[FACTORS[1]].to(dtype)
     if block.layer.family.routed:
+        assert isinstance(A, Tensor)
         A, G = (_filled(x, layer_state["factor_weight"]) for x in (A, G))
     return KroneckerProduct(G, block.input_factor(A))
 
@@ -120,8 +145,9 @@ def inverses_at_once(
         if weight is None or is_free_to_read(weight):
             continue
         product = _factors(layer_state, block)
-        pair = (product.grad_output_factor, product.input_factor)
-        if not any(map(is_diagonal, pair)):
+        G, A = product.grad_output_factor, product.input_factor
+        if isinstance(A, Tensor) and not (is_diagonal(G) or is_diagonal(A)):
+            pair = (G, A)
             sides.append(pair)
             dampings += factored_damping(*pair, damping)
             owners.append((block, weight))
@@ -187,10 +213,33 @@ def refresh_inverse(
 
 
 def _store_inverse(state: State, inverse: KroneckerMatrix, form: InverseForm) -> None:
+    stored = form.stored_dtype or inverse.dtype
+    if isinstance(inverse, KroneckerProduct):
+        A = inverse.input_factor
+        entries = {INVERSES[0]: inverse.grad_output_factor.to(stored)}
+        if isinstance(A, SplitInverse):
+            A = A.rounded(stored)
+            entries |= {INVERSES[1]: A.blocks, INPUT_UPDATE: A.update}
+        else:
+            assert isinstance(A, Tensor)
+            entries[INVERSES[1]] = A.to(stored)
+    else:
+        bases = (inverse.grad_output_basis, inverse.input_basis)
+        entries = _basis_entries(bases, stored)
+        entries["inverse_eigenvalues"] = inverse.eigenvalues.to(stored)
     _forget(state, INVERSE_KEYS)
-    for key, value in zip(_KEYS[type(inverse)], vars(inverse).values(), strict=True):
-        if value is not None:
-            state[key] = value.to(form.stored_dtype or value.dtype)
+    state.update(entries)
+
+
+def _basis_entries(bases: Bases, stored: torch.dtype | None) -> dict[str, Tensor]:
+    """Return what a state keeps of bases."""
+    entries: dict[str, Tensor | None] = dict.fromkeys(BASES)
+    entries[BASES[0]], basis = bases
+    if isinstance(basis, SplitBasis):
+        entries |= {BASES[1]: basis.channels, POSITION_BASIS: basis.positions}
+    else:
+        entries[BASES[1]] = basis
+    return {key: q.to(stored or q.dtype) for key, q in entries.items() if q is not None}
 
 
 def _refresh_bases(
@@ -206,6 +255,7 @@ def _refresh_bases(
     found = [refreshed_basis(f, q, BASIS_TOLERANCE) for f, q in zip(sides, known, strict=True)]
     if form.stored_dtype is not None:
         found = [q if q is None else q.to(form.stored_dtype) for q in found]
+    assert not isinstance(found[0], SplitBasis)
     new = (found[0], found[1])
     stored = layer_state["input_factor"].dtype
     if old is not None:
@@ -217,7 +267,7 @@ def _refresh_bases(
         state["second_moments"] = eigenvalues.to(stored)
         state["second_moment_weight"] = torch.zeros_like(layer_state["factor_weight"])
     _forget(state, INVERSE_SIDES)
-    state.update({key: q for key, q in zip(BASES, new, strict=True) if q is not None})
+    state.update(_basis_entries(new, None))
 
 
 def has_inverse(state: State) -> bool:
@@ -237,7 +287,11 @@ def inverse_of(state: State, damping: float) -> KroneckerMatrix | None:
     if not has_inverse(state):
         return None
     if "input_inverse" in state:
-        return KroneckerProduct(state["grad_output_inverse"], state["input_inverse"])
+        A = state["input_inverse"]
+        if INPUT_UPDATE in state:
+            joint = state[INPUT_UPDATE].shape[-1] > A.shape[1] * A.shape[2] + 1
+            A = SplitInverse(A, state[INPUT_UPDATE], joint)
+        return KroneckerProduct(state["grad_output_inverse"], A)
     if "second_moments" in state:
         moments = state["second_moments"]
         eigenvalues = (moments.to(factor_dtype(moments.dtype)) + damping).reciprocal()

@@ -28,15 +28,18 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def share_out(blocks: Sequence[Block], ranks: int) -> list[int]:
     """Return which rank computes which block's inverse: the largest first, to who has least."""
-    costs = [
-        b.layer.groups * (b.layer.d_out**3 + (b.d_in if b.layer.diagonal_input else b.d_in**3))
-        for b in blocks
-    ]
+    costs = [b.layer.groups * (b.layer.d_out**3 + _input_cost(b)) for b in blocks]
     loads, owners = [0] * ranks, [0] * len(blocks)
     for i in sorted(range(len(blocks)), key=lambda i: -costs[i]):
         owners[i] = loads.index(min(loads))
         loads[owners[i]] += costs[i]
     return owners
+
+
+def _input_cost(block: Block) -> int:
+    if block.weight is not None and block.layer.positions:
+        return block.layer.positions * block.layer.channels**3
+    return block.d_in if block.layer.diagonal_input else block.d_in**3
 
 
 def update_shared(

@@ -12,11 +12,17 @@ import torch
 from torch import distributed as dist
 from torch.nn import Parameter
 
-from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.layers.tied import tied_embedding
+from kfacopt.kfac.lookup_uses import EMBEDDING, TIED
+from kfacopt.kfac.matrix_layouts import MatrixLayout
+from kfacopt.optim.state.initial import state_shapes
 from kfacopt.optim.state.running_averages import States
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 ROLES, BIAS = "matrix_roles", "matrix_bias"
-_LETTERS, _CONVOLUTIONS = "goi", "ct"
+_LETTERS, _CONVOLUTIONS, _LOOKUPS = "goi", "ct", EMBEDDING + TIED
 _MANY = 2**40
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
 
@@ -72,6 +78,22 @@ def agreed_layouts(
     return agreed
 
 
+def shapes_to_load(
+    p: Parameter, entries: Mapping[str, Any], shapes: Mapping[Parameter, Shapes], form: FactorForm
+) -> Shapes:
+    """Return the shapes that a parameter's saved entries must have.
+
+    Args:
+        p: The parameter.
+        entries: Its saved state, which tells whether it is a tied weight.
+        shapes: What they are by the layers that the optimizer has.
+        form: How factors are formed.
+    """
+    if entries.get(ROLES) == _number(TIED) and p.ndim == 2:
+        return state_shapes([p], [tied_embedding("", p)], form)[p]
+    return shapes[p]
+
+
 def kept_layouts(states: States, params: Sequence[Parameter]) -> dict[Parameter, MatrixLayout]:
     """Return the layouts that a state has."""
     found = {}
@@ -87,8 +109,10 @@ def kept_layouts(states: States, params: Sequence[Parameter]) -> dict[Parameter,
 def _number(roles: str) -> int:
     """Return roles as a number, as states have numbers alone: an even one for digits to the base 3.
 
-    An odd one is for convolutions, with their number of groups.
+    An odd one is for convolutions, with their number of groups, or, as if of none, for lookups.
     """
+    if roles in _LOOKUPS:
+        return 1 + 2 * _LOOKUPS.index(roles)
     if roles[0] in _CONVOLUTIONS:
         return 4 * int(roles[1:]) + 1 + 2 * _CONVOLUTIONS.index(roles[0])
     digits: list[int] = [_LETTERS.index(x) * 3**i for i, x in enumerate(roles)]
@@ -96,6 +120,8 @@ def _number(roles: str) -> int:
 
 
 def _roles(number: int, axes: int) -> str:
+    if number % 2 and number < 4:
+        return _LOOKUPS[number // 2]
     if number % 2:
         return f"{_CONVOLUTIONS[number // 2 % 2]}{number // 4}"
     number //= 2

@@ -11,12 +11,16 @@ from torch import Tensor
 from kfacopt.kfac.factors import FactorForm, along, factor_dtype, fold
 from kfacopt.kfac.layers import Layer
 from kfacopt.linalg.kronecker import diagonal_of
+from kfacopt.linalg.split_factors import Factor, SplitFactor, packed_rest, unpacked
 from kfacopt.optim.statistics.moments import Moments
 
 State = dict[str, Any]  # of one parameter
 States = MutableMapping[Tensor, Any]
 
 FACTORS = ("input_factor", "grad_output_factor")
+
+# What else is kept of an A by channels and positions, beside the moment of the channels.
+REST = "input_moments"
 
 # What is known of a layer's factors: their total weight, how many updates were tried, how many of
 # these were skipped as not finite, and the step of the last that was not.
@@ -25,7 +29,19 @@ RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
 
 def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a layer's running factors by their key in the state."""
-    return dict(zip(FACTORS, form.shapes(layer), strict=True))
+    shapes: dict[str, tuple[int, ...]] = dict(zip(FACTORS, form.shapes(layer), strict=True))
+    if layer.positions:
+        B, C, K = layer.groups, layer.channels, layer.positions
+        shapes |= {FACTORS[0]: (B, C, C), REST: (B, packed_rest(C, K))}
+    return shapes
+
+
+def input_factor(state: State, layer: Layer, dtype: torch.dtype) -> Factor:
+    """Return a layer's A from its state, in a dtype."""
+    A: Tensor = state[FACTORS[0]].to(dtype)
+    if not layer.positions:
+        return A
+    return SplitFactor.of(A, state[REST].to(dtype), layer.joint)
 
 
 def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
@@ -37,7 +53,8 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
         return
     dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
     for name, shape in factor_shapes(layer, form).items():
-        state[name] = torch.zeros(shape, dtype=form.stored_dtype or dtype, device=device)
+        stored = dtype if name == REST else form.stored_dtype or dtype
+        state[name] = torch.zeros(shape, dtype=stored, device=device)
     state["factor_weight"] = torch.zeros(form.count_shape(layer), dtype=dtype, device=device)
     state["factor_updates"] = 0
     for name in ("skipped_updates", "factor_step"):
@@ -111,6 +128,9 @@ def fold_factors(
     """
     initialise_factors(state, layer, form)
     values = dict(zip(FACTORS, moments.take_factors(), strict=True))
+    if layer.positions:
+        channels, rest = unpacked(values[FACTORS[0]], layer.positions)
+        values |= {FACTORS[0]: channels, REST: rest}
     # Sums of squares: |Σ x_i x_j|² ≤ Σ x_i² Σ x_j², so that the diagonals tell.
     checked = [diagonal_of(x) for x in values.values()]
     weight = moments.rows if layer.family.routed else moments.terms

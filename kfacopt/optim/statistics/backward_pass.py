@@ -55,8 +55,7 @@ class CandidateMoments:
             g if k is None else restricted_grad(g, k) for g, k in zip(grads, kept, strict=True)
         ]
         own = self._restricted(uses)
-        for use, part, g in zip(uses, own, grads, strict=True):
-            self.rows.add(use, g, part)
+        self.rows.add(uses, grads, own)
         moments = self._moments(layer)
         value = grad_output_moment(layer, own, grads, self._options.form)
         moments.add_grad_outputs(value if is_one(scale) else value.mul_(scale))

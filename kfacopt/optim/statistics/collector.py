@@ -65,7 +65,8 @@ class Statistics:
         labels: LabelDraws,
         exchange: ExchangeWatch,
     ) -> None:
-        self._layers, self._settings, self._labels = layers, settings, labels
+        self._layers = [part for layer in layers for part in layer.collected]
+        self._settings, self._labels = settings, labels
         self.exchange, self.others = exchange, others
         self.bases: Mapping[Block, Bases] = {}
         self.collecting = True
@@ -123,7 +124,7 @@ class Statistics:
             edges = [get_gradient_edge(call.output)]
             self.others.look(edges, [call.output], passes)
             self.objectives.note(type(call.likelihood).__name__, "known")
-            self._candidates.rows.ignore(call.likelihood, call.target)
+            self._candidates.rows.note(call.likelihood, call.output, call.target, upstream)
             if self._settings.fisher_type == "empirical":
                 self._empirical.add_loss(call, passes, upstream)
             else:
@@ -211,9 +212,10 @@ class Statistics:
             return
         self._confirmed = True
         self.exchange.accumulated(layer.anchor)
-        self._empirical.fold(layer)
-        if self._pending.take(layer, self._candidates_by_layer()):
-            self._labels_of_task = None
+        for part in layer.collected:
+            self._empirical.fold(part)
+            if self._pending.take(part, self._candidates_by_layer()):
+                self._labels_of_task = None
 
     def _candidates_by_layer(self) -> WaitingMoments:
         return WaitingMoments(self._candidates.by_layer, self._candidate_squares.by_layer)
@@ -236,7 +238,8 @@ class Statistics:
         accumulated = bool(self._pending)
         pending = (self._pending or self._candidates_by_layer()).summed(loss_scale)
         self.undercounted = self.others.finish()
-        pending = {la: m for la, m in pending.items() if la not in self.undercounted}
+        gone = {part for layer in self.undercounted for part in layer.collected}
+        pending = {la: m for la, m in pending.items() if la not in gone}
         if pending:
             self._labels_of_step = None
         if not accumulated:  # else a task that was not confirmed gives its labels back

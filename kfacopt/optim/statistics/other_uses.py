@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
-from kfacopt.kfac.layers import Kinds, Layer
-from kfacopt.kfac.matrix_uses import MatrixLayout
+from kfacopt.kfac.choice import Choice
+from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.kfac.unseen_uses import is_undercounted, past_modules
 from kfacopt.optim.watch.forward_pass import ForwardPass
 from kfacopt.optim.watch.wrappers import bookkeeping_kept
@@ -21,24 +22,34 @@ class OtherUses:
 
     Args:
         layers: The layers.
-        params: Those that may be matrices in no layer.
-        kinds: The kinds of modules that are layers; a product is what `nn.Linear` does.
+        params: All parameters.
+        choice: Which of them may be layers.
 
     Attributes:
-        found: Matrices in no layer that products alone use, and how.
+        found: Matrices that products and lookups alone use, and how: those in no layer, and those
+            whose layer has to be another.
         free: The matrices in no layer that are looked for.
+        candidates: The matrices that may be among the found ones.
         undercounted: The layers that are used in other ways, too, of which K-FAC knows nothing;
             since the last call of `finish`.
+        hidden: Those of the last loss whose graph has none of them, but reentrant activation
+            checkpointing, which may hide them.
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
-    def __init__(self, layers: Sequence[Layer], params: Sequence[Parameter], kinds: Kinds) -> None:
-        self._kinds = tuple(kinds)
+    def __init__(
+        self, layers: Sequence[Layer], params: Sequence[Parameter], choice: Choice
+    ) -> None:
+        self._choice = choice
         self._layer_of = {p: la for la in layers for p in (la.weight, la.bias) if p is not None}
-        free = [p for p in params if p.ndim > 1 and p.requires_grad and p.is_floating_point()]
-        self.free = [p for p in free if p not in self._layer_of and p.numel()]
+        own = [p for p in params if p.ndim > 1 and p.requires_grad and p.is_floating_point()]
+        own = [p for p in own if p.numel()]
+        self.free = [p for p in own if p not in self._layer_of and choice.looks_for(p)]
+        self.candidates = [p for p in own if p in self._layer_of] if choice.ties else []
+        self.candidates += self.free
         self.found: dict[Parameter, MatrixLayout] = {}
         self.undercounted: set[Layer] = set()
+        self.hidden: set[Parameter] = set()
         self.looks_on = bool(self.free or self._layer_of)
 
     def finish(self) -> set[Layer]:
@@ -58,13 +69,18 @@ class OtherUses:
         """
         uses = [use for p in passes for use in p.uses]
         past = past_modules(edges, uses, self._layer_of, self.free)
+        self.hidden, rest = set(past.hidden), list(past.rest)
         for p, layout in past.found.items():
-            if layout.kind(p) in self._kinds:
+            layer = self._layer_of.get(p)
+            if self._choice.makes_layer(p, layout):
                 self.found.setdefault(p, layout)
+                self.undercounted |= set() if layer is None else {layer}
+            elif layer is not None:
+                rest.append(p)
         if passes:
             passes[-1].uses += past.uses
         uses = [*uses, *past.uses]
-        with bookkeeping_kept(edges) if past.rest else nullcontext():
+        with bookkeeping_kept(edges) if rest else nullcontext():
             self.undercounted |= {
-                self._layer_of[p] for p in past.rest if is_undercounted(edges, values, uses, p)
+                self._layer_of[p] for p in rest if is_undercounted(edges, values, uses, p)
             }

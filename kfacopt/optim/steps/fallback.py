@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
+from kfacopt.kfac.layers import RECURRENT
 from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.initial import initialise_moments
 from kfacopt.optim.state.running_averages import States
@@ -16,12 +17,16 @@ from kfacopt.optim.steps.update import can_be_fused
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
-MATRIX_LR = 1e-3  # of tensors that are neither vectors nor embeddings, unless a rate is given
+MATRIX_LR = 1e-3  # of tensors that do not get the rate of vectors, unless a rate is given
 
 
-def embeddings(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the `id`s of the parameters of embeddings, parametrised ones included."""
-    kinds = (nn.Embedding, nn.EmbeddingBag)
+def at_rate_of_vectors(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the `id`s of tensors that AdamW trains at the rate of vectors, whatever their shape.
+
+    Those of embeddings and recurrent modules, parametrised ones included: LSTMs of 64 and of 256
+    learnt best at 0.03, and much worse at 1e-3 (docs/layers.md).
+    """
+    kinds = (nn.Embedding, nn.EmbeddingBag, *RECURRENT)
     return {id(p) for m in modules if isinstance(m, kinds) for p in m.parameters()}
 
 
@@ -54,12 +59,13 @@ def fallback_step(
     states: States,
     groups: Groups,
     covered: Container[Parameter],
-    embedded: set[int],
+    vectors: set[int],
     vector_lr: float,
 ) -> int:
     """Update all parameters with a gradient that have no direction.
 
-    Where a group has no `fallback_lr`, the rate follows from the kind of a parameter.
+    Where a group has no `fallback_lr`, the rate follows from the kind of a parameter: `vectors` are
+    what `at_rate_of_vectors` returns.
 
     Returns:
         How many parameters that were.
@@ -69,7 +75,7 @@ def fallback_step(
         by_lr: dict[float, list[Parameter]] = {}
         for p in group["params"]:
             if p.grad is not None and p not in covered:
-                by_kind = vector_lr if p.ndim < 2 or id(p) in embedded else MATRIX_LR
+                by_kind = vector_lr if p.ndim < 2 or id(p) in vectors else MATRIX_LR
                 given = group["fallback_lr"]
                 by_lr.setdefault(by_kind if given is None else given, []).append(p)
         for lr, own in by_lr.items():

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_flatten
 from kfacopt.data import is_evaluating
 from kfacopt.kfac.capture import in_would_be_pass, record_use
 from kfacopt.kfac.layers import Layer
-from kfacopt.kfac.unrolled import is_recurrent
 from kfacopt.optim.settings import CurvatureSettings
 from kfacopt.optim.watch.activation_checkpointing import refuse_reentrant_checkpointing
 from kfacopt.optim.watch.arrivals import ArrivalWatch
@@ -101,6 +100,7 @@ class Watch:
         settings: Which curvature is collected.
         receiver: Is told of losses and gradients.
         wrappers: Is told when a forward pass reaches a layer.
+        recurrence: Makes loops of recurrent modules.
 
     Attributes:
         uncompiled: The kind of the module that was called with hooks from compiled code, if any.
@@ -116,11 +116,12 @@ class Watch:
         settings: CurvatureSettings,
         receiver: LossReceiver,
         wrappers: WrapperWatch,
+        recurrence: RecurrenceWatch,
     ) -> None:
         self._settings, self._receiver, self._wrappers = settings, receiver, wrappers
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._mode: LossCallMode | None = None
-        self._arrivals, self._recurrence = ArrivalWatch(receiver), RecurrenceWatch(receiver)
+        self._arrivals, self._recurrence = ArrivalWatch(receiver), recurrence
         leave_hooks_uncompiled(ProbedTensor)
         self._passes: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
         self.uncompiled: type[nn.Module] | None = None
@@ -147,7 +148,7 @@ class Watch:
             modules = [module for _, module in self.living_modules()]
             layers = {layer.anchor: layer for layer in self._layers}
             self._handles += module_hooks(modules, self._enter, self._leave)
-            self._handles += module_hooks(filter(is_recurrent, modules), self._recurrence.enter)
+            self._handles += self._recurrence.hooks(modules)
             self._handles += gradient_hooks(layers, self._receiver.accumulate_gradient)
         elif not active:
             remove_hooks(self._handles)
