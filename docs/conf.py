@@ -76,6 +76,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"[0-9].*\.py",
+    "ignore_pattern": r"side_by_side\.py",  # what the others share
     "reset_argv": _arguments,
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
