@@ -143,10 +143,11 @@ def plot(runs: list[Run], path: Path, log: bool = True) -> None:
     groups, first = _by_name(runs), next(iter(runs[0].curve[-1][2]))
     best = best_adamw(runs)
     figure, axis = plt.subplots(figsize=(8, 4.5))
-    colors = {KFAC: "C0", best: "C1"}
+    others = [name for name in groups if not name.startswith("AdamW") and name != KFAC]
+    colors = {name: f"C{i}" for i, name in enumerate((KFAC, best, *others))}
     for name, own in groups.items():
-        grey = name.startswith("AdamW") and name != best
-        color = "0.85" if grey else colors.get(name, "C2")
+        grey = name not in colors
+        color = colors.get(name, "0.85")
         for i, run in enumerate(own):
             times, values = zip(*((t, m[first]) for t, _, m in run.curve), strict=True)
             label = None if grey or i else name

@@ -44,6 +44,7 @@ NOT_NUMERICAL = (
     "test_import_rule.py",
     "test_operator_cost_smoke.py",
     "test_self_tuning_problems.py",
+    "test_side_by_side.py",
     "test_step_cost.py",
     "test_trainers.py",
 )
