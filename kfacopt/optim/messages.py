@@ -235,3 +235,11 @@ def missing_statistics(forward_seen: bool) -> str:
         "thread, or from detached outputs. Return the outputs in a tuple, dict or dataclass, or "
         "say with loss_func= what the loss at the model's output is."
     )
+
+
+def unmeasured(reason: str) -> str:
+    """Say that the KL clip does not follow the data."""
+    return (
+        f'kl_clip="auto": the loss could not be evaluated again ({reason}); kl_clip stays as it is '
+        "while that is so. Give kl_clip a number to leave the measurement out."
+    )

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
-from kfacopt.optim.settings import Groups, check_group
+from kfacopt.optim.group_settings import check_group
+from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.conversions import was_not_saved
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
 from kfacopt.optim.state.inverses import (
