@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.factors import Factors, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.linalg.eigenspaces import averaged
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
 from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state import inverses
@@ -162,7 +163,8 @@ class CurvatureState:
             if moments is not None and block in values:
                 state, decay = self.entries[block.anchor], self._schedule.ema_decay
                 weight = moments.rows if block.layer.family.routed else moments.terms
-                fold_second_moments(state, values[block], weight, decay)
+                value = averaged(values[block], inverses.levels_in(state))
+                fold_second_moments(state, value, weight, decay)
 
     def due_inverses(self, step: int) -> list[Block]:
         """Return the blocks to invert in a step: all where it is time, else those without one."""
