@@ -135,7 +135,9 @@ def costs(found: dict[str, Any]) -> str:
     lines = ["| | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
     for contestant in CONTESTANTS:
         if "λ" not in contestant:
-            pairs = [(runs[contestant]["steps"], runs[REFERENCE]["steps"]) for runs in found.values()]
+            pairs = [
+                (runs[contestant]["steps"], runs[REFERENCE]["steps"]) for runs in found.values()
+            ]
             ratios = [sum(r[1] for r in own) / sum(r[1] for r in k) for own, k in pairs]
             lines.append(f"| {contestant} | " + " | ".join(f"{x:.2f}" for x in ratios) + " |")
     return "\n".join(lines)

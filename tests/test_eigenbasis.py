@@ -7,10 +7,9 @@ import torch
 from kfacopt.linalg import eigenbasis
 from kfacopt.linalg.eigenbasis import (
     off_diagonal_share,
-    rayleigh_quotients,
     rotated_eigenvalues,
 )
-from kfacopt.linalg.eigenspaces import averaged, levels_of
+from kfacopt.linalg.eigenspaces import levels_of
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerProduct
 
 pytestmark = pytest.mark.usefixtures("float64")

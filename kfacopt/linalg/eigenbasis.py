@@ -81,7 +81,10 @@ def refreshed_basis(
         found = [
             _refreshed(side, part, own, tolerance, stored)
             for side, part, own in zip(
-                (factor.channels, factor.position_moment()), parts, levels or (None,) * 2, strict=True
+                (factor.channels, factor.position_moment()),
+                parts,
+                levels or (None,) * 2,
+                strict=True,
             )
         ]
         (channels, of_channels), (positions, of_positions) = found

@@ -35,7 +35,7 @@ def levels_of(eigenvalues: Tensor, stored: torch.dtype) -> Tensor:
     return eigenvalues / torch.where(unit > 0, unit, 1.0)
 
 
-def averaged(values: Tensor, levels: tuple[Levels, Levels]) -> Tensor:
+def averaged(values: Tensor, levels: tuple[Levels, Levels], look: bool = True) -> Tensor:
     """Return values `[B, d_out, d_in]` with each row and column averaged with the close ones.
 
     The weight of j in the mean for i is max(0, 1 − |l_i − l_j|): within an eigenspace all weights
@@ -44,8 +44,10 @@ def averaged(values: Tensor, levels: tuple[Levels, Levels]) -> Tensor:
     Args:
         values: One for each product of an eigenvector of G and one of A.
         levels: Those of G, and of A.
+        look: Whether to look at the levels first, and do nothing where none are close; it waits for
+            a GPU.
     """
-    of_g, of_a = (_averages(own) for own in levels)
+    of_g, of_a = (_averages(own, look) for own in levels)
     if of_g:
         values = multiply_left(of_g[0].to(values.dtype), values)
     if len(of_a) == 1:
@@ -57,19 +59,12 @@ def averaged(values: Tensor, levels: tuple[Levels, Levels]) -> Tensor:
     return values
 
 
-def _averages(levels: Levels) -> Levels:
+def _averages(levels: Levels, look: bool) -> Levels:
     """Return the matrices of weights `[B, d, d]`; nothing where no levels are close."""
-    if not any(map(_may_be_close, levels)):
+    if look and not any(bool((own.sort(-1)[0].diff(dim=-1) < 1).any()) for own in levels):
         return ()
     found = []
     for own in levels:
         weights = (1 - (own.unsqueeze(-1) - own.unsqueeze(-2)).abs()).clamp(min=0)
         found.append(weights / weights.sum(-1, keepdim=True))
     return tuple(found)
-
-
-def _may_be_close(levels: Tensor) -> bool:
-    """Tell whether two levels are close; a GPU is not waited for."""
-    if levels.device.type != "cpu":
-        return True
-    return bool((levels.sort(-1)[0].diff(dim=-1) < 1).any())

@@ -15,7 +15,6 @@ from torch.nn import Parameter
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.factors import Factors, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
-from kfacopt.linalg.eigenspaces import averaged
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
 from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state import inverses
@@ -163,7 +162,7 @@ class CurvatureState:
             if moments is not None and block in values:
                 state, decay = self.entries[block.anchor], self._schedule.ema_decay
                 weight = moments.rows if block.layer.family.routed else moments.terms
-                value = averaged(values[block], inverses.levels_in(state))
+                value = inverses.averaged_moments(state, values[block])
                 fold_second_moments(state, value, weight, decay)
 
     def due_inverses(self, step: int) -> list[Block]:

@@ -51,7 +51,7 @@ CORRECTION = ("second_moments", "second_moment_weight")
 # What a split A has besides: w of its inverse, and the second part of its basis.
 INPUT_UPDATE, POSITION_BASIS = "input_update", "position_basis"
 
-# Of EKFAC's bases: which vectors of G's, of A's and of a split A's second part rounding does not tell
+# Of EKFAC's bases: which vectors of G's, A's and a split A's second part rounding does not tell
 # apart; see `eigenspaces`.
 LEVELS = ("grad_output_levels", "input_levels", "position_levels")
 
@@ -262,8 +262,9 @@ def _refresh_bases(
     levels: list[Levels] = []
     for side, basis, own in zip(sides, known, levels_in(state), strict=True):
         found, of_found = refreshed_basis(side, basis, own, BASIS_TOLERANCE, stored)
-        rounded = found is not None and found is not basis and form.stored_dtype is not None
-        new.append(found.to(form.stored_dtype) if rounded else found)
+        if found is not None and found is not basis and form.stored_dtype is not None:
+            found = found.to(form.stored_dtype)
+        new.append(found)
         levels.append(of_found)
     bases: Bases = (new[0], new[1])
     if old is not None:
@@ -281,10 +282,15 @@ def _refresh_bases(
 
 
 def levels_in(state: State) -> tuple[Levels, Levels]:
-    """Return the levels of a block's bases; nothing where a state of an earlier version has none."""
+    """Return the levels of a block's bases; nothing where an earlier version's state has none."""
     sides = (LEVELS[:1], LEVELS[1:])
     of_g, of_a = (tuple(state[key] for key in keys if key in state) for keys in sides)
     return of_g, of_a
+
+
+def averaged_moments(state: State, value: Tensor) -> Tensor:
+    """Return second moments in a block's bases, averaged where rounding alone chose these."""
+    return averaged(value, levels_in(state), look=is_free_to_read(value))
 
 
 def has_inverse(state: State) -> bool:
