@@ -117,7 +117,7 @@ class KFACOptimizer(Optimizer):
         preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
             and Ā's eigenbases Q and the running averages Λ of the second moments of single data's
             gradients in them (see `kfacopt.EKFACLinearOperator`). Λ is updated with the factors,
-            the bases, by warm-started orthogonal iteration, with the inverses; a step that does
+            the bases, where they do not fit any more, with the inverses; a step that does
             so keeps its layers' inputs and output gradients until then. A datum is an entry of the
             leading axis of a layer's input (use `batch_first=True`).
         damping_method: For K-FAC, `"factored"` (above; Cholesky; the default) or `"exact"`:

@@ -8,7 +8,8 @@ What is in a checkpoint, by parameter; "anchor" is a layer's or block's first tr
 - of a block, at its anchor: `input_inverse` and `grad_output_inverse` (of a split A blocks, and
   `input_update`); with exact damping and for EKFAC `input_basis` and `grad_output_basis` (none of a
   diagonal side; of a split A also `position_basis`), and `inverse_eigenvalues`
-  or, for EKFAC, `second_moments` and `second_moment_weight`; `inverse_step` (−1: only there to be
+  or, for EKFAC, `second_moments`, `second_moment_weight`, and `input_levels` and
+  `grad_output_levels` (of a split A also `position_levels`) where there are bases; `inverse_step` (−1: only there to be
   loaded into), `inverse_failures`
 - of a parameter in a layer: `momentum_buffer`, if its group has momentum; for `lr="auto"` instead
   `previous_parameter`, `has_previous_parameter`

@@ -20,6 +20,7 @@ from kfacopt.optim.state.inverses import (
     CORRECTION,
     INPUT_UPDATE,
     INVERSES,
+    LEVELS,
     NO_INVERSE,
     POSITION_BASIS,
 )
@@ -30,7 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Beyond round-off of a matrix product, or of bfloat16, in units of the largest entry.
 _ASYMMETRY = 0.02
 
-_NOT_NEGATIVE = ("inverse_eigenvalues", *CORRECTION, "exp_avg_sq", "factor_weight", "step")
+_NOT_NEGATIVE = ("inverse_eigenvalues", *CORRECTION, *LEVELS, "exp_avg_sq", "factor_weight", "step")
 _SPLIT = (REST, INPUT_UPDATE, POSITION_BASIS)
 _FLOATING = (*FACTORS, *INVERSES, *BASES, *_SPLIT, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
 _SCALARS = ("step", "skipped_updates", "factor_step")
