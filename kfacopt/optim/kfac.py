@@ -57,6 +57,7 @@ from kfacopt.optim.steps.fallback import fallback_step
 from kfacopt.optim.steps.objective import Objective, objective_of
 from kfacopt.optim.steps.preconditioning import gradients_of, preconditioned
 from kfacopt.optim.steps.self_tuning import SelfTuning
+from kfacopt.optim.steps.trust_region import FIRST_KL_CLIP
 from kfacopt.optim.steps.update import are_finite
 from kfacopt.optim.watch.admission import check_iterable, check_parameters
 from kfacopt.optim.watch.loss_scale import calling_loss_scale
@@ -370,7 +371,7 @@ class KFACOptimizer(Optimizer):
         own = (self.state, self.param_groups, gradients, directions)
         moved = self._rule.step(*own, measured)
         if self._rule.trouble:
-            self._notices.warn("unmeasured", self._rule.trouble)
+            self._notices.log("unmeasured", self._rule.trouble)
         if moved:  # a self-tuned step that found nothing to gain moves nothing
             others = (self._connection.vectors, self._settings.steps.vector_lr)
             self._num_fallback = fallback_step(self.state, self.param_groups, directions, *others)
@@ -470,6 +471,9 @@ class KFACOptimizer(Optimizer):
             group = self.param_groups[-1]
             check_parameters(group["params"])
             group.setdefault("base_lr", as_number(group["lr"]))
+            group.setdefault(
+                "trust_region", self.param_groups[0].get("trust_region", FIRST_KL_CLIP)
+            )
             group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
             check_group(group, tuned=tuned)
             if self._connected:

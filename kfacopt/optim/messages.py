@@ -37,6 +37,12 @@ class Notices:
                 stacklevel=user_stacklevel(),
             )
 
+    def log(self, key: str, message: str) -> None:
+        """Log what changes how well, but not what is computed, once."""
+        if key not in self._given:
+            self._given.add(key)
+            logger.info("KFACOptimizer: %s", message)
+
 
 def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorForm) -> None:
     """Log, once, which parameters the fallback trains, and which factors are diagonals.
@@ -239,7 +245,4 @@ def missing_statistics(forward_seen: bool) -> str:
 
 def unmeasured(reason: str) -> str:
     """Say that the KL clip does not follow the data."""
-    return (
-        f'kl_clip="auto": the loss could not be evaluated again ({reason}); kl_clip stays as it is '
-        "while that is so. Give kl_clip a number to leave the measurement out."
-    )
+    return f'kl_clip="auto": steps cannot be measured ({reason}); it stays as it is until they can.'

@@ -178,6 +178,9 @@ class Watch:
     # Forward passes --------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if is_evaluating():
+            run_uncompiled()
+            return None
         if not torch.is_grad_enabled() and self._outermost is None:
             self._sleep_during(module)
             return None
