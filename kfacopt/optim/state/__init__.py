@@ -9,8 +9,8 @@ What is in a checkpoint, by parameter; "anchor" is a layer's or block's first tr
   `input_update`); with exact damping and for EKFAC `input_basis` and `grad_output_basis` (none of a
   diagonal side; of a split A also `position_basis`), and `inverse_eigenvalues`
   or, for EKFAC, `second_moments`, `second_moment_weight`, and `input_levels` and
-  `grad_output_levels` (of a split A also `position_levels`) where there are bases; `inverse_step` (−1: only there to be
-  loaded into), `inverse_failures`
+  `grad_output_levels` (of a split A also `position_levels`) where there are bases;
+  `inverse_step` (−1: only there to be loaded into), `inverse_failures`
 - of a parameter in a layer: `momentum_buffer`, if its group has momentum; for `lr="auto"` instead
   `previous_parameter`, `has_previous_parameter`
 - of a parameter outside of layers, or that AdamW ever trained: `exp_avg`, `exp_avg_sq`, `step`
