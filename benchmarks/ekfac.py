@@ -54,6 +54,8 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "EKFAC": EKFAC,
     "EKFAC, bases every 10 steps": EKFAC | OFTEN,
     "EKFAC, bases every 10 steps, always anew": EKFAC | OFTEN,
+    "EKFAC, damping / 10": EKFAC | {"damping": 5e-5},
+    "EKFAC, damping / 10, bases every 10 steps": EKFAC | OFTEN | {"damping": 5e-5},
     "EKFAC, damping × 10": EKFAC | {"damping": 5e-3},
     "EKFAC, damping × 100": EKFAC | {"damping": 5e-2},
 }
