@@ -1,6 +1,6 @@
 """Which of cost, bases, second moments and damping sets EKFAC apart from K-FAC.
 
-    python -m benchmarks.ekfac [--quick] [--problems NAME ...]
+    python -m benchmarks.ekfac [--quick] [--report] [--problems NAME ...]
 
 All have the defaults, but for what their names say, on five of the problems that settings are
 chosen on: 300 steps with a cosine over them, and as many as fit into the CPU time (of one thread)
@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,19 +34,28 @@ from kfacopt.optim.state.curvature_state import CurvatureState
 
 PROBLEMS = ("signals-mlp", "signals-conv1d", "sixteen-layers", "autoencoder-digits", "photograph")
 STEPS, SEEDS = 300, (0, 1)
+FILE = RESULTS / "ekfac.json"
 LR = 0.07
 
 REFERENCE = "K-FAC"
 EKFAC: dict[str, Any] = {"preconditioner": "ekfac"}
+OFTEN = {"inverse_update_interval": 10}
+EXACT = {"damping_method": "exact"}
 CONTESTANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
     "K-FAC, damping × 10": {"damping": 5e-3},
-    "K-FAC, exact damping": {"damping_method": "exact"},
-    "K-FAC, exact damping × 10": {"damping_method": "exact", "damping": 5e-3},
-    "EKFAC, eigenvalues λ_G λ_A": EKFAC,
+    "K-FAC, damping / 10": {"damping": 5e-5},
+    "K-FAC, inverses every 10 steps": OFTEN,
+    "K-FAC, exact damping": EXACT,
+    "K-FAC, exact damping × 10": EXACT | {"damping": 5e-3},
+    "K-FAC, exact damping, inverses every 10 steps": EXACT | OFTEN,
+    "EKFAC, λ_G λ_A": EKFAC,
+    "EKFAC, λ_G λ_A, bases every 10 steps": EKFAC | OFTEN,
     "EKFAC": EKFAC,
-    "EKFAC, bases every 10 steps": EKFAC | {"inverse_update_interval": 10},
-    "EKFAC, the same, always anew": EKFAC | {"inverse_update_interval": 10},
+    "EKFAC, bases every 10 steps": EKFAC | OFTEN,
+    "EKFAC, bases every 10 steps, always anew": EKFAC | OFTEN,
+    "EKFAC, damping / 10": EKFAC | {"damping": 5e-5},
+    "EKFAC, damping / 10, bases every 10 steps": EKFAC | OFTEN | {"damping": 5e-5},
     "EKFAC, damping × 10": EKFAC | {"damping": 5e-3},
     "EKFAC, damping × 100": EKFAC | {"damping": 5e-2},
 }
@@ -99,20 +108,16 @@ def run(problem: Problem, name: str, seed: int, steps: int, seconds: float | Non
     return [training_loss(task, fixed_batches(task)), clock, step]
 
 
-def measure(names: Iterable[str], steps: int) -> dict[str, Any]:
-    """Return all runs by problem, contestant and kind; a row for each seed."""
-    found: dict[str, Any] = {}
-    for name in names:
-        problem, own = choosing.PROBLEMS[name], found.setdefault(name, {})
-        run(problem, REFERENCE, 0, 20, None)  # warm up
-        for seed, contestant in itertools.product(SEEDS, CONTESTANTS):
-            kinds = own.setdefault(contestant, {"steps": [], "time": []})
-            kinds["steps"].append(run(problem, contestant, seed, steps, None))
-        seconds = statistics.mean(row[1] for row in own[REFERENCE]["steps"])
-        for seed, contestant in itertools.product(SEEDS, CONTESTANTS):
-            if "λ" not in contestant:
-                own[contestant]["time"].append(run(problem, contestant, seed, steps, seconds))
-        print(f"{name}: {seconds:.2f} s", flush=True)
+def measure(problem: Problem, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return the runs of a problem by contestant and kind; a row for each seed."""
+    found: dict[str, Any] = {name: {"steps": [], "time": []} for name in CONTESTANTS}
+    run(problem, REFERENCE, 0, min(steps, 20), None)  # warm up
+    for seed, name in itertools.product(seeds, CONTESTANTS):
+        found[name]["steps"].append(run(problem, name, seed, steps, None))
+    seconds = statistics.mean(row[1] for row in found[REFERENCE]["steps"])
+    for seed, name in itertools.product(seeds, CONTESTANTS):
+        if "λ" not in name:
+            found[name]["time"].append(run(problem, name, seed, steps, seconds))
     return found
 
 
@@ -124,7 +129,7 @@ def table(found: dict[str, Any], kind: str) -> str:
     """Return the losses of all seeds as Markdown."""
     lines = ["| | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
     for contestant in CONTESTANTS:
-        own = [runs[contestant][kind] for runs in found.values()]
+        own = [runs.get(contestant, {}).get(kind, []) for runs in found.values()]
         if any(own):
             lines.append(f"| {contestant} | " + " | ".join(map(_cell, own)) + " |")
     return "\n".join(lines)
@@ -134,29 +139,45 @@ def costs(found: dict[str, Any]) -> str:
     """Return the CPU time of 300 steps beside K-FAC's as Markdown."""
     lines = ["| | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
     for contestant in CONTESTANTS:
-        if "λ" not in contestant:
-            pairs = [
-                (runs[contestant]["steps"], runs[REFERENCE]["steps"]) for runs in found.values()
-            ]
-            ratios = [sum(r[1] for r in own) / sum(r[1] for r in k) for own, k in pairs]
-            lines.append(f"| {contestant} | " + " | ".join(f"{x:.2f}" for x in ratios) + " |")
+        if "λ" in contestant:
+            continue
+        cells = []
+        for runs in found.values():
+            own, reference = (runs.get(x, {}).get("steps") for x in (contestant, REFERENCE))
+            seconds = [statistics.mean(r[1] for r in rows) for rows in (own, reference) if rows]
+            cells.append(f"{seconds[0] / seconds[1]:.2f}" if own else "–")
+        lines.append(f"| {contestant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def report(found: dict[str, Any]) -> str:
+    """Return all tables."""
+    parts = [f"{kind}\n\n{table(found, kind)}" for kind in ("steps", "time")]
+    return "\n\n".join([*parts, f"cost\n\n{costs(found)}"])
+
+
 def main() -> None:
-    """Run all and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run all, problem by problem, and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--report", action="store_true", help="the tables of what was run")
     parser.add_argument("--problems", nargs="+", default=PROBLEMS, choices=choosing.PROBLEMS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(args.problems[:1] if args.quick else args.problems, 12 if args.quick else STEPS)
-    for kind in ("steps", "time"):
-        print(f"\n{kind}\n\n{table(found, kind)}")
-    print(f"\ncost\n\n{costs(found)}")
-    if not args.quick:
-        known = RESULTS / "ekfac.json"
-        known.write_text(json.dumps({"environment": environment("cpu"), "runs": found}) + "\n")
+    found: dict[str, Any] = {}
+    if args.report:
+        found = json.loads(FILE.read_text())["runs"]
+    else:
+        names, steps, seeds = (
+            (PROBLEMS[:1], 3, (0,)) if args.quick else (args.problems, STEPS, SEEDS)
+        )
+        for name in names:
+            found[name] = measure(choosing.PROBLEMS[name], steps, seeds)
+            if not args.quick:
+                FILE.write_text(
+                    json.dumps({"environment": environment("cpu"), "runs": found}) + "\n"
+                )
+    print(report(found))
 
 
 if __name__ == "__main__":
