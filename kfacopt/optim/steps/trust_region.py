@@ -41,7 +41,7 @@ from kfacopt.optim.settings import Groups
 from kfacopt.optim.steps.objective import Objective, replay_tolerance
 from kfacopt.optim.steps.quadratic_model import losses_and_mismatch
 from kfacopt.optim.steps.replay import coarsest_dtype
-from kfacopt.optim.watch.compilation import EAGER_SPELL
+from kfacopt.optim.watch.compilation import run_eagerly
 
 FIRST_KL_CLIP = 5e-5
 MOST_KL_CLIP = 1e-3
@@ -119,14 +119,12 @@ class TrustRegion:
         first = next(iter(before.values()))
         numbers = torch.zeros(5, dtype=torch.float64, device=first.device)
         trouble = ""
-        EAGER_SPELL.begin(objective)
         try:
-            numbers[:4] = _losses(before, step, objective)
+            with run_eagerly():
+                numbers[:4] = _losses(before, step, objective)
         except Exception as error:  # training goes on without
             trouble = str(error).removeprefix('lr="auto": ').split(". ")[0]
             numbers[4] = 1.0
-        finally:
-            EAGER_SPELL.end(objective)
         here, there, back, mismatch, failed = objective.over_ranks(numbers).tolist()
         self.trouble = ""
         if failed:
