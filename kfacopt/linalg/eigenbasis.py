@@ -6,18 +6,22 @@ import torch
 from torch import Tensor
 
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.eigenspaces import Levels, averaged, levels_of
 from kfacopt.linalg.split_factors import Basis, Factor, SplitBasis, SplitFactor
 
-# Orthogonal iterations of one refresh at the most.
-MAX_ITERATIONS = 2
 
+def off_diagonal_share(matrix: Tensor, levels: Tensor | None = None) -> Tensor:
+    """Return ‖M − diag M‖_F / ‖M‖_F `[B]` of M `[B, d, d]`; 0 for a zero matrix.
 
-def off_diagonal_share(matrix: Tensor) -> Tensor:
-    """Return ‖M − diag M‖_F / ‖M‖_F `[B]` of M `[B, d, d]`; 0 for a zero matrix."""
+    With levels the diagonal's mean over each eigenspace stands for the diagonal.
+    """
     largest = matrix.abs().amax((-2, -1), keepdim=True)
     scaled = matrix / torch.where(largest > 0, largest, 1.0)  # squares under- or overflow
     # The difference of two sums of squares would be off by √eps.
-    rest = scaled - torch.diag_embed(scaled.diagonal(dim1=-2, dim2=-1))
+    diagonal = scaled.diagonal(dim1=-2, dim2=-1)
+    if levels is not None:
+        diagonal = averaged(diagonal.unsqueeze(-2), ((), (levels,))).squeeze(-2)
+    rest = scaled - torch.diag_embed(diagonal)
     norm, total = map(torch.linalg.matrix_norm, (rest, scaled))
     share: Tensor = norm / torch.where(total > 0, total, 1.0)
     return share
@@ -40,58 +44,77 @@ def rayleigh_quotients(factor: Factor, basis: Basis | None) -> Tensor:
     return ((factor @ wide) * wide).sum(-2).clamp(min=0)
 
 
-def refreshed_basis(factor: Factor, basis: Basis | None, tolerance: float) -> Basis | None:
-    """Return an orthonormal basis that nearly diagonalises a factor, from an earlier one.
+def refreshed_basis(
+    factor: Factor,
+    basis: Basis | None,
+    levels: Levels,
+    tolerance: float,
+    stored: torch.dtype | None = None,
+) -> tuple[Basis | None, Levels]:
+    """Return an orthonormal basis that nearly diagonalises a factor, and its levels.
 
-    Without an earlier basis, the eigenvectors. Else orthogonal iteration, Q ← qr(A Q) with the
-    columns in the order of falling Rayleigh quotients, until the off-diagonal part of QᵀAQ is at
-    most `tolerance` of its norm; at once, and with no change of Q, if it already is; at the most
-    `MAX_ITERATIONS` times.
+    An earlier basis is left alone while the off-diagonal part of QᵀAQ is at most `tolerance` of its
+    norm; else, and without an earlier one, the eigenvectors. (LAPACK's `eigh` takes less time than
+    two orthogonal iterations, and unlike these does not depend on how the earlier basis lay in a
+    null space.) Of an eigenspace that was not told apart before, A must still be a multiple of I.
 
     Args:
         factor: A, `[B, d, d]`, symmetric positive semi-definite; or its diagonal `[B, d]`; or
             split, of which the two sums of blocks are followed.
         basis: Q, `[B, d, d]`, or `None`.
+        levels: Those of Q, or nothing.
         tolerance: The relative Frobenius norm of the off-diagonal part that is left alone.
+        stored: The dtype that A was kept in.
 
     Returns:
-        Q `[B, d, d]`; `None`, the identity, for a diagonal factor.
+        Q `[B, d, d]`, `None`, the identity, for a diagonal factor; and its levels.
 
     Raises:
         DecompositionError: If the factor is not finite, or the decomposition fails.
 
     References:
-        - Golub & Van Loan, Matrix Computations, 4th ed., section 8.2.4.
         - Eschenhagen et al. (2025), https://arxiv.org/abs/2506.03595, section 4.1 (the criterion).
     """
-    if isinstance(factor, SplitFactor) and isinstance(basis, SplitBasis):
-        channels = _refreshed(factor.channels, basis.channels, tolerance)
-        positions = _refreshed(factor.position_moment(), basis.positions, tolerance)
-        return SplitBasis(channels, positions, factor.joint)
-    if kronecker.is_diagonal(factor) or basis is None:
-        return kronecker.eigendecomposition(factor)[1]
+    if isinstance(factor, SplitFactor):
+        old = basis if isinstance(basis, SplitBasis) and len(levels) == 2 else None
+        parts = (None, None) if old is None else (old.channels, old.positions)
+        found = [
+            _refreshed(side, part, own, tolerance, stored)
+            for side, part, own in zip(
+                (factor.channels, factor.position_moment()),
+                parts,
+                levels or (None,) * 2,
+                strict=True,
+            )
+        ]
+        (channels, of_channels), (positions, of_positions) = found
+        if old is None or channels is not parts[0] or positions is not parts[1]:
+            old = SplitBasis(channels, positions, factor.joint)
+        return old, (of_channels, of_positions)
     assert isinstance(factor, Tensor)
-    assert isinstance(basis, Tensor)
-    return _refreshed(factor, basis, tolerance)
+    assert not isinstance(basis, SplitBasis)
+    if kronecker.is_diagonal(factor):
+        return None, ()
+    Q, own = _refreshed(factor, basis, levels[0] if levels else None, tolerance, stored)
+    return Q, (own,)
 
 
-def _refreshed(factor: Tensor, basis: Tensor, tolerance: float) -> Tensor:
-    """Return a basis `[B, d, d]` from an earlier one."""
-    if not bool(factor.isfinite().all()):
-        raise kronecker.DecompositionError("the factor has NaN or infinite entries")
-    dtype = torch.promote_types(factor.dtype, torch.float32)
-    symmetric, Q = ((factor + factor.mT) / 2).to(dtype), basis.to(dtype)
-    for iteration in range(MAX_ITERATIONS + 1):
-        image = symmetric @ Q
-        projected = Q.mT @ image
-        if iteration == MAX_ITERATIONS or bool((off_diagonal_share(projected) <= tolerance).all()):
-            break
-        quotients = projected.diagonal(dim1=-2, dim2=-1)
-        order = quotients.argsort(dim=-1, descending=True, stable=True)
-        Q = torch.linalg.qr(image.take_along_dim(order.unsqueeze(-2), dim=-1))[0]
-        if not bool(Q.isfinite().all()):
-            raise kronecker.DecompositionError("the orthogonal iteration overflowed")
-    return basis if iteration == 0 else Q
+def _refreshed(
+    factor: Tensor,
+    basis: Tensor | None,
+    levels: Tensor | None,
+    tolerance: float,
+    stored: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Return a basis `[B, d, d]` and its levels `[B, d]`, from earlier ones or anew."""
+    if basis is not None and levels is not None and bool(factor.isfinite().all()):
+        wide = basis.to(factor.dtype)
+        projected = wide.mT @ ((factor + factor.mT) / 2) @ wide
+        if bool((off_diagonal_share(projected, levels) <= tolerance).all()):
+            return basis, levels
+    values, found = kronecker.eigendecomposition(factor)
+    assert isinstance(found, Tensor)
+    return found, levels_of(values, stored or factor.dtype)
 
 
 def rotated_eigenvalues(

@@ -85,6 +85,8 @@ class Connection:
             self.statistics.bases = state.bases() if stay else {}
         self.statistics.collecting = active
         self.watch.active = active or (settings.steps.tuned and layers)
+        measured = settings.steps.measured and settings.schedule.measurement_due(step)
+        self.watch.recording = settings.curvature.recording or (active and measured)
 
 
 def placement_of(params: Sequence[Parameter]) -> list[tuple[torch.dtype, torch.device]]:

@@ -20,6 +20,7 @@ from kfacopt.linalg.kronecker import DampingMethod
 from kfacopt.optim.connection import Connection, connect
 from kfacopt.optim.description import Description, describe
 from kfacopt.optim.distributed import Ranks, mean_over_ranks
+from kfacopt.optim.group_settings import check_group, numbers_alone, settings_of
 from kfacopt.optim.messages import (
     Notices,
     hidden_by_checkpointing,
@@ -35,10 +36,7 @@ from kfacopt.optim.settings import (
     SETTINGS,
     PreconditionerKind,
     as_number,
-    check_group,
-    numbers_alone,
     read_settings,
-    settings_of,
 )
 from kfacopt.optim.state.checks import check_state_dict
 from kfacopt.optim.state.conversions import restore_generator, store_generator
@@ -56,10 +54,13 @@ from kfacopt.optim.statistics.label_draws import LabelDraws
 from kfacopt.optim.statistics.moments import Moments
 from kfacopt.optim.steps.clipped_step import ClippedStep
 from kfacopt.optim.steps.fallback import fallback_step
+from kfacopt.optim.steps.objective import Objective, objective_of
 from kfacopt.optim.steps.preconditioning import gradients_of, preconditioned
-from kfacopt.optim.steps.self_tuning import Objective, SelfTuning, objective_of, step_rule
+from kfacopt.optim.steps.self_tuning import SelfTuning
+from kfacopt.optim.steps.trust_region import FIRST_KL_CLIP
 from kfacopt.optim.steps.update import are_finite
 from kfacopt.optim.watch.admission import check_iterable, check_parameters
+from kfacopt.optim.watch.loss_scale import calling_loss_scale
 from kfacopt.optim.watch.modules import find_modules
 from kfacopt.optim.watch.recorded_calls import Term
 from kfacopt.optim.watch.watch import Watch
@@ -117,7 +118,7 @@ class KFACOptimizer(Optimizer):
         preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
             and Ā's eigenbases Q and the running averages Λ of the second moments of single data's
             gradients in them (see `kfacopt.EKFACLinearOperator`). Λ is updated with the factors,
-            the bases, by warm-started orthogonal iteration, with the inverses; a step that does
+            the bases, where they do not fit any more, with the inverses; a step that does
             so keeps its layers' inputs and output gradients until then. A datum is an entry of the
             leading axis of a layer's input (use `batch_first=True`).
         damping_method: For K-FAC, `"factored"` (above; Cholesky; the default) or `"exact"`:
@@ -211,7 +212,7 @@ class KFACOptimizer(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | Literal["auto"] = 0.07,
+        lr: float | Tensor | Literal["auto"] = 0.2,
         *,
         momentum: float = 0.85,
         nesterov: bool = True,
@@ -226,7 +227,7 @@ class KFACOptimizer(Optimizer):
         factor_batch_fraction: float = 1.0,
         factor_update_interval: int | None = None,
         inverse_update_interval: int | None = None,
-        kl_clip: float | None = 5e-5,
+        kl_clip: float | Literal["auto"] | None = "auto",
         separate_weight_and_bias: bool = False,
         layers: Collection[type[nn.Module]] | None = None,
         max_factor_dim: int | None = 8192,
@@ -254,7 +255,8 @@ class KFACOptimizer(Optimizer):
     def _start(self, model: nn.Module | None) -> None:
         """Make what an optimizer has before it knows its parameters."""
         self._model = None if model is None else weakref.ref(model)
-        self._rule: ClippedStep | SelfTuning = step_rule(self._settings.steps)
+        steps = self._settings.steps
+        self._rule = SelfTuning() if steps.tuned else ClippedStep(steps.kl_clip)
         self._curvature = CurvatureState(self._settings)
         self._ranks, self._notices = Ranks(), Notices()
         self._connection: Connection
@@ -302,7 +304,8 @@ class KFACOptimizer(Optimizer):
         """Collect, fold, invert, precondition, clip and move."""
         number, collecting = self._num_steps, self._statistics.collecting
         due = self._settings.schedule.factors_due(number)
-        terms = self._statistics.objective() if self._settings.steps.tuned else []
+        recorded = self._watch.recording
+        terms = self._statistics.objective() if recorded else []
         # Layers that became new after the forward pass have to wait for the next one.
         waiting = collecting and not (due or self._watch.forward_seen)
         late: dict[Layer, Moments] = {}
@@ -318,7 +321,7 @@ class KFACOptimizer(Optimizer):
         gradients = gradients_of(self.param_groups)
         without_inverse = partial(self._report_without_inverse, waiting)
         directions = preconditioned(self._curvature, gradients, self.param_groups, without_inverse)
-        self._clip_and_move(gradients, directions, terms, closure, loss)
+        self._clip_and_move(gradients, directions, terms if recorded else None, closure, loss)
         if due:
             self._ranks.align(self.state, self._parameters(), self._curvature.blocks)
         self._look_ahead(waiting)
@@ -352,7 +355,7 @@ class KFACOptimizer(Optimizer):
         self,
         gradients: dict[Parameter, Tensor],
         directions: dict[Parameter, Tensor],
-        terms: list[Term],
+        terms: list[Term] | None,
         closure: Callable[[], Any] | None,
         loss: Any,
     ) -> None:
@@ -360,9 +363,15 @@ class KFACOptimizer(Optimizer):
 
         def objective() -> Objective:
             over_ranks = partial(mean_over_ranks, group=self._group)
-            return objective_of(terms, closure, loss, self._parameters(), over_ranks)
+            if not self._settings.steps.tuned:
+                return Objective(terms or [], None, calling_loss_scale(), over_ranks)
+            return objective_of(terms or [], closure, loss, self._parameters(), over_ranks)
 
-        moved = self._rule.step(self.state, self.param_groups, gradients, directions, objective)
+        measured = None if terms is None else objective
+        own = (self.state, self.param_groups, gradients, directions)
+        moved = self._rule.step(*own, measured)
+        if self._rule.trouble:
+            self._notices.log("unmeasured", self._rule.trouble)
         if moved:  # a self-tuned step that found nothing to gain moves nothing
             others = (self._connection.vectors, self._settings.steps.vector_lr)
             self._num_fallback = fallback_step(self.state, self.param_groups, directions, *others)
@@ -462,6 +471,9 @@ class KFACOptimizer(Optimizer):
             group = self.param_groups[-1]
             check_parameters(group["params"])
             group.setdefault("base_lr", as_number(group["lr"]))
+            group.setdefault(
+                "trust_region", self.param_groups[0].get("trust_region", FIRST_KL_CLIP)
+            )
             group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
             check_group(group, tuned=tuned)
             if self._connected:

@@ -37,6 +37,12 @@ class Notices:
                 stacklevel=user_stacklevel(),
             )
 
+    def log(self, key: str, message: str) -> None:
+        """Log what changes how well, but not what is computed, once."""
+        if key not in self._given:
+            self._given.add(key)
+            logger.info("KFACOptimizer: %s", message)
+
 
 def log_layers(layers: Sequence[Layer], fallback: Sequence[str], form: FactorForm) -> None:
     """Log, once, which parameters the fallback trains, and which factors are diagonals.
@@ -235,3 +241,8 @@ def missing_statistics(forward_seen: bool) -> str:
         "thread, or from detached outputs. Return the outputs in a tuple, dict or dataclass, or "
         "say with loss_func= what the loss at the model's output is."
     )
+
+
+def unmeasured(reason: str) -> str:
+    """Say that the KL clip does not follow the data."""
+    return f'kl_clip="auto": steps cannot be measured ({reason}); it stays as it is until they can.'

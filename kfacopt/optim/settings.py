@@ -6,8 +6,7 @@ signature stand there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -38,6 +37,9 @@ from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 
 PreconditionerKind = Literal["kfac", "ekfac"]
 PRECONDITIONERS: tuple[PreconditionerKind, ...] = ("kfac", "ekfac")
+
+# Steps between measurements of steps, at least: one costs three forward passes.
+MEASUREMENT_INTERVAL = 30
 
 Check = Callable[[str, Any], None]
 Groups = Sequence[dict[str, Any]]
@@ -114,6 +116,11 @@ class Schedule:
         """Tell whether inverses are updated in a step, counted from 0."""
         return step % self.inverse_update_interval == 0
 
+    def measurement_due(self, step: int) -> bool:
+        """Tell whether a step is measured: where factors are updated, and not too often."""
+        updates = -(-MEASUREMENT_INTERVAL // self.factor_update_interval)
+        return step % (updates * self.factor_update_interval) == 0
+
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -121,13 +128,15 @@ class StepSettings:
 
     Attributes:
         tuned: Whether steps tune themselves, `lr="auto"`.
-        kl_clip: κ; `None` does not clip.
+        kl_clip: κ; `None` does not clip, `"auto"` follows the data.
         vector_lr: AdamW's rate of vectors, embeddings and recurrent modules.
+        measured: Whether steps are measured by evaluating the loss again.
     """
 
     tuned: bool
-    kl_clip: float | None
+    kl_clip: float | Literal["auto"] | None
     vector_lr: float
+    measured: bool
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,7 @@ class Defaults:
 
 # "fixed", with the numbers in the signature of `KFACOptimizer`, is the best of the settings in
 # benchmarks/defaults.py (r1), but for `fallback_lr`: other matrices and positions get 1e-3 instead.
-DEFAULTS = {"fixed": Defaults(5e-4, 0.9, 10, 50, 0.015), "auto": Defaults(1e-3, 0.8, 1, 5, 1e-3)}
+DEFAULTS = {"fixed": Defaults(1e-3, 0.9, 10, 50, 0.015), "auto": Defaults(1e-3, 0.8, 1, 5, 1e-3)}
 
 
 # Checks -------------------------------------------------------------------------------------------
@@ -169,6 +178,18 @@ def _or_none(check: Check) -> Check:
             check(name, value)
 
     return checked
+
+
+def as_number(value: Any) -> Any:
+    """Return the number in a tensor of one, as torch.optim takes for `lr`, or of NumPy's.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return value.item()
+    if isinstance(value, Real) and not isinstance(value, int | float):
+        return float(value)
+    return value
 
 
 def _number(*bounds: float, **options: Any) -> Check:
@@ -188,6 +209,13 @@ def _check_kinds(name: str, kinds: Any) -> None:
                 f"{name} must be None or classes of modules that K-FAC knows, got {kind!r}; it "
                 f"knows {described(known)}, and what register_layer is told of."
             )
+
+
+def _check_kl_clip(name: str, value: Any) -> None:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(f'{name} must be "auto", None or a number greater than 0, got {value!r}.')
+    if value is not None and value != "auto":
+        check_range(name, value, 0, lower_open=True)
 
 
 def _check_model(name: str, model: Any) -> None:
@@ -225,7 +253,7 @@ WHOLE_SETTINGS: dict[str, Check] = {
     "factor_batch_fraction": partial(check_range, lower=0, upper=1, lower_open=True),
     "factor_update_interval": check_count,
     "inverse_update_interval": check_count,
-    "kl_clip": _or_none(partial(check_range, lower=0, lower_open=True)),
+    "kl_clip": _check_kl_clip,
     "max_factor_dim": _or_none(check_count),
     "conv_factor": partial(check_choice, allowed=CONV_FACTORS),
     "separate_weight_and_bias": check_flag,
@@ -245,10 +273,6 @@ WHOLE_SETTINGS: dict[str, Check] = {
     ),
 }
 SETTINGS = (*GROUP_SETTINGS, *WHOLE_SETTINGS)
-
-# Flags of torch.optim that a group may have, but not set.
-_UNSUPPORTED_FLAGS = ("capturable", "differentiable", "fused")
-_NUMBERS = ("lr", "momentum", "weight_decay", "damping", "fallback_lr")
 
 
 def read_settings(given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
@@ -285,12 +309,13 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
         recording=tuned,
         batch_fraction=values["factor_batch_fraction"],
     )
+    measured = values["kl_clip"] == "auto" and not tuned and loss_func is None
     intervals = (values["factor_update_interval"], values["inverse_update_interval"])
     settings = Settings(
         curvature,
         InverseForm(kind, values["damping_method"], values["inverse_dtype"]),
         Schedule(float(values["ema_decay"]), *intervals),
-        StepSettings(tuned, values["kl_clip"], defaults.fallback_lr),
+        StepSettings(tuned, values["kl_clip"], defaults.fallback_lr, measured),
         values["separate_weight_and_bias"],
         None if values["layers"] is None else tuple(values["layers"]),
         values["conv_factor"],
@@ -316,76 +341,3 @@ def _check_together(values: Mapping[str, Any], tuned: bool) -> None:
             'loss_func must be None for lr="auto", which evaluates the loss: compute it '
             "with one of torch's functions on the model's output, so that it is recognised."
         )
-
-
-# Groups -------------------------------------------------------------------------------------------
-
-
-def as_number(value: Any) -> Any:
-    """Return the number in a tensor of one, as torch.optim takes for `lr`, or of NumPy's.
-
-    Anything else is returned as it is.
-    """
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return value.item()
-    if isinstance(value, Real) and not isinstance(value, int | float):
-        return float(value)
-    return value
-
-
-@contextmanager
-def numbers_alone(groups: Iterable[dict[str, Any]]) -> Iterator[None]:
-    """Let settings be plain numbers for a while, also those that are tensors."""
-    replaced = []
-    for group in groups:
-        for name in _NUMBERS:
-            value = group[name]
-            if type(value) is not float:
-                number = group[name] = as_number(value)
-                replaced.append((group, name, value, number))
-    try:
-        yield
-    finally:
-        for group, name, value, number in replaced:
-            if group[name] is number:  # else the step has adapted it
-                group[name] = value
-
-
-def settings_of(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """Return what groups may set, to see whether it has changed."""
-    values = ([group.get(name) for name in GROUP_SETTINGS] for group in groups)
-    # Tensors that are no numbers cannot be compared.
-    return [tuple(str(x) if isinstance(x, Tensor) else x for x in own) for own in values]
-
-
-def check_group(group: Mapping[str, Any], where: str = "", tuned: bool = False) -> None:
-    """Raise unless a parameter group has all settings, each in its range.
-
-    Args:
-        group: The group; keys of others (`name`, what schedulers keep) are let be.
-        where: What errors put before a setting's name.
-        tuned: Whether steps tune themselves.
-
-    Raises:
-        ValueError: Names the setting.
-    """
-    missing = [name for name in (*GROUP_SETTINGS, "base_lr", "num_steps") if name not in group]
-    if missing:
-        raise ValueError(
-            f"{where}lacks {missing}; it is not that of a KFACOptimizer of this version."
-        )
-    whole = [name for name in WHOLE_SETTINGS if name not in _UNSUPPORTED_FLAGS]
-    strange = [name for name in whole if name in group]
-    strange += [name for name in _UNSUPPORTED_FLAGS if group.get(name)]
-    if strange:
-        raise ValueError(
-            f"{where}{', '.join(strange)} cannot be set for a group; groups may set "
-            f"{tuple(GROUP_SETTINGS)}."
-        )
-    for name, check in (*GROUP_SETTINGS.items(), ("base_lr", GROUP_SETTINGS["lr"])):
-        check(f"{where}{name}", group[name])
-    steps = group["num_steps"]
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(f"{where}num_steps must be an integer of at least 0, got {steps!r}.")
-    if tuned and group["maximize"]:
-        raise ValueError('maximize must be False for lr="auto", which models the loss it sees.')

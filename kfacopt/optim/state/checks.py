@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
-from kfacopt.optim.settings import Groups, check_group
+from kfacopt.optim.group_settings import check_group
+from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.conversions import was_not_saved
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
 from kfacopt.optim.state.inverses import (
@@ -19,6 +20,7 @@ from kfacopt.optim.state.inverses import (
     CORRECTION,
     INPUT_UPDATE,
     INVERSES,
+    LEVELS,
     NO_INVERSE,
     POSITION_BASIS,
 )
@@ -29,7 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Beyond round-off of a matrix product, or of bfloat16, in units of the largest entry.
 _ASYMMETRY = 0.02
 
-_NOT_NEGATIVE = ("inverse_eigenvalues", *CORRECTION, "exp_avg_sq", "factor_weight", "step")
+_NOT_NEGATIVE = ("inverse_eigenvalues", *CORRECTION, *LEVELS, "exp_avg_sq", "factor_weight", "step")
 _SPLIT = (REST, INPUT_UPDATE, POSITION_BASIS)
 _FLOATING = (*FACTORS, *INVERSES, *BASES, *_SPLIT, *_NOT_NEGATIVE, "momentum_buffer", "exp_avg")
 _SCALARS = ("step", "skipped_updates", "factor_step")

@@ -162,7 +162,8 @@ class CurvatureState:
             if moments is not None and block in values:
                 state, decay = self.entries[block.anchor], self._schedule.ema_decay
                 weight = moments.rows if block.layer.family.routed else moments.terms
-                fold_second_moments(state, values[block], weight, decay)
+                value = inverses.averaged_moments(state, values[block])
+                fold_second_moments(state, value, weight, decay)
 
     def due_inverses(self, step: int) -> list[Block]:
         """Return the blocks to invert in a step: all where it is time, else those without one."""

@@ -19,6 +19,7 @@ from kfacopt.optim.settings import Groups, InverseForm, Settings
 from kfacopt.optim.state.inverses import (
     INPUT_UPDATE,
     INVERSES,
+    LEVELS,
     NO_INVERSE,
     POSITION_BASIS,
     refresh_inverse,
@@ -116,9 +117,10 @@ def state_shapes(
                 entries[name] = (layer.groups, layer.d_out, block.d_in)
             for side, shape in sides.items():
                 entries |= {f"{side}_inverse": shape, f"{side}_basis": shape}
+                entries[f"{side}_levels"] = shape[:2]
             if is_split:
                 B, K, C = layer.groups, layer.positions, layer.channels
                 entries |= {INVERSES[1]: (B, K, C, C), INPUT_UPDATE: (B, layer.d_in + 1)}
-                entries[POSITION_BASIS] = (B, K, K)
+                entries |= {POSITION_BASIS: (B, K, K), LEVELS[2]: (B, K)}
             shapes[block.anchor] |= entries
     return shapes

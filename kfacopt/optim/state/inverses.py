@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.factors import FactorForm, along, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.eigenbasis import rayleigh_quotients, refreshed_basis, rotated_eigenvalues
+from kfacopt.linalg.eigenspaces import Levels, averaged
 from kfacopt.linalg.kronecker import (
     DecompositionError,
     KroneckerEigendecomposition,
@@ -49,10 +51,14 @@ CORRECTION = ("second_moments", "second_moment_weight")
 # What a split A has besides: w of its inverse, and the second part of its basis.
 INPUT_UPDATE, POSITION_BASIS = "input_update", "position_basis"
 
+# Of EKFAC's bases: which vectors of G's, A's and a split A's second part rounding does not tell
+# apart; see `eigenspaces`.
+LEVELS = ("grad_output_levels", "input_levels", "position_levels")
+
 INVERSE_SIDES = (*INVERSES, *BASES, POSITION_BASIS, "inverse_eigenvalues")
 
 # All that a block's state may have of its inverse.
-INVERSE_KEYS = (*INVERSE_SIDES, INPUT_UPDATE, *CORRECTION)
+INVERSE_KEYS = (*INVERSE_SIDES, INPUT_UPDATE, *LEVELS, *CORRECTION)
 
 
 def discard_unfitting(states: States, layer: Layer, form: FactorForm) -> None:
@@ -250,24 +256,41 @@ def _refresh_bases(
     Before there are second moments, K-FAC's eigenvalues stand for them, with the weight 0.
     """
     sides = (product.grad_output_factor, product.input_factor)
-    old = bases_of(state)
+    old, stored = bases_of(state), layer_state["input_factor"].dtype
     known = (None, None) if old is None else old
-    found = [refreshed_basis(f, q, BASIS_TOLERANCE) for f, q in zip(sides, known, strict=True)]
-    if form.stored_dtype is not None:
-        found = [q if q is None else q.to(form.stored_dtype) for q in found]
-    assert not isinstance(found[0], SplitBasis)
-    new = (found[0], found[1])
-    stored = layer_state["input_factor"].dtype
+    new: list[Any] = []
+    levels: list[Levels] = []
+    for side, basis, own in zip(sides, known, levels_in(state), strict=True):
+        found, of_found = refreshed_basis(side, basis, own, BASIS_TOLERANCE, stored)
+        if found is not None and found is not basis and form.stored_dtype is not None:
+            found = found.to(form.stored_dtype)
+        new.append(found)
+        levels.append(of_found)
+    bases: Bases = (new[0], new[1])
     if old is not None:
-        moments = state["second_moments"].to(product.dtype)
-        state["second_moments"] = rotated_eigenvalues(moments, old, new).to(stored)
+        moments = rotated_eigenvalues(state["second_moments"].to(product.dtype), old, bases)
+        state["second_moments"] = averaged(moments, (levels[0], levels[1])).to(stored)
     else:
-        quotients = [rayleigh_quotients(f, q) for f, q in zip(sides, new, strict=True)]
+        quotients = [rayleigh_quotients(f, q) for f, q in zip(sides, bases, strict=True)]
         eigenvalues = quotients[0].unsqueeze(-1) * quotients[1].unsqueeze(-2)
         state["second_moments"] = eigenvalues.to(stored)
         state["second_moment_weight"] = torch.zeros_like(layer_state["factor_weight"])
-    _forget(state, INVERSE_SIDES)
-    state.update(_basis_entries(new, None))
+    _forget(state, (*INVERSE_SIDES, *LEVELS))
+    state.update(_basis_entries(bases, None))
+    state.update(zip(LEVELS[:1], levels[0], strict=False))
+    state.update(zip(LEVELS[1:], levels[1], strict=False))
+
+
+def levels_in(state: State) -> tuple[Levels, Levels]:
+    """Return the levels of a block's bases; nothing where an earlier version's state has none."""
+    sides = (LEVELS[:1], LEVELS[1:])
+    of_g, of_a = (tuple(state[key] for key in keys if key in state) for keys in sides)
+    return of_g, of_a
+
+
+def averaged_moments(state: State, value: Tensor) -> Tensor:
+    """Return second moments in a block's bases, averaged where rounding alone chose these."""
+    return averaged(value, levels_in(state), look=is_free_to_read(value))
 
 
 def has_inverse(state: State) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.initial import momentum_buffer
 from kfacopt.optim.state.running_averages import States
 from kfacopt.optim.steps.kl_clip import kl_clip_scale
+from kfacopt.optim.steps.trust_region import TrustRegion
 from kfacopt.optim.steps.update import ByParameter, apply_step
 
 
@@ -23,15 +24,22 @@ class ClippedStep:
     were multiplied by (lr / initial lr)².
 
     Args:
-        kl_clip: κ; `None` does not clip.
+        kl_clip: κ; `None` does not clip; `"auto"` follows the data, see `trust_region`.
 
     Attributes:
         scale: ν of the last step; `None` before one, and without a clip.
+        trust_region: What κ follows the data by; `None` where it is given.
     """
 
-    def __init__(self, kl_clip: float | None) -> None:
-        self._kl_clip = kl_clip
+    def __init__(self, kl_clip: float | Literal["auto"] | None) -> None:
+        self._kl_clip = None if kl_clip == "auto" else kl_clip
+        self.trust_region = TrustRegion() if kl_clip == "auto" else None
         self.scale: Tensor | None = None
+
+    @property
+    def trouble(self) -> str:
+        """Why κ does not follow the data, if it should."""
+        return "" if self.trust_region is None else self.trust_region.trouble
 
     def step(
         self,
@@ -39,7 +47,7 @@ class ClippedStep:
         groups: Groups,
         gradients: ByParameter,
         directions: ByParameter,
-        objective: Callable[[], Any],
+        objective: Callable[[], Any] | None,
     ) -> bool:
         """Update parameters in place.
 
@@ -48,16 +56,21 @@ class ClippedStep:
             groups: The parameter groups.
             gradients: ∇ of each parameter.
             directions: Δ of those that have one; changed.
-            objective: Not asked for; see `SelfTuning.step`.
+            objective: Returns what the step is measured by; `None` where it is not.
 
         Returns:
             That a step was taken.
         """
         group_of = {p: group for group in groups for p in group["params"]}
-        if directions and self._kl_clip is not None:
+        region, clip = self.trust_region, self._kl_clip
+        if region is not None:
+            clip = region.clip(groups)
+        if directions and clip is not None:
             grads = [gradients[p] for p in directions]
             lrs = [group_of[p]["base_lr"] or group_of[p]["lr"] for p in directions]
-            self.scale = kl_clip_scale(grads, list(directions.values()), lrs, self._kl_clip)
+            self.scale = kl_clip_scale(grads, list(directions.values()), lrs, clip)
+        measured = region is not None and objective is not None
+        before = {p: p.detach().clone() for p in directions} if measured else {}
         factors: dict[tuple[float, torch.device], Any] = {}
         for p, d in directions.items():
             lr = group_of[p]["lr"]
@@ -72,8 +85,13 @@ class ClippedStep:
                 options = {name: group[name] for name in ("momentum", "nesterov", "foreach")}
                 buffers = [momentum_buffer(states[p], p) for p in own if options["momentum"]]
                 apply_step(own, steps, buffers, decay=decay, **options)
+        if before and region is not None and objective is not None:
+            region.follow(groups, before, objective)
         return True
 
     def scalars(self) -> dict[str, float]:
-        """Return what is to be logged of the last step."""
-        return {"kl_clip_scale": 1.0 if self.scale is None else float(self.scale)}
+        """Return what is to be logged of the last step, and of the last measurement."""
+        scale = {"kl_clip_scale": 1.0 if self.scale is None else float(self.scale)}
+        if self.trust_region is None:
+            return scale
+        return scale | {name: float(x) for name, x in vars(self.trust_region.statistics).items()}

@@ -175,6 +175,24 @@ def evaluate(
     return float(over_ranks(total)) / loss_scale
 
 
+def losses_and_mismatch(
+    terms: Sequence[Term], values: Mapping[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the objective of this process at values of parameters, and what it misses.
+
+    Args:
+        terms: The losses of the objective.
+        values: What takes the place of parameters, by their `id`.
+
+    Returns:
+        The sum of losses, with the loss scale, and the largest deviation of a loss's input from its
+        record, relative to the largest entry: 0 up to round-off where nothing has changed.
+    """
+    replayed = replay(terms, values)
+    total = _value([(term.contribution, term) for term in replayed])
+    return total, _mismatch(terms, replayed)
+
+
 def _value(contributions: Iterable[tuple[Tensor, ReplayedTerm]]) -> Tensor:
     return torch.stack([_scalar(x) for x, term in contributions if term.counts]).sum()
 
@@ -225,7 +243,7 @@ def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
     return primal, torch.zeros_like(primal) if tangent is None else tangent
 
 
-def _mismatch(terms: Sequence[Term], replayed: Sequence[_DerivedTerm]) -> Tensor:
+def _mismatch(terms: Sequence[Term], replayed: Sequence[_DerivedTerm | ReplayedTerm]) -> Tensor:
     """Return the largest deviation of any z from its record, relative to the largest entry."""
     deviations = []
     for term, again in zip(terms, replayed, strict=True):

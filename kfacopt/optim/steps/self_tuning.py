@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,18 +30,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.kfac.factors import factor_dtype
-from kfacopt.linalg.precision import round_off
-from kfacopt.optim.messages import missing_statistics
-from kfacopt.optim.settings import Groups, StepSettings
+from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
 from kfacopt.optim.state.running_averages import States
-from kfacopt.optim.steps.clipped_step import ClippedStep
-from kfacopt.optim.steps.closures import ClosureLoss, closure_loss
-from kfacopt.optim.steps.quadratic_model import QuadraticModel, evaluate, quadratic_model
-from kfacopt.optim.steps.replay import coarsest_dtype
+from kfacopt.optim.steps.objective import Objective, same
+from kfacopt.optim.steps.quadratic_model import QuadraticModel
 from kfacopt.optim.steps.update import ByParameter
-from kfacopt.optim.watch.loss_scale import calling_loss_scale
-from kfacopt.optim.watch.recorded_calls import Term
 
 DAMPING_INTERVAL = 2
 DAMPING_DECAY = 0.95**5  # ω
@@ -96,103 +89,13 @@ def damping_floor(dtype: torch.dtype) -> float:
     return float(torch.finfo(factor_dtype(dtype)).eps)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What a step is to make smaller, and what it takes to evaluate it.
-
-    Attributes:
-        terms: Its losses.
-        closure: Evaluates it where it is more than the losses that were recognised.
-        loss_scale: What a `GradScaler` multiplied it with.
-        over_ranks: Averages numbers over all processes.
-    """
-
-    terms: Sequence[Term]
-    closure: ClosureLoss | None
-    loss_scale: float
-    over_ranks: Callable[[Tensor], Tensor]
-
-    def model(
-        self,
-        grads: ByParameter,
-        directions: Sequence[ByParameter],
-        damping: Mapping[Parameter, float],
-    ) -> QuadraticModel:
-        """Return the quadratic model of the losses; see `quadratic_model` for the arguments."""
-        evaluated = (self.loss_scale, self.over_ranks)
-        return quadratic_model(self.terms, grads, directions, damping, *evaluated)
-
-    def completed(
-        self, model: QuadraticModel, grads: ByParameter, damping: Mapping[Parameter, float]
-    ) -> tuple[QuadraticModel, Callable[[], float]]:
-        """Return the model of the whole objective, and what evaluates that.
-
-        The losses are all of it where their slopes along the directions are those of the gradient,
-        or in a fixed proportion to them: then the gradient was clipped, and the losses' own slopes
-        count. Otherwise the closure evaluates the objective.
-        """
-        dtype = coarsest_dtype(self.terms)
-        _check_replay(model, dtype)
-        eps = float(torch.finfo(dtype).eps)
-        replayed = partial(evaluate, self.terms, list(damping), self.loss_scale, self.over_ranks)
-        if model.is_complete(eps**0.5):
-            return model, replayed
-        unclipped = replace(model, slopes=model.loss_slopes)
-        if self.closure is not None:
-            if _same(self.closure.value, model.loss, dtype):
-                return unclipped, replayed
-            return replace(model, loss=self.closure.value), self.closure.evaluate
-        if self._is_clipped(model, grads, damping, eps**0.5):
-            return unclipped, replayed
-        raise RuntimeError(
-            'lr="auto": the objective has terms besides the losses that were recognised (its slope '
-            f"along the step is {model.slopes[0]:.4g}, theirs {model.loss_slopes[0]:.4g}), or uses "
-            "parameters outside of the forward pass of the module that owns them. Give step a "
-            "closure that returns all of the objective (or set weight_decay=, for a penalty on "
-            "the weights); or give lr a number."
-        )
-
-    def _is_clipped(
-        self,
-        model: QuadraticModel,
-        grads: ByParameter,
-        damping: Mapping[Parameter, float],
-        tolerance: float,
-    ) -> bool:
-        """Tell, by one more direction, whether the gradient is a multiple of the losses'."""
-        if model.loss_slopes[0] == 0 or model.slopes[0] / model.loss_slopes[0] <= 0:
-            return False
-        factor = model.slopes[0] / model.loss_slopes[0]
-        probe = {p: g * _alternating_signs(g) for p, g in grads.items()}
-        other = self.model(grads, [probe], damping)
-        return model.is_complete(tolerance, factor) and other.is_complete(tolerance, factor)
-
-
-def objective_of(
-    terms: Sequence[Term],
-    closure: Callable[[], Any] | None,
-    loss: Any,
-    params: Sequence[Parameter],
-    over_ranks: Callable[[Tensor], Tensor],
-) -> Objective:
-    """Return the objective of a step.
-
-    Raises:
-        RuntimeError: If there are no losses.
-    """
-    if not terms:
-        raise RuntimeError(f"KFACOptimizer: {missing_statistics(True)}")
-    again = None
-    if closure is not None:
-        again = closure_loss(closure, loss, params, terms, over_ranks)
-    return Objective(terms, again, calling_loss_scale(), over_ranks)
-
-
 class SelfTuning:
     """Chooses steps along preconditioned gradients, and keeps what the last one was made of.
 
     The parameters before a step stay in the optimizer's state: they give the last step d₀.
     """
+
+    trouble = ""  # what goes wrong here raises
 
     def __init__(self) -> None:
         self.statistics = TuningStatistics()
@@ -203,7 +106,7 @@ class SelfTuning:
         groups: Groups,
         gradients: ByParameter,
         preconditioned: ByParameter,
-        make_objective: Callable[[], Objective],
+        make_objective: Callable[[], Objective] | None,
     ) -> bool:
         """Update parameters in place and adapt the groups' damping.
 
@@ -226,7 +129,7 @@ class SelfTuning:
             RuntimeError: If the model, evaluated again, gives something else, or the objective has
                 terms that only a closure could evaluate.
         """
-        if not preconditioned:
+        if not preconditioned or make_objective is None:
             return True
         objective = make_objective()
         settings = {p: group for group in groups for p in group["params"]}
@@ -283,7 +186,7 @@ class SelfTuning:
                 torch._foreach_add_(list(direction), steps, alpha=c)
             record.change = new_loss() - record.loss
             dtype = before[0].dtype
-            if record.change <= 0 or _same(record.change + record.loss, record.loss, dtype):
+            if record.change <= 0 or same(record.change + record.loss, record.loss, dtype):
                 return coefficients
             _put_back(params, before)
             record.rejected_steps += 1
@@ -299,7 +202,7 @@ class SelfTuning:
         record.predicted_change = model.predicted_change(coefficients)
         dtype = groups[0]["params"][0].dtype
         # A change that is no more than round-off says nothing about the model.
-        told = not _same(record.loss + record.predicted_change, record.loss, dtype)
+        told = not same(record.loss + record.predicted_change, record.loss, dtype)
         if record.predicted_change < 0:
             record.reduction_ratio = record.change / record.predicted_change
         if told and (groups[0]["num_steps"] + 1) % DAMPING_INTERVAL == 0:
@@ -307,11 +210,6 @@ class SelfTuning:
                 floor, value = damping_floor(dtype), float(group["damping"])
                 group["damping"] = reduction_ratio_damping(value, record.reduction_ratio, floor)
         record.damping = groups[0]["damping"]
-
-
-def step_rule(settings: StepSettings) -> ClippedStep | SelfTuning:
-    """Return the rule by which steps are taken."""
-    return SelfTuning() if settings.tuned else ClippedStep(settings.kl_clip)
 
 
 def _last_step(
@@ -326,26 +224,3 @@ def _last_step(
 def _put_back(params: Sequence[Parameter], values: Sequence[Tensor]) -> None:
     for p, value in zip(params, values, strict=True):
         p.copy_(value)
-
-
-def _alternating_signs(tensor: Tensor) -> Tensor:
-    signs = 1 - 2 * (torch.arange(tensor.numel(), device=tensor.device) % 2)
-    return signs.reshape(tensor.shape).to(tensor.dtype)
-
-
-def _same(one: float, other: float, dtype: torch.dtype) -> bool:
-    """Tell whether two losses are equal up to round-off."""
-    return abs(one - other) <= round_off(dtype) * abs(other)
-
-
-def _check_replay(model: QuadraticModel, dtype: torch.dtype) -> None:
-    tolerance = min(100 * float(torch.finfo(dtype).eps) ** 0.75, 0.5)
-    if not model.mismatch <= tolerance:
-        raise RuntimeError(
-            'lr="auto": the forward pass, evaluated again with the same random numbers, gave '
-            f"outputs that differ by {model.mismatch:.2g} of the largest. The model, or what is "
-            "done to its outputs before the loss, must depend on its inputs and parameters alone "
-            "(no hooks that change outputs, no random generator of its own, no in-place changes "
-            "of inputs or outputs), and the parameters must not change between the forward pass "
-            "and step, by another optimizer for instance; or give lr a number."
-        )

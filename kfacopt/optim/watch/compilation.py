@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +55,16 @@ def run_uncompiled() -> bool:
     if count_frames is not None:  # fullgraph=True complains where nothing was compiled
         count_frames(-1)
     return True
+
+
+@contextmanager
+def run_eagerly() -> Iterator[None]:
+    """Run compiled functions and modules eagerly for a while."""
+    if "torch._dynamo" not in sys.modules or is_called_from_compiled_code():
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class EagerSpell:

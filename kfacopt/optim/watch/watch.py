@@ -107,6 +107,7 @@ class Watch:
         forward_seen: Whether a forward pass went through the hooks since the last step.
         transformed: Whether one happened within transforms of `torch.func`, or in forward mode.
         used: Whether one of them called a layer.
+        recording: Whether forward passes and losses are recorded, to be evaluated again.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Watch:
         recurrence: RecurrenceWatch,
     ) -> None:
         self._settings, self._receiver, self._wrappers = settings, receiver, wrappers
+        self.recording = settings.recording
         self._outermost: tuple[nn.Module, ForwardPass, list[ForwardPass]] | None = None
         self._mode: LossCallMode | None = None
         self._arrivals, self._recurrence = ArrivalWatch(receiver), recurrence
@@ -176,6 +178,9 @@ class Watch:
     # Forward passes --------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if is_evaluating():
+            run_uncompiled()
+            return None
         if not torch.is_grad_enabled() and self._outermost is None:
             self._sleep_during(module)
             return None
@@ -193,7 +198,7 @@ class Watch:
         for parent in parents:
             parent.consumed = True
         call = None
-        if self._settings.recording:
+        if self.recording:
             call = record_call(unwrapped(module), args, kwargs, Surroundings.now())
         forward_pass = ForwardPass(self, call)
         self._outermost = (module, forward_pass, parents)
@@ -230,7 +235,7 @@ class Watch:
         layers = self._layers_of.get(id(module), ())
         if layers:
             self._wrappers.look()
-        wanted = self._receiver.collecting or self._settings.recording
+        wanted = self._receiver.collecting or self.recording
         if wanted and not torch._C._are_functorch_transforms_active():
             for layer in layers:
                 if not torch.is_grad_enabled():
