@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -34,13 +35,13 @@ def evaluation(*functions: Callable[..., Any]) -> Iterator[None]:
     """Run forward passes of kfacopt's own that leave no trace.
 
     Optimizers take no statistics from them. A module's buffers (the running statistics of batch
-    norm), tensors among its attributes (what a layer remembers of its last call), and torch's
-    global generators, of which dropout and a `DataLoader` draw, are put back afterwards.
+    norm), its attributes (what a layer remembers of its last call, counters), and torch's global
+    generators, of which dropout and a `DataLoader` draw, are put back afterwards.
     """
     token = _evaluating.set(True)
     try:
         with (
-            tensors_put_back(*functions),
+            attributes_put_back(*functions),
             torch.random.fork_rng(random_devices()),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -51,8 +52,11 @@ def evaluation(*functions: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def tensors_put_back(*functions: Callable[..., Any]) -> Iterator[None]:
-    """Put modules' buffers, and tensors among their attributes, back at the end.
+def attributes_put_back(*functions: Callable[..., Any]) -> Iterator[None]:
+    """Put what modules have besides parameters back at the end: buffers, states, counters.
+
+    That is: tensors that changed, names that hold something else than before, new names of tensors
+    and plain values, and the entries of lists, dicts, sets and deques among the attributes.
 
     Args:
         functions: What is evaluated in the context; nothing is done for what is not a module.
@@ -62,6 +66,8 @@ def tensors_put_back(*functions: Callable[..., Any]) -> Iterator[None]:
     # Of a module, both: what was assigned anew, as by `self.mean = 0.9 * self.mean + ...`.
     places: list[dict[str, Any]] = [d for m in modules for d in (m._buffers, vars(m))]
     before = [dict(place) for place in places]
+    kept = [x for entries in before for name, x in entries.items() if name[0] != "_"]
+    containers = [(x, copy.copy(x)) for x in kept if type(x) in (list, dict, set, deque)]
     tensors = {id(x): x for entries in before for x in entries.values() if isinstance(x, Tensor)}
     values = {key: x.detach().clone() for key, x in tensors.items()}
     try:
@@ -69,6 +75,10 @@ def tensors_put_back(*functions: Callable[..., Any]) -> Iterator[None]:
     finally:
         for place, entries in zip(places, before, strict=True):
             _put_back(place, entries)
+        for container, content in containers:
+            if not _same_content(container, content):
+                container.clear()
+                (container.extend if hasattr(container, "extend") else container.update)(content)
         for key, tensor in tensors.items():
             if not same_entries(tensor, values[key]):
                 # Through .data: a graph that is kept over products saved the buffer, and would
@@ -77,14 +87,24 @@ def tensors_put_back(*functions: Callable[..., Any]) -> Iterator[None]:
 
 
 def _put_back(place: dict[str, Any], entries: dict[str, Any]) -> None:
-    """Give names that hold another tensor than before what they held; drop new tensors."""
+    """Give names that hold something else than before what they held; drop new plain values."""
     for name, value in list(place.items()):
-        if not isinstance(value, Tensor) or value is entries.get(name):
-            continue
         if name in entries:
-            place[name] = entries[name]
-        else:
+            if value is not entries[name]:
+                place[name] = entries[name]
+        elif value is None or isinstance(value, Tensor | int | float | str | tuple):
             del place[name]
+
+
+def _same_content(one: Collection[Any], other: Collection[Any]) -> bool:
+    """Tell whether containers of one kind hold the same objects."""
+    if len(one) != len(other):
+        return False
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(k in one and one[k] is value for k, value in other.items())
+    if isinstance(one, set):
+        return one == other
+    return all(x is y for x, y in zip(one, other, strict=True))
 
 
 def random_devices() -> list[int]:

@@ -383,6 +383,46 @@ def test_what_a_forward_assigns_is_put_back(kind):
         assert torch.allclose(operator @ torch.eye(8), expected, atol=TOLERANCE)
 
 
+class Counting(nn.Module):
+    """Counts its calls and keeps a list of what it saw, as models that log do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.calls, self.log, self.names = 0, [], {"a": 1}
+
+    def forward(self, X):
+        self.calls += 1
+        self.log.append(len(X))
+        self.names[f"call {self.calls}"] = self.calls
+        self.latest = self.calls
+        return self.layer(X)
+
+
+@each_risk
+def test_counters_and_lists_are_put_back(kind):
+    model, data = Counting(), [batch(), batch()]
+    log = model.log
+    operator = kind(model, nn.MSELoss(), list(model.parameters()), data)
+    operator @ torch.eye(operator.shape[1])
+    assert (model.calls, model.log, model.names) == (0, [], {"a": 1})
+    assert model.log is log
+    assert not hasattr(model, "latest")
+
+
+@pytest.mark.parametrize("lr", [0.1, "auto"])
+def test_a_step_that_is_evaluated_again_leaves_counters_alone(lr):
+    model, (X, y) = Counting(), batch()
+    optimizer = kfacopt.KFACOptimizer(model.parameters(), lr=lr)
+    for i in range(3):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(X), y).backward()
+        optimizer.step()
+        assert (model.calls, model.latest, len(model.log)) == (i + 1,) * 3
+    if lr != "auto":
+        assert optimizer.statistics()["gain_ratio"] > 0
+
+
 class Widening(nn.Module):
     """Predicts in float64, whatever dtype the parameters have."""
 

@@ -24,7 +24,7 @@ from torch.func import vjp, vmap
 from kfacopt.curvature.adjoint import Columns
 from kfacopt.curvature.batched_autograd import batched_grad, if_possible, quiet_vmap
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.data import tensors_put_back
+from kfacopt.data import attributes_put_back
 
 # Gradients by single data against those by the batch, in units of round-off relative to the largest
 # entry and to √(N R), as it adds up: up to 2.2 are measured. What fails goes through the network.
@@ -257,7 +257,7 @@ class GradientPlan:
             return pulled
 
         # Tensors that are assigned inside a transformation cannot be used outside of it.
-        with torch.no_grad(), quiet_vmap(), tensors_put_back(*model.modules()):
+        with torch.no_grad(), quiet_vmap(), attributes_put_back(*model.modules()):
             pieces = if_possible(lambda: vmap(of_datum)(self._X, u.movedim(1, 0)), Exception)
         if pieces is None:  # whatever a model raises that is given a single datum
             return None  # batch norm, `squeeze` of the axis of data, what is not vectorised, …

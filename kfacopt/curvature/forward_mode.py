@@ -13,7 +13,7 @@ from torch.func import jvp, vmap
 
 from kfacopt.curvature.batched_autograd import if_possible, quiet_vmap
 from kfacopt.curvature.model import ParametrizedModel
-from kfacopt.data import random_devices, same_random_numbers, tensors_put_back
+from kfacopt.data import attributes_put_back, random_devices, same_random_numbers
 
 
 class ForwardMode:
@@ -70,5 +70,5 @@ class ForwardMode:
     def once_more(self) -> Iterator[None]:
         """Run the model as in the forward pass that made z, without a trace."""
         # Tensors that are assigned inside a transformation cannot be used outside of it.
-        with tensors_put_back(*self._model.modules()), same_random_numbers(self._random_state):
+        with attributes_put_back(*self._model.modules()), same_random_numbers(self._random_state):
             yield

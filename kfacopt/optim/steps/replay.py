@@ -126,8 +126,9 @@ def replay(terms: Sequence[Term], values: Mapping[int, Tensor]) -> list[Replayed
     within = _layer_sources(terms)
     losses: dict[Call, list[tuple[Any, Any, Any, Any]]] = {}
     layers: dict[LayerSource, Tensor] = {}
-    with _replaying():
-        for call in in_order(call for term in terms for call in term.calls):
+    calls = in_order(call for term in terms for call in term.calls)
+    with _replaying(calls):
+        for call in calls:
             args, kwargs = (
                 tree_map(lambda x: results[x.call][x.leaf] if isinstance(x, Source) else x, tree)
                 for tree in (call.args, call.kwargs)
@@ -265,8 +266,9 @@ class _Constants(TorchFunctionMode):
 
 
 @contextmanager
-def _replaying() -> Iterator[None]:
+def _replaying(calls: Iterable[Call]) -> Iterator[None]:
     """Evaluate without a trace, by operations that have forward-mode derivatives."""
+    modules = _modules_of(calls)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -275,7 +277,7 @@ def _replaying() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             # Gradients are on, as in the user's pass, so that a model's own `no_grad` is seen;
             # nothing requires them, so that there is no graph.
-            for context in (evaluation(replay), sdpa_kernel(SDPBackend.MATH), _Constants()):
+            for context in (evaluation(*modules), sdpa_kernel(SDPBackend.MATH), _Constants()):
                 stack.enter_context(context)
             yield
     finally:
@@ -290,10 +292,14 @@ def undisturbed(terms: Iterable[Term]) -> Iterator[None]:
         terms: The losses that the first call computed.
     """
     calls = in_order(call for term in terms for call in term.calls)
-    modules = [call.function for call in calls if isinstance(call.function, nn.Module)]
     with ExitStack() as stack:
-        for module in dict.fromkeys(modules):
-            stack.enter_context(evaluation(module))
+        stack.enter_context(evaluation(*_modules_of(calls)))
         first = next(call.surroundings for call in calls if call.surroundings is not None)
         first.set_random_states()
         yield
+
+
+def _modules_of(calls: Iterable[Call]) -> list[nn.Module]:
+    """Return the modules that are called."""
+    functions = dict.fromkeys(call.function for call in calls)
+    return [function for function in functions if isinstance(function, nn.Module)]

@@ -120,6 +120,8 @@ class TrustRegion:
         numbers = torch.zeros(5, dtype=torch.float64, device=first.device)
         trouble = ""
         try:
+            if not objective.terms:
+                raise RuntimeError("no loss was seen that can be evaluated again")
             with run_eagerly():
                 numbers[:4] = _losses(before, step, objective)
         except Exception as error:  # training goes on without
@@ -169,8 +171,6 @@ def _losses(
     before: Mapping[Parameter, Tensor], step: Mapping[Parameter, Tensor], objective: Objective
 ) -> Tensor:
     """Return L(θ), L(θ + d), L(θ − d), and how far what was recorded is missed at θ."""
-    if not objective.terms:
-        raise RuntimeError("no loss was seen that can be evaluated again")
     found = []
     for sign in (0, 1, -1):
         values = {id(p): torch.add(x, step[p], alpha=sign) for p, x in before.items()}
