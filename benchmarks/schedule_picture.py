@@ -2,8 +2,9 @@
 
     python -m benchmarks.schedule_picture
 
-A small network learns the digits with the defaults, but without momentum, so that a step's length
-is that of its own time, and with each of four schedules of torch.
+A small network learns the digits with each of four schedules of torch; with the defaults, but without
+momentum, so that a step's length is that of its own time, and with a fixed κ, so that ν is that of
+the gradients alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 STEPS, BATCH, DPI = 300, 64, 100
+LR, KL_CLIP = 0.2, 5e-5
 PICTURE = HERE.parent / "docs" / "pictures" / "schedules.png"
 
 SCHEDULES: dict[str, Callable[[Any], Any]] = {
@@ -38,7 +40,10 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
         ],
         [STEPS // 10],
     ),
-    "OneCycle": lambda o: lr_scheduler.OneCycleLR(o, 0.14, total_steps=STEPS + 1),
+    # It would set momentum, too.
+    "OneCycle": lambda o: lr_scheduler.OneCycleLR(
+        o, 2 * LR, total_steps=STEPS + 1, cycle_momentum=False
+    ),
     "cosine with restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, STEPS // 3),
 }
 
@@ -59,7 +64,7 @@ def run(schedule: Callable[[Any], Any], steps: int = STEPS) -> dict[str, list[fl
     torch.manual_seed(0)
     X, y = digits()
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-    optimizer = KFACOptimizer(model.parameters(), momentum=0.0)
+    optimizer = KFACOptimizer(model.parameters(), lr=LR, momentum=0.0, kl_clip=KL_CLIP)
     scheduler = schedule(optimizer)
     rows: dict[str, list[float]] = {"lr": [], "length": [], "ν": []}
     for _ in range(steps):

@@ -35,7 +35,7 @@ ROOMS = {
     "kfac": ("layers",),
     "optim": ("watch", "statistics", "state", "steps"),
 }
-BESIDE = {"optim": {"settings", "messages"}}
+BESIDE = {"optim": {"settings", "group_settings", "messages"}}
 
 
 def imported_names(path: Path) -> list[list[str]]:

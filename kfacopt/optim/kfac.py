@@ -83,8 +83,8 @@ class KFACOptimizer(Optimizer):
         Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr Δ,    θ ← (1 − lr λ) θ − (lr Δ + μ m),
 
     with the damping δ, Nesterov's momentum μ, weight decay λ and ν = min(1, √(κ / (lr₀² Σ⟨Δ, ∇⟩)))
-    of the unscaled Δ and the initial lr₀. All other parameters are trained by AdamW with
-    `fallback_lr`.
+    of the unscaled Δ and the initial lr₀, where κ follows the data (`kl_clip`). All other
+    parameters are trained by AdamW with `fallback_lr`.
 
     The objective is whatever scalar is differentiated, and F its Fisher or GGN: of `loss / k`, of a
     weighted sum of losses, of a sum divided by a number. `cross_entropy`, `mse_loss`,
@@ -102,7 +102,7 @@ class KFACOptimizer(Optimizer):
         lr: The learning rate, in units of a natural-gradient step: 1 is a full one; a number, or
             a tensor of one, as for AdamW (the other settings of groups, too). The step's length
             is proportional to it, clipped or not; where the clip is active (ν < 1), a step at the
-            initial rate is as long as κ says, so tune `kl_clip` first, and let a schedule do the
+            initial rate is as long as κ says. So leave the initial rate, and let a schedule do the
             rest. `"auto"` chooses step size, momentum and damping
             in every step, for large or full batches: see `kfacopt.optim.steps.self_tuning`. The
             groups' `lr` is then 1, and what schedulers make of it multiplies the steps;
@@ -114,7 +114,7 @@ class KFACOptimizer(Optimizer):
         nesterov: Take Nesterov's step; `False` is θ ← (1 − lr λ) θ − m. Without momentum, and for
             `lr="auto"`, it has no effect.
         weight_decay: λ ≥ 0, decoupled.
-        damping: δ > 0, in units of F; 5e-4, or 1e-3 (where it starts) for `lr="auto"`.
+        damping: δ > 0, in units of F; 1e-3 (for `lr="auto"` where it starts).
         preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
             and Ā's eigenbases Q and the running averages Λ of the second moments of single data's
             gradients in them (see `kfacopt.EKFACLinearOperator`). Λ is updated with the factors,
@@ -139,8 +139,11 @@ class KFACOptimizer(Optimizer):
             10, or 1 for `lr="auto"`.
         inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`.
         kl_clip: κ > 0, about twice the KL divergence by which a step without momentum may move the
-            model's predictions at the initial lr; such steps are as long as √κ. `None` switches it
-            off.
+            model's predictions at the initial lr; such steps are as long as √κ. `"auto"` starts
+            with 5e-5 and follows the data: every 30 steps the loss of the same batch is evaluated
+            again at both ends of the step, and κ is doubled or halved, between 1e-8 and 1e-3 (see
+            `kfacopt.optim.steps.trust_region`). With `loss_func=` it stays at 5e-5. `None`
+            switches the clip off.
         separate_weight_and_bias: Give W and b blocks of their own instead of [W | b].
         layers: Which kinds of modules are preconditioned, as a list of classes, of those in
             docs/layers.md and those given to `kfacopt.register_layer`; AdamW trains what is in
@@ -558,7 +561,9 @@ class KFACOptimizer(Optimizer):
         """Return numbers for logging: plain floats, one for each name.
 
         `skipped_steps` (as gradients were not finite), `kl_clip_scale` (ν of the last step; 1
-        without a clip), `fallback_parameters` (tensors that the last step gave to AdamW), and for
+        without a clip), with `kl_clip="auto"` `trust_region` (κ) and what the last measurement
+        gave (NaN before one), `gain_ratio`, `slope` and `change` (see `TrustStatistics`),
+        `fallback_parameters` (tensors that the last step gave to AdamW), and for
         every layer `<layer>/damping`, `condition`, `factor_age`, `inverse_age`,
         `skipped_factor_updates` and `inverse_failures`; see `block_statistics`. Where weight and
         bias have blocks of their own, `<parameter>/...` instead. It costs an eigendecomposition
@@ -574,7 +579,7 @@ class KFACOptimizer(Optimizer):
             "fallback_parameters": float(self._num_fallback),
         }
         own = (self._curvature, self.param_groups, self._connection.names)
-        return counts | self._rule.scalars() | all_block_statistics(*own)
+        return counts | self._rule.scalars(self.param_groups) | all_block_statistics(*own)
 
     def describe(self) -> Description:
         """Return what is done with each objective and each parameter, to be printed or logged.

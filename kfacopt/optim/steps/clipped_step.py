@@ -89,9 +89,10 @@ class ClippedStep:
             region.follow(groups, before, objective)
         return True
 
-    def scalars(self) -> dict[str, float]:
-        """Return what is to be logged of the last step, and of the last measurement."""
+    def scalars(self, groups: Groups) -> dict[str, float]:
+        """Return what is to be logged of the last step, κ, and the last measurement."""
         scale = {"kl_clip_scale": 1.0 if self.scale is None else float(self.scale)}
         if self.trust_region is None:
             return scale
-        return scale | {name: float(x) for name, x in vars(self.trust_region.statistics).items()}
+        measured = {name: float(x) for name, x in vars(self.trust_region.statistics).items()}
+        return scale | {"trust_region": self.trust_region.clip(groups)} | measured

@@ -18,7 +18,7 @@ from kfacopt.optim.steps.quadratic_model import QuadraticModel, evaluate, quadra
 from kfacopt.optim.steps.replay import coarsest_dtype
 from kfacopt.optim.steps.update import ByParameter
 from kfacopt.optim.watch.loss_scale import calling_loss_scale
-from kfacopt.optim.watch.recorded_calls import Term
+from kfacopt.optim.watch.recorded_calls import Term, in_order
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Objective:
 
         The losses are all of it where their slopes along the directions are those of the gradient,
         or in a fixed proportion to them: then the gradient was clipped, and the losses' own slopes
-        count. Otherwise the closure evaluates the objective.
+        count. Otherwise the closure evaluates the objective. Where it has the losses' value, but
+        other slopes, it may have clipped the gradient in any way, unless parameters are used where
+        the losses, evaluated again, do not see them move.
         """
         dtype = coarsest_dtype(self.terms)
         _check_replay(model, dtype)
@@ -64,7 +66,9 @@ class Objective:
             return model, replayed
         unclipped = replace(model, slopes=model.loss_slopes)
         if self.closure is not None:
-            if same(self.closure.value, model.loss, dtype):
+            if same(self.closure.value, model.loss, dtype) and (
+                not self._fixes_uses() or self._is_clipped(model, grads, damping, eps**0.5)
+            ):
                 return unclipped, replayed
             return replace(model, loss=self.closure.value), self.closure.evaluate
         if self._is_clipped(model, grads, damping, eps**0.5):
@@ -76,6 +80,10 @@ class Objective:
             "closure that returns all of the objective (or set weight_decay=, for a penalty on "
             "the weights); or give lr a number."
         )
+
+    def _fixes_uses(self) -> bool:
+        calls = in_order(call for term in self.terms for call in term.calls)
+        return any(call.fixes for call in calls)
 
     def _is_clipped(
         self,

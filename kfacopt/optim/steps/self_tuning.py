@@ -163,7 +163,7 @@ class SelfTuning:
             p.mul_(1 - shrinkage * settings[p]["weight_decay"])
         return True
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self, _: Groups) -> dict[str, float]:
         """Return what is to be logged of the last step; there is no clip."""
         tuned = {name: float(x) for name, x in vars(self.statistics).items()}
         return {"kl_clip_scale": 1.0} | tuned

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -356,10 +357,15 @@ def record_call(
     def sourced(leaf: Any) -> Any:
         if isinstance(leaf, ProbedTensor) and leaf._source is not None:
             return leaf._source
-        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        fixed.append(leaf.grad_fn is not None or isinstance(leaf, Parameter))
+        return leaf.detach()
 
+    fixed: list[bool] = []
     with torch._C.DisableTorchFunctionSubclass():
-        return Call(function, _mapped(sourced, args), _mapped(sourced, kwargs), surroundings)
+        own = (_mapped(sourced, args), _mapped(sourced, kwargs))
+    return Call(function, *own, surroundings, any(fixed))
 
 
 def unprobe(tree: Any) -> Any:

@@ -61,6 +61,8 @@ class Call:
         args: Its arguments; a `Source` where an argument was the result of a recorded call.
         kwargs: Its keyword arguments, likewise.
         surroundings: What a forward pass of a module depends on; `None` for functions.
+        fixes: Whether an argument follows from parameters in a way that is not recorded. It stays
+            what it was where the call is evaluated again.
         number: Counts calls in the order of time.
     """
 
@@ -68,6 +70,7 @@ class Call:
     args: Any
     kwargs: Any
     surroundings: Surroundings | None = None
+    fixes: bool = False
     number: int = field(default_factory=lambda: next(_call_numbers))
 
 

@@ -291,7 +291,8 @@ class Watch:
         """Tell the receiver when the user's backward pass starts; see `PassObserver`."""
         if self._settings.likelihood is not None or is_evaluating() or in_would_be_pass():
             return []
-        foreign = inputs is not None and not self._any_parameter(inputs)
+        modules = [module for _, module in self.living_modules()]
+        foreign = inputs is not None and not _any_parameter(modules, inputs)
         source = vars(root).get("_source")
         edges = [get_gradient_edge(other) for other in others if other.grad_fn is not None]
         objective = Objective(get_gradient_edge(root), passes, root.detach(), source, edges)
@@ -308,10 +309,11 @@ class Watch:
 
         return [root.register_hook(on_backward)]
 
-    def _any_parameter(self, inputs: Any) -> bool:
-        modules = (module for _, module in self.living_modules())
-        own = {id(p) for module in modules for p in module._parameters.values()}
-        return any(id(x) in own for x in tree_flatten(inputs)[0])
+
+def _any_parameter(modules: Iterable[nn.Module], inputs: Any) -> bool:
+    """Tell whether parameters of modules are among what a backward pass is to end at."""
+    own = {id(p) for module in modules for p in module._parameters.values()}
+    return any(id(x) in own for x in tree_flatten(inputs)[0])
 
 
 def _refuse_recomputation(layers: Iterable[Layer]) -> None:
