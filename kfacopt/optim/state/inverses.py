@@ -22,6 +22,7 @@ from kfacopt.linalg.kronecker import (
     trace,
 )
 from kfacopt.linalg.split_factors import SplitBasis, SplitInverse
+from kfacopt.linalg.triangles import kept_once, symmetric
 from kfacopt.optim.settings import InverseForm
 from kfacopt.optim.state.running_averages import (
     FACTORS,
@@ -30,6 +31,7 @@ from kfacopt.optim.state.running_averages import (
     State,
     States,
     factor_shapes,
+    grad_output_factor,
     has_weight,
     input_factor,
     is_free_to_read,
@@ -106,7 +108,7 @@ def _eigenvalues(state: State) -> Tensor:
 
 def _factors(layer_state: State, block: Block) -> KroneckerProduct:
     dtype = factor_dtype(layer_state["input_factor"].dtype)
-    A, G = input_factor(layer_state, block.layer, dtype), layer_state[FACTORS[1]].to(dtype)
+    A, G = input_factor(layer_state, block.layer, dtype), grad_output_factor(layer_state, dtype)
     if block.layer.family.routed:
         assert isinstance(A, Tensor)
         A, G = (_filled(x, layer_state["factor_weight"]) for x in (A, G))
@@ -216,13 +218,13 @@ def _store_inverse(state: State, inverse: KroneckerMatrix, form: InverseForm) ->
     stored = form.stored_dtype or inverse.dtype
     if isinstance(inverse, KroneckerProduct):
         A = inverse.input_factor
-        entries = {INVERSES[0]: inverse.grad_output_factor.to(stored)}
+        entries = {INVERSES[0]: kept_once(inverse.grad_output_factor.to(stored))}
         if isinstance(A, SplitInverse):
             A = A.rounded(stored)
-            entries |= {INVERSES[1]: A.blocks, INPUT_UPDATE: A.update}
+            entries |= {INVERSES[1]: kept_once(A.blocks), INPUT_UPDATE: A.update}
         else:
             assert isinstance(A, Tensor)
-            entries[INVERSES[1]] = A.to(stored)
+            entries[INVERSES[1]] = kept_once(A.to(stored))
     else:
         bases = (inverse.grad_output_basis, inverse.input_basis)
         entries = _basis_entries(bases, stored)
@@ -277,6 +279,11 @@ def has_inverse(state: State) -> bool:
     return any(key in state for key in ("input_inverse", "inverse_eigenvalues", "second_moments"))
 
 
+def _widened(side: Tensor) -> Tensor:
+    """Return the side of an inverse that is kept, in at least float32."""
+    return symmetric(side.to(factor_dtype(side.dtype)))
+
+
 def inverse_of(state: State, damping: float) -> KroneckerMatrix | None:
     """Return a block's damped inverse from its state, or `None` if there is none yet.
 
@@ -287,11 +294,11 @@ def inverse_of(state: State, damping: float) -> KroneckerMatrix | None:
     if not has_inverse(state):
         return None
     if "input_inverse" in state:
-        A = state["input_inverse"]
+        G, A = (_widened(state[name]) for name in INVERSES)
         if INPUT_UPDATE in state:
             joint = state[INPUT_UPDATE].shape[-1] > A.shape[1] * A.shape[2] + 1
-            A = SplitInverse(A, state[INPUT_UPDATE], joint)
-        return KroneckerProduct(state["grad_output_inverse"], A)
+            return KroneckerProduct(G, SplitInverse(A, state[INPUT_UPDATE], joint))
+        return KroneckerProduct(G, A)
     if "second_moments" in state:
         moments = state["second_moments"]
         eigenvalues = (moments.to(factor_dtype(moments.dtype)) + damping).reciprocal()

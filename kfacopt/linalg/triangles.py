@@ -1,0 +1,151 @@
+"""Symmetric matrices `[..., d, d]` kept once, as `[..., d, k]` with k of d / 2 to 0.63 d.
+
+The numbers are those of the first rows' triangle, then of the rectangle below it, then of the
+triangle of the rest, and zeros to fill up; triangles of more than `LEAF` rows are cut so again.
+Rectangles are copied whole, which takes half the time of an index for each entry, and needs none.
+At the end, triangles are kept row after row, or, of large matrices, as squares, which takes half
+the time again. Small matrices stay as they are.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Below it, the microseconds of a call weigh more than some kilobytes.
+LEAST_SIDE = 64
+
+LEAF = 272
+
+# Matrices with more rows have squares at the end.
+SQUARES_FROM = 2 * LEAF
+
+# On a GPU calls take longer than what they do: up to here an index for each entry is used.
+GPU_LEAF = 2048
+
+
+def kept_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of what `kept_once` makes of matrices, or of diagonals, of a shape."""
+    d = shape[-1]
+    if len(shape) < 3 or d < LEAST_SIDE:
+        return shape
+    return (*shape[:-1], -(-_size(d, d > SQUARES_FROM) // d))
+
+
+def whole_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the matrices, or diagonals, of which something of a shape is kept."""
+    return shape if len(shape) < 3 else (*shape[:-1], shape[-2])
+
+
+def kept_once(x: Tensor) -> Tensor:
+    """Return what is kept of symmetric matrices; small ones and diagonals `[B, d]` as they are."""
+    shape, d = kept_shape(tuple(x.shape)), x.shape[-1]
+    if shape == x.shape:
+        return x
+    kept = x.new_zeros(shape)
+    _read(x.reshape(-1, d, d), _numbers(kept), d > SQUARES_FROM)
+    return kept
+
+
+def symmetric(kept: Tensor) -> Tensor:
+    """Return the matrices of which something is kept."""
+    shape = whole_shape(tuple(kept.shape))
+    if shape == kept.shape:
+        return kept
+    d, numbers = shape[-1], _numbers(kept)
+    leaf = LEAF if kept.device.type == "cpu" else GPU_LEAF
+    if d <= leaf:
+        return _selected(numbers, _matrix_places(d, d > SQUARES_FROM, kept.device)).view(shape)
+    matrices = kept.new_empty(shape)
+    _write(numbers, matrices.view(-1, d, d), d > SQUARES_FROM, leaf)
+    return matrices
+
+
+def _numbers(kept: Tensor) -> Tensor:
+    """Return `[N, n]` of what is kept."""
+    d, k = kept.shape[-2:]
+    return kept.view(-1, d * k)[:, : _size(d, d > SQUARES_FROM)]
+
+
+def _first(d: int) -> int:
+    """Return how many rows the first triangle has.
+
+    No multiple of a large power of two: the rectangle is read across its rows, too, which takes
+    three times as long then.
+    """
+    return d // 32 * 16 + 8
+
+
+def _size(d: int, squares: bool) -> int:
+    if d <= LEAF:
+        return d * d if squares else d * (d + 1) // 2
+    h = _first(d)
+    return _size(h, squares) + (d - h) * h + _size(d - h, squares)
+
+
+def _parts(numbers: Tensor, d: int, squares: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first triangle's numbers, the rectangle `[N, d - h, h]` and the second's."""
+    h = _first(d)
+    start = _size(h, squares)
+    first, rectangle, second = numbers.tensor_split([start, start + (d - h) * h], dim=1)
+    return first, rectangle.unflatten(1, (d - h, h)), second
+
+
+def _read(x: Tensor, numbers: Tensor, squares: bool) -> None:
+    """Put what is kept of `[N, d, d]` into `[N, n]`."""
+    d = x.shape[-1]
+    if d <= LEAF:
+        rows = x.reshape(len(x), -1)
+        numbers.copy_(rows if squares else _selected(rows, _triangle_places(d, x.device)))
+        return
+    (first, rectangle, second), h = _parts(numbers, d, squares), _first(d)
+    rectangle.copy_(x[:, h:, :h])
+    _read(x[:, :h, :h], first, squares)
+    _read(x[:, h:, h:], second, squares)
+
+
+def _write(numbers: Tensor, x: Tensor, squares: bool, leaf: int) -> None:
+    """Put what is kept, `[N, n]`, into symmetric matrices `[N, d, d]`."""
+    d = x.shape[-1]
+    if d <= leaf:
+        if not (squares and d <= LEAF):
+            numbers = _selected(numbers, _matrix_places(d, squares, x.device))
+        x.copy_(numbers.view(x.shape))
+        return
+    (first, rectangle, second), h = _parts(numbers, d, squares), _first(d)
+    x[:, h:, :h].copy_(rectangle)
+    x[:, :h, h:].copy_(rectangle.mT)
+    _write(first, x[:, :h, :h], squares, leaf)
+    _write(second, x[:, h:, h:], squares, leaf)
+
+
+def _selected(rows: Tensor, places: Tensor) -> Tensor:
+    """Return entries of each row; on the CPU of one after the other, which torch does fast."""
+    if rows.device.type != "cpu":
+        return rows.index_select(1, places)
+    if len(rows) == 1:
+        return rows[0].index_select(0, places).unsqueeze(0)
+    return torch.stack([row.index_select(0, places) for row in rows])
+
+
+@lru_cache(maxsize=64)
+def _triangle_places(d: int, device: torch.device) -> Tensor:
+    """Return where the lower triangle is in a matrix, row after row."""
+    rows, columns = torch.tril_indices(d, d, device=device)
+    return (rows * d + columns).to(torch.int32)
+
+
+@lru_cache(maxsize=64)
+def _matrix_places(d: int, squares: bool, device: torch.device) -> Tensor:
+    """Return where among the kept numbers each entry of a matrix is."""
+    if d <= LEAF and not squares:
+        i, j = torch.arange(d).unsqueeze(1), torch.arange(d)
+        high, low = torch.maximum(i, j), torch.minimum(i, j)
+        places = high * (high + 1) // 2 + low
+    else:
+        numbers = torch.arange(_size(d, squares), dtype=torch.int32).unsqueeze(0)
+        places = numbers.new_empty(1, d, d)
+        _write(numbers, places, squares, LEAF)
+    return places.flatten().to(device, torch.int32)
