@@ -46,10 +46,10 @@ def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, A
             if was_not_saved(value):
                 states[p].pop(name, None)
             elif name in _OWN_DTYPE and isinstance(value, Tensor):
-                value = value.detach().to(p.device, copy=True)
-                # whole as older versions saved it
-                symmetric = name in (*FACTORS, *INVERSES)
-                states[p][name] = kept_once(value) if symmetric else value
+                own = value.detach().to(p.device, copy=True)
+                if name in (*FACTORS, *INVERSES):  # which older versions saved whole
+                    own = kept_once(own, often=name in INVERSES)
+                states[p][name] = own
             elif name == _GENERATOR:
                 states[p][name] = value.detach().to("cpu", copy=True)
 

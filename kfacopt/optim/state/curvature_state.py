@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.factors import Factors, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.linalg.kept_products import KeptProduct
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
 from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state import inverses
@@ -101,7 +102,7 @@ class CurvatureState:
         known = [layer.name for layer in self.layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 
-    def inverse(self, block: Block, damping: float) -> KroneckerMatrix | None:
+    def inverse(self, block: Block, damping: float) -> KroneckerMatrix | KeptProduct | None:
         """Return a block's damped inverse, or `None` if there is none yet."""
         return inverses.inverse_of(self.entries[block.anchor], damping)
 

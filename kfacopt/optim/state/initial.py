@@ -117,10 +117,13 @@ def state_shapes(
             for name in ("inverse_eigenvalues", "second_moments"):
                 entries[name] = (layer.groups, layer.d_out, block.d_in)
             for side, shape in sides.items():
-                entries |= {f"{side}_inverse": kept_shape(shape), f"{side}_basis": shape}
+                entries |= {
+                    f"{side}_inverse": kept_shape(shape, often=True),
+                    f"{side}_basis": shape,
+                }
             if is_split:
                 B, K, C = layer.groups, layer.positions, layer.channels
-                entries |= {INVERSES[1]: kept_shape((B, K, C, C)), BASES[1]: (B, C, C)}
+                entries |= {INVERSES[1]: kept_shape((B, K, C, C), often=True), BASES[1]: (B, C, C)}
                 entries |= {INPUT_UPDATE: (B, layer.d_in + 1), POSITION_BASIS: (B, K, K)}
             shapes[block.anchor] |= entries
     return shapes

@@ -11,6 +11,7 @@ from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.factors import FactorForm, along, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.eigenbasis import rayleigh_quotients, refreshed_basis, rotated_eigenvalues
+from kfacopt.linalg.kept_products import KeptProduct, inverse_side
 from kfacopt.linalg.kronecker import (
     DecompositionError,
     KroneckerEigendecomposition,
@@ -22,7 +23,7 @@ from kfacopt.linalg.kronecker import (
     trace,
 )
 from kfacopt.linalg.split_factors import SplitBasis, SplitInverse
-from kfacopt.linalg.triangles import kept_once, symmetric
+from kfacopt.linalg.triangles import kept_once
 from kfacopt.optim.settings import InverseForm
 from kfacopt.optim.state.running_averages import (
     FACTORS,
@@ -218,13 +219,13 @@ def _store_inverse(state: State, inverse: KroneckerMatrix, form: InverseForm) ->
     stored = form.stored_dtype or inverse.dtype
     if isinstance(inverse, KroneckerProduct):
         A = inverse.input_factor
-        entries = {INVERSES[0]: kept_once(inverse.grad_output_factor.to(stored))}
+        entries = {INVERSES[0]: kept_once(inverse.grad_output_factor.to(stored), often=True)}
         if isinstance(A, SplitInverse):
             A = A.rounded(stored)
-            entries |= {INVERSES[1]: kept_once(A.blocks), INPUT_UPDATE: A.update}
+            entries |= {INVERSES[1]: kept_once(A.blocks, often=True), INPUT_UPDATE: A.update}
         else:
             assert isinstance(A, Tensor)
-            entries[INVERSES[1]] = kept_once(A.to(stored))
+            entries[INVERSES[1]] = kept_once(A.to(stored), often=True)
     else:
         bases = (inverse.grad_output_basis, inverse.input_basis)
         entries = _basis_entries(bases, stored)
@@ -279,12 +280,7 @@ def has_inverse(state: State) -> bool:
     return any(key in state for key in ("input_inverse", "inverse_eigenvalues", "second_moments"))
 
 
-def _widened(side: Tensor) -> Tensor:
-    """Return the side of an inverse that is kept, in at least float32."""
-    return symmetric(side.to(factor_dtype(side.dtype)))
-
-
-def inverse_of(state: State, damping: float) -> KroneckerMatrix | None:
+def inverse_of(state: State, damping: float) -> KroneckerMatrix | KeptProduct | None:
     """Return a block's damped inverse from its state, or `None` if there is none yet.
 
     Args:
@@ -294,11 +290,12 @@ def inverse_of(state: State, damping: float) -> KroneckerMatrix | None:
     if not has_inverse(state):
         return None
     if "input_inverse" in state:
-        G, A = (_widened(state[name]) for name in INVERSES)
-        if INPUT_UPDATE in state:
-            joint = state[INPUT_UPDATE].shape[-1] > A.shape[1] * A.shape[2] + 1
-            return KroneckerProduct(G, SplitInverse(A, state[INPUT_UPDATE], joint))
-        return KroneckerProduct(G, A)
+        G, A = (state[name] for name in INVERSES)
+        if INPUT_UPDATE not in state:
+            return KeptProduct(G, A)
+        A = inverse_side(A)
+        joint = state[INPUT_UPDATE].shape[-1] > A.shape[1] * A.shape[2] + 1
+        return KroneckerProduct(inverse_side(G), SplitInverse(A, state[INPUT_UPDATE], joint))
     if "second_moments" in state:
         moments = state["second_moments"]
         eigenvalues = (moments.to(factor_dtype(moments.dtype)) + damping).reciprocal()

@@ -1,0 +1,58 @@
+"""Kronecker products of matrices that are kept once, written out for a product alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfacopt.linalg.kronecker import KroneckerProduct, multiplied_left, multiplied_right
+from kfacopt.linalg.triangles import symmetric
+
+
+def inverse_side(kept: Tensor) -> Tensor:
+    """Return the inverse of which something is kept.
+
+    On the CPU its columns are contiguous, as LAPACK leaves them: the round-off of products sees it.
+    """
+    whole = symmetric(kept)
+    return whole if whole is kept or kept.device.type != "cpu" else whole.mT
+
+
+@dataclass
+class KeptProduct:
+    """G ⊗ A of inverses as `kept_once` returns them.
+
+    Attributes:
+        grad_output_factor: What is kept of G, `[B, d_out, k]`, or its diagonal `[B, d_out]`.
+        input_factor: What is kept of A, likewise.
+    """
+
+    grad_output_factor: Tensor
+    input_factor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.input_factor.dtype
+
+    def widened(self) -> KeptProduct:
+        """Return the same product in at least float32."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return KeptProduct(self.grad_output_factor.to(dtype), self.input_factor.to(dtype))
+
+    def dense(self) -> KroneckerProduct:
+        """Return the same product of whole factors."""
+        return KroneckerProduct(*map(inverse_side, (self.grad_output_factor, self.input_factor)))
+
+    def apply_columns(self, columns: Sequence[Tensor]) -> list[Tensor]:
+        """Return G X A as `KroneckerProduct.apply_columns` does.
+
+        One factor is written out after the other, into the same memory on the CPU, which spares
+        half of it, and page faults.
+        """
+        left = multiplied_left(inverse_side(self.grad_output_factor), columns)
+        widths = [x.shape[-1] for x in columns]
+        return multiplied_right(left, inverse_side(self.input_factor), widths)
