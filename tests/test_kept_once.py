@@ -57,7 +57,7 @@ def test_a_matrix_comes_back_as_it_was(d, often):
 def test_it_takes_about_half_of_the_numbers(d):
     rarely, often = (triangles.kept_shape((1, d, d), x)[-1] / d for x in (False, True))
     assert rarely <= 0.52
-    assert often == rarely if d <= triangles.SQUARE else often <= 0.76
+    assert often == rarely if d <= triangles.SQUARES_FROM else often <= 0.69
 
 
 def test_large_matrices_that_are_read_often_take_less_the_larger_they_are():
@@ -255,3 +255,21 @@ def test_it_follows_its_parameters_to_another_dtype(monkeypatch):
     A = optimizer.state[model[4].weight]["input_factor"]
     assert A.dtype == torch.float64
     assert A.shape == (1, 49, 25)
+
+
+# Bytes of state for each byte of parameters that the benchmarks' models may take, by default and in
+# bfloat16; whole matrices took 5.6, 8.4 and 6.8, and 3.3, 4.7 and 3.9.
+LIMITS = {"mlp": (4.0, 3.0), "transformer": (5.0, 4.0), "cnn": (10.0, 7.0)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_benchmarks_models_take_less_memory(name):
+    from benchmarks.workloads import make_workload
+
+    model = make_workload(name, "stated", "cpu").model
+    for options, limit in zip(({}, HALF), LIMITS[name], strict=True):
+        optimizer = KFACOptimizer(model.parameters(), **options)
+        optimizer.state_dict()  # makes all of it
+        seen = optimizer.describe()
+        assert seen.state_bytes <= limit * seen.parameter_bytes

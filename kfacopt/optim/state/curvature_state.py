@@ -17,6 +17,7 @@ from kfacopt.kfac.factors import Factors, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.kept_products import KeptProduct
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
+from kfacopt.linalg.triangles import Workspace
 from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state import inverses
 from kfacopt.optim.state.conversions import follow_parameters
@@ -102,9 +103,11 @@ class CurvatureState:
         known = [layer.name for layer in self.layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 
-    def inverse(self, block: Block, damping: float) -> KroneckerMatrix | KeptProduct | None:
+    def inverse(
+        self, block: Block, damping: float, workspace: Workspace | None = None
+    ) -> KroneckerMatrix | KeptProduct | None:
         """Return a block's damped inverse, or `None` if there is none yet."""
-        return inverses.inverse_of(self.entries[block.anchor], damping)
+        return inverses.inverse_of(self.entries[block.anchor], damping, workspace)
 
     def bases(self) -> dict[Block, Bases]:
         """Return the eigenbases of the blocks whose second moments are kept."""

@@ -23,7 +23,7 @@ from kfacopt.linalg.kronecker import (
     trace,
 )
 from kfacopt.linalg.split_factors import SplitBasis, SplitInverse
-from kfacopt.linalg.triangles import kept_once
+from kfacopt.linalg.triangles import Workspace, kept_once
 from kfacopt.optim.settings import InverseForm
 from kfacopt.optim.state.running_averages import (
     FACTORS,
@@ -280,19 +280,22 @@ def has_inverse(state: State) -> bool:
     return any(key in state for key in ("input_inverse", "inverse_eigenvalues", "second_moments"))
 
 
-def inverse_of(state: State, damping: float) -> KroneckerMatrix | KeptProduct | None:
+def inverse_of(
+    state: State, damping: float, workspace: Workspace | None = None
+) -> KroneckerMatrix | KeptProduct | None:
     """Return a block's damped inverse from its state, or `None` if there is none yet.
 
     Args:
         state: The optimizer's state of the block's anchor parameter.
         damping: δ, which EKFAC adds to its second moments here; K-FAC's inverse has it inside.
+        workspace: Where what is kept once is written out, for a product at a time.
     """
     if not has_inverse(state):
         return None
     if "input_inverse" in state:
         G, A = (state[name] for name in INVERSES)
         if INPUT_UPDATE not in state:
-            return KeptProduct(G, A)
+            return KeptProduct(G, A, workspace)
         A = inverse_side(A)
         joint = state[INPUT_UPDATE].shape[-1] > A.shape[1] * A.shape[2] + 1
         return KroneckerProduct(inverse_side(G), SplitInverse(A, state[INPUT_UPDATE], joint))

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from kfacopt.kfac.layers import Block
 from kfacopt.linalg.kept_products import KeptProduct
 from kfacopt.linalg.kronecker import KroneckerEigendecomposition, KroneckerMatrix
+from kfacopt.linalg.triangles import Workspace
 from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.steps.update import ByParameter
@@ -44,12 +45,13 @@ def preconditioned(
         Directions of the parameters' shapes, for those in a block with an inverse.
     """
     directions: dict[Parameter, Tensor] = {}
+    workspace = Workspace()
     damping = {p: group["damping"] for group in groups for p in group["params"]}
     for block in curvature.blocks:
         grads = [gradients.get(p) for p in block.parameters]
         if all(g is None for g in grads):
             continue
-        inverse = curvature.inverse(block, damping[block.anchor])
+        inverse = curvature.inverse(block, damping[block.anchor], workspace)
         if inverse is None:
             without_inverse(block)
             continue
