@@ -361,7 +361,7 @@ def test_wide_convolutions_are_split_by_default_and_described():
     assert rows["0.weight"] == "Kronecker 64 × 28"
     assert rows["1.weight"] == "Kronecker 4 × 577 (64 channels × 9 positions + 1)"
     assert rows["2.weight"] == "Kronecker 900 × 5"
-    assert optimizer.state[model[1].weight]["input_factor"].shape == (1, 64, 64)
+    assert optimizer.state[model[1].weight]["input_factor"].shape == (1, 64, 33)
 
 
 def test_patches_of_images_and_kernels_of_single_channels_stay_whole():

@@ -88,7 +88,7 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
 _LARGE = 2**18
 
 
-def _multiplied_left(factor: Tensor, columns: Sequence[Tensor]) -> Tensor:
+def multiplied_left(factor: Tensor, columns: Sequence[Tensor]) -> Tensor:
     """Return `factor @ X` for X `[..., B, d, n]` that is given in columns."""
     lead, widths = columns[0].shape[:-1], [x.shape[-1] for x in columns]
     large = lead.numel() * sum(widths) >= _LARGE and columns[0].device.type == "cpu"
@@ -103,6 +103,15 @@ def _multiplied_left(factor: Tensor, columns: Sequence[Tensor]) -> Tensor:
     for x, part in zip(pieces, parts, strict=True):
         torch.bmm(factor, x, out=part)
     return result
+
+
+def multiplied_right(X: Tensor, factor: Factor, widths: Sequence[int]) -> list[Tensor]:
+    """Return `X @ factor` for X `[..., B, n, d]` in columns of some widths."""
+    if not isinstance(factor, Tensor):
+        return list(multiply_right(X, factor).split(widths, dim=-1))
+    rows = X.split(widths, dim=-1) if is_diagonal(factor) else [X] * len(widths)
+    factors = factor.split(widths, dim=-1)
+    return [multiply_right(x, a) for x, a in zip(rows, factors, strict=True)]
 
 
 def eigendecomposition(factor: Factor) -> tuple[Tensor, Basis | None]:
@@ -227,12 +236,7 @@ class KroneckerProduct:
         G, A, widths = self.grad_output_factor, self.input_factor, [x.shape[-1] for x in columns]
         if isinstance(A, SplitInverse) and columns[0].ndim == 3 and not is_diagonal(G):
             return multiplied(G, A, columns)
-        left = _multiplied_left(G, columns)
-        if not isinstance(A, Tensor):
-            return list(multiply_right(left, A).split(widths, dim=-1))
-        rows = left.split(widths, dim=-1) if is_diagonal(A) else [left] * len(widths)
-        factors = A.split(widths, dim=-1)
-        return [multiply_right(x, a) for x, a in zip(rows, factors, strict=True)]
+        return multiplied_right(multiplied_left(G, columns), A, widths)
 
     def trace(self) -> Tensor:
         """Return tr(G ⊗ A) = Σ_B tr(G) tr(A)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.kfac.layers import Block
+from kfacopt.linalg.kept_products import KeptProduct
 from kfacopt.linalg.kronecker import KroneckerMatrix, KroneckerProduct, eigendecomposition
 from kfacopt.linalg.split_factors import SplitInverse
 from kfacopt.linalg.split_spectrum import spectrum_ends
@@ -58,14 +59,14 @@ def block_statistics(
     }
 
 
-def condition(inverse: KroneckerMatrix) -> float:
+def condition(inverse: KroneckerMatrix | KeptProduct) -> float:
     """Return the largest over the smallest eigenvalue of a block's damped curvature.
 
     Args:
         inverse: The damped inverse, which has the same condition; of several independent blocks
             (groups of a convolution) the worst counts, of blocks of one number all together.
     """
-    inverse = inverse.widened()
+    inverse = (inverse.dense() if isinstance(inverse, KeptProduct) else inverse).widened()
     if isinstance(inverse, KroneckerProduct):
         sides = (inverse.grad_output_factor, inverse.input_factor)
         spectra = [

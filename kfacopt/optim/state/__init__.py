@@ -2,6 +2,7 @@
 
 What is in a checkpoint, by parameter; "anchor" is a layer's or block's first trained parameter:
 
+- of symmetric matrices, A and G and their inverses, what `linalg.triangles` keeps
 - of a layer, at its anchor: `input_factor` A (of a split A the channels' moment, and
   `input_moments`), `grad_output_factor` G, `factor_weight`, `factor_updates`, `skipped_updates`,
   `factor_step`; at the first layer's `generator_state`

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
+from kfacopt.linalg.triangles import symmetric, whole_shape
 from kfacopt.optim.group_settings import check_group
 from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.conversions import was_not_saved
@@ -197,7 +198,8 @@ def _check_entry(
         shape = ()
     if shape is None:
         return
-    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+    older = whole_shape(shape) if name in (*FACTORS, *INVERSES) else shape  # kept whole
+    if not isinstance(value, Tensor) or tuple(value.shape) not in (shape, older):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"{where} must be a tensor of shape {shape}, got {got}. Use the same model, "
@@ -237,6 +239,7 @@ def _check_saved_count(where: str, value: Any, least: int, scalar: bool) -> None
 
 def _check_positive(where: str, value: Tensor) -> None:
     """Raise unless `[B, d, d]` is symmetric with a diagonal, or `[B, d]` is one, of at least 0."""
+    value = symmetric(value)
     if not is_diagonal(value):
         asymmetry = (value - value.mT).abs().amax() / value.abs().amax().clamp(min=1e-30)
         if float(asymmetry) > _ASYMMETRY:

@@ -12,8 +12,9 @@ from torch import Generator, Tensor
 
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Layer
+from kfacopt.linalg.triangles import kept_once
 from kfacopt.optim.settings import Groups, Settings
-from kfacopt.optim.state.inverses import INVERSE_KEYS, INVERSE_SIDES
+from kfacopt.optim.state.inverses import INVERSE_KEYS, INVERSE_SIDES, INVERSES
 from kfacopt.optim.state.running_averages import FACTORS, RECORDS, REST, States
 
 logger = logging.getLogger("kfacopt")
@@ -45,7 +46,10 @@ def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, A
             if was_not_saved(value):
                 states[p].pop(name, None)
             elif name in _OWN_DTYPE and isinstance(value, Tensor):
-                states[p][name] = value.detach().to(p.device, copy=True)
+                own = value.detach().to(p.device, copy=True)
+                if name in (*FACTORS, *INVERSES):  # which older versions saved whole
+                    own = kept_once(own, often=name in INVERSES)
+                states[p][name] = own
             elif name == _GENERATOR:
                 states[p][name] = value.detach().to("cpu", copy=True)
 

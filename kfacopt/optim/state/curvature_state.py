@@ -15,16 +15,20 @@ from torch.nn import Parameter
 from kfacopt.kfac.eigenvalues import Bases
 from kfacopt.kfac.factors import Factors, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.linalg.kept_products import KeptProduct
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
+from kfacopt.linalg.triangles import Workspace
 from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state import inverses
 from kfacopt.optim.state.conversions import follow_parameters
 from kfacopt.optim.state.initial import complete_state, state_shapes
 from kfacopt.optim.state.inverses_over_ranks import update_shared
 from kfacopt.optim.state.running_averages import (
+    FACTORS,
     States,
     fold_factors,
     fold_second_moments,
+    grad_output_factor,
     input_factor,
 )
 from kfacopt.optim.statistics.averaging import average_second_moments
@@ -92,16 +96,18 @@ class CurvatureState:
             )
         if owners and self.has_statistics(owners[0]):
             state = self.entries[owners[0].anchor]
-            A = input_factor(state, owners[0], factor_dtype(state["input_factor"].dtype))
-            if not owners[0].positions:
-                A = state["input_factor"]
-            return Factors.of(owners[0], A, state["grad_output_factor"])
+            own_a, own_g = (state[name].dtype for name in FACTORS)
+            wide = factor_dtype(own_a) if owners[0].positions else own_a
+            A, G = input_factor(state, owners[0], wide), grad_output_factor(state, own_g)
+            return Factors.of(owners[0], A, G)
         known = [layer.name for layer in self.layers]
         raise KeyError(f"{key!r}: no such layer or parameter, or no step yet; layers: {known}.")
 
-    def inverse(self, block: Block, damping: float) -> KroneckerMatrix | None:
+    def inverse(
+        self, block: Block, damping: float, workspace: Workspace | None = None
+    ) -> KroneckerMatrix | KeptProduct | None:
         """Return a block's damped inverse, or `None` if there is none yet."""
-        return inverses.inverse_of(self.entries[block.anchor], damping)
+        return inverses.inverse_of(self.entries[block.anchor], damping, workspace)
 
     def bases(self) -> dict[Block, Bases]:
         """Return the eigenbases of the blocks whose second moments are kept."""

@@ -15,8 +15,10 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.linalg.triangles import kept_shape
 from kfacopt.optim.settings import Groups, InverseForm, Settings
 from kfacopt.optim.state.inverses import (
+    BASES,
     INPUT_UPDATE,
     INVERSES,
     LEVELS,
@@ -103,24 +105,28 @@ def state_shapes(
         p: dict.fromkeys(own, tuple(p.shape)) for p in params
     }
     for layer in layers:
-        factors = factor_shapes(layer, form)
+        factors, whole = factor_shapes(layer, form), form.shapes(layer)
         shapes[layer.anchor] |= factors | {"factor_weight": form.count_shape(layer)}
         for block in layer.blocks:
             constant = (layer.groups, 1, 1)  # a bias's input
             sides = {
-                "grad_output": factors["grad_output_factor"],
-                "input": constant if block.weight is None else factors["input_factor"],
+                "grad_output": whole[1],
+                "input": constant if block.weight is None else whole[0],
             }
             is_split = layer.positions and block.weight is not None
             entries: dict[str, tuple[int, ...]] = {"second_moment_weight": form.count_shape(layer)}
             for name in ("inverse_eigenvalues", "second_moments"):
                 entries[name] = (layer.groups, layer.d_out, block.d_in)
             for side, shape in sides.items():
-                entries |= {f"{side}_inverse": shape, f"{side}_basis": shape}
-                entries[f"{side}_levels"] = shape[:2]
+                entries |= {
+                    f"{side}_inverse": kept_shape(shape, often=True),
+                    f"{side}_basis": shape,
+                    f"{side}_levels": shape[:2],
+                }
             if is_split:
                 B, K, C = layer.groups, layer.positions, layer.channels
-                entries |= {INVERSES[1]: (B, K, C, C), INPUT_UPDATE: (B, layer.d_in + 1)}
-                entries |= {POSITION_BASIS: (B, K, K), LEVELS[2]: (B, K)}
+                entries |= {INVERSES[1]: kept_shape((B, K, C, C), often=True), BASES[1]: (B, C, C)}
+                entries |= {INPUT_UPDATE: (B, layer.d_in + 1), POSITION_BASIS: (B, K, K)}
+                entries |= {LEVELS[1]: (B, C), LEVELS[2]: (B, K)}
             shapes[block.anchor] |= entries
     return shapes

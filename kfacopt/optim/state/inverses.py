@@ -13,6 +13,7 @@ from kfacopt.kfac.factors import FactorForm, along, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.eigenbasis import rayleigh_quotients, refreshed_basis, rotated_eigenvalues
 from kfacopt.linalg.eigenspaces import Levels, averaged
+from kfacopt.linalg.kept_products import KeptProduct, inverse_side
 from kfacopt.linalg.kronecker import (
     DecompositionError,
     KroneckerEigendecomposition,
@@ -24,6 +25,7 @@ from kfacopt.linalg.kronecker import (
     trace,
 )
 from kfacopt.linalg.split_factors import SplitBasis, SplitInverse
+from kfacopt.linalg.triangles import Workspace, kept_once
 from kfacopt.optim.settings import InverseForm
 from kfacopt.optim.state.running_averages import (
     FACTORS,
@@ -32,6 +34,7 @@ from kfacopt.optim.state.running_averages import (
     State,
     States,
     factor_shapes,
+    grad_output_factor,
     has_weight,
     input_factor,
     is_free_to_read,
@@ -112,7 +115,7 @@ def _eigenvalues(state: State) -> Tensor:
 
 def _factors(layer_state: State, block: Block) -> KroneckerProduct:
     dtype = factor_dtype(layer_state["input_factor"].dtype)
-    A, G = input_factor(layer_state, block.layer, dtype), layer_state[FACTORS[1]].to(dtype)
+    A, G = input_factor(layer_state, block.layer, dtype), grad_output_factor(layer_state, dtype)
     if block.layer.family.routed:
         assert isinstance(A, Tensor)
         A, G = (_filled(x, layer_state["factor_weight"]) for x in (A, G))
@@ -222,13 +225,13 @@ def _store_inverse(state: State, inverse: KroneckerMatrix, form: InverseForm) ->
     stored = form.stored_dtype or inverse.dtype
     if isinstance(inverse, KroneckerProduct):
         A = inverse.input_factor
-        entries = {INVERSES[0]: inverse.grad_output_factor.to(stored)}
+        entries = {INVERSES[0]: kept_once(inverse.grad_output_factor.to(stored), often=True)}
         if isinstance(A, SplitInverse):
             A = A.rounded(stored)
-            entries |= {INVERSES[1]: A.blocks, INPUT_UPDATE: A.update}
+            entries |= {INVERSES[1]: kept_once(A.blocks, often=True), INPUT_UPDATE: A.update}
         else:
             assert isinstance(A, Tensor)
-            entries[INVERSES[1]] = A.to(stored)
+            entries[INVERSES[1]] = kept_once(A.to(stored), often=True)
     else:
         bases = (inverse.grad_output_basis, inverse.input_basis)
         entries = _basis_entries(bases, stored)
@@ -300,21 +303,25 @@ def has_inverse(state: State) -> bool:
     return any(key in state for key in ("input_inverse", "inverse_eigenvalues", "second_moments"))
 
 
-def inverse_of(state: State, damping: float) -> KroneckerMatrix | None:
+def inverse_of(
+    state: State, damping: float, workspace: Workspace | None = None
+) -> KroneckerMatrix | KeptProduct | None:
     """Return a block's damped inverse from its state, or `None` if there is none yet.
 
     Args:
         state: The optimizer's state of the block's anchor parameter.
         damping: δ, which EKFAC adds to its second moments here; K-FAC's inverse has it inside.
+        workspace: Where what is kept once is written out, for a product at a time.
     """
     if not has_inverse(state):
         return None
     if "input_inverse" in state:
-        A = state["input_inverse"]
-        if INPUT_UPDATE in state:
-            joint = state[INPUT_UPDATE].shape[-1] > A.shape[1] * A.shape[2] + 1
-            A = SplitInverse(A, state[INPUT_UPDATE], joint)
-        return KroneckerProduct(state["grad_output_inverse"], A)
+        G, A = (state[name] for name in INVERSES)
+        if INPUT_UPDATE not in state:
+            return KeptProduct(G, A, workspace)
+        A = inverse_side(A)
+        joint = state[INPUT_UPDATE].shape[-1] > A.shape[1] * A.shape[2] + 1
+        return KroneckerProduct(inverse_side(G), SplitInverse(A, state[INPUT_UPDATE], joint))
     if "second_moments" in state:
         moments = state["second_moments"]
         eigenvalues = (moments.to(factor_dtype(moments.dtype)) + damping).reciprocal()

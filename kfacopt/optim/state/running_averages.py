@@ -12,6 +12,7 @@ from kfacopt.kfac.factors import FactorForm, along, factor_dtype, fold
 from kfacopt.kfac.layers import Layer
 from kfacopt.linalg.kronecker import diagonal_of
 from kfacopt.linalg.split_factors import Factor, SplitFactor, packed_rest, unpacked
+from kfacopt.linalg.triangles import kept_once, kept_shape, symmetric
 from kfacopt.optim.statistics.moments import Moments
 
 State = dict[str, Any]  # of one parameter
@@ -29,16 +30,21 @@ RECORDS = ("factor_weight", "factor_updates", "skipped_updates", "factor_step")
 
 def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a layer's running factors by their key in the state."""
-    shapes: dict[str, tuple[int, ...]] = dict(zip(FACTORS, form.shapes(layer), strict=True))
+    shapes = {name: kept_shape(x) for name, x in zip(FACTORS, form.shapes(layer), strict=True)}
     if layer.positions:
         B, C, K = layer.groups, layer.channels, layer.positions
-        shapes |= {FACTORS[0]: (B, C, C), REST: (B, packed_rest(C, K))}
+        shapes |= {FACTORS[0]: kept_shape((B, C, C)), REST: (B, packed_rest(C, K))}
     return shapes
+
+
+def grad_output_factor(state: State, dtype: torch.dtype) -> Tensor:
+    """Return a layer's G from its state, in a dtype."""
+    return symmetric(state[FACTORS[1]].to(dtype))
 
 
 def input_factor(state: State, layer: Layer, dtype: torch.dtype) -> Factor:
     """Return a layer's A from its state, in a dtype."""
-    A: Tensor = state[FACTORS[0]].to(dtype)
+    A = symmetric(state[FACTORS[0]].to(dtype))
     if not layer.positions:
         return A
     return SplitFactor.of(A, state[REST].to(dtype), layer.joint)
@@ -133,6 +139,7 @@ def fold_factors(
         values |= {FACTORS[0]: channels, REST: rest}
     # Sums of squares: |Σ x_i x_j|² ≤ Σ x_i² Σ x_j², so that the diagonals tell.
     checked = [diagonal_of(x) for x in values.values()]
+    values |= {name: kept_once(values[name]) for name in FACTORS}
     weight = moments.rows if layer.family.routed else moments.terms
     folded = _fold_finite(state, "factor_weight", values, checked, weight, ema_decay).any()
     state["factor_updates"] += 1

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.kfac.layers import Block
-from kfacopt.linalg.kronecker import KroneckerMatrix, KroneckerProduct
+from kfacopt.linalg.kept_products import KeptProduct
+from kfacopt.linalg.kronecker import KroneckerEigendecomposition, KroneckerMatrix
+from kfacopt.linalg.triangles import Workspace
 from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.curvature_state import CurvatureState
 from kfacopt.optim.steps.update import ByParameter
@@ -43,12 +45,13 @@ def preconditioned(
         Directions of the parameters' shapes, for those in a block with an inverse.
     """
     directions: dict[Parameter, Tensor] = {}
+    workspace = Workspace()
     damping = {p: group["damping"] for group in groups for p in group["params"]}
     for block in curvature.blocks:
         grads = [gradients.get(p) for p in block.parameters]
         if all(g is None for g in grads):
             continue
-        inverse = curvature.inverse(block, damping[block.anchor])
+        inverse = curvature.inverse(block, damping[block.anchor], workspace)
         if inverse is None:
             without_inverse(block)
             continue
@@ -59,7 +62,7 @@ def preconditioned(
 
 
 def precondition(
-    inverse: KroneckerMatrix, block: Block, grads: Sequence[Tensor | None]
+    inverse: KroneckerMatrix | KeptProduct, block: Block, grads: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """Return the damped inverse times the gradients of a block's parameters.
 
@@ -79,9 +82,9 @@ def precondition(
         torch.zeros_like(p, dtype=dtype) if g is None else g.to(dtype)
         for p, g in zip(block.parameters, grads, strict=True)
     ]
-    if isinstance(inverse, KroneckerProduct):
-        pieces = block.from_columns(inverse.apply_columns(block.to_columns(filled)))
-    else:
+    if isinstance(inverse, KroneckerEigendecomposition):
         pieces = block.from_matrix(inverse.apply(block.to_matrix(filled)))
+    else:
+        pieces = block.from_columns(inverse.apply_columns(block.to_columns(filled)))
     pairs = zip(pieces, block.parameters, strict=True)
     return [piece.contiguous().to(p.dtype) for piece, p in pairs]  # as fused kernels need it
