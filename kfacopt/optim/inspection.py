@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.nn import Parameter
 
 from kfacopt.kfac.layers import Block, Kinds, default_kinds
+from kfacopt.linalg.kept_products import KeptProduct
 from kfacopt.linalg.kronecker import KroneckerEigendecomposition, KroneckerMatrix
 from kfacopt.optim.kfac import KFACOptimizer
 from kfacopt.optim.monitoring import Scalars, block_statistics
@@ -64,6 +65,8 @@ def inspect(optimizer: KFACOptimizer) -> Inspection:
         own, state = states.get(block.anchor, {}), states.get(block.layer.anchor, {})
         known = block.anchor in states
         inverse = curvature.inverse(block, delta) if known else None
+        if isinstance(inverse, KeptProduct):
+            inverse = inverse.dense()
         blocks[tuple(map(id, block.parameters))] = RunningBlock(
             _matrix(own, state, block) if known else None,
             None if inverse is None else inverse.widened(),

@@ -152,8 +152,8 @@ class KFACOptimizer(Optimizer):
             name the products in them.
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
         conv_factor: How A of convolutions is kept: `"full"`; `"channels"`, by channels C and
-            positions K of the kernel, which takes (K + 1) C² / 2 numbers with its inverse instead of
-            (K C)² (see `kfacopt.linalg.split_factors`); `"auto"`, so where K C is above
+            positions K of the kernel, which takes (K + 1) C² / 2 numbers with its inverse instead
+            of (K C)² (see `kfacopt.linalg.split_factors`); `"auto"`, so where K C is above
             512 and C at least K.
         factor_dtype: The dtype that Ā, Ḡ and Λ are kept in; `None` is the parameters', at least
             float32. Sums and decompositions are computed in at least float32.
