@@ -2,9 +2,9 @@
 
     python -m benchmarks.schedule_picture
 
-A small network learns the digits with each of four schedules of torch; with the defaults, but without
-momentum, so that a step's length is that of its own time, and with a fixed κ, so that ν is that of
-the gradients alone.
+A small network learns the digits with each of four schedules of torch; with the defaults, but
+without momentum, so that a step's length is that of its own time, and with a fixed κ, so that ν is
+that of the gradients alone.
 """
 
 from __future__ import annotations
