@@ -154,10 +154,35 @@ def test_kl_clip_has_a_floor_and_a_cap():
     assert optimizer.statistics()["gain_ratio"] > GOOD
     assert kl_clip(optimizer) == MOST_KL_CLIP
     model = mlp()
-    optimizer = with_kl_clip(make(model, maximize=True), 1.1 * LEAST_KL_CLIP)
-    step(model, optimizer)
+    optimizer = with_kl_clip(make(model), 1.1 * LEAST_KL_CLIP)
+    step(model, optimizer, change=lambda m: [p.grad.neg_() for p in m.parameters()])
     assert optimizer.statistics()["slope"] > 0
     assert kl_clip(optimizer) == LEAST_KL_CLIP
+
+
+def test_maximising_is_minimising_the_opposite():
+    runs = []
+    for sign in (1, -1):
+        model = mlp()
+        optimizer = make(model, maximize=sign < 0)
+        step(model, optimizer, lambda m, sign=sign: sign * cross_entropy(m))
+        ratio, slope, change = measured(optimizer)
+        runs.append((kl_clip(optimizer), ratio, sign * slope, sign * change))
+    assert runs[0] == runs[1]
+    assert runs[0][0] == GROWTH * FIRST_KL_CLIP
+
+
+def test_groups_that_maximise_what_others_minimise_are_not_measured(caplog):
+    model = mlp()
+    groups = [
+        {"params": model[0].parameters()},
+        {"params": model[2].parameters(), "maximize": True},
+    ]
+    optimizer = KFACOptimizer(groups)
+    with caplog.at_level(logging.INFO, logger="kfacopt"):
+        step(model, optimizer)
+    assert any("some groups maximise" in record.message for record in caplog.records)
+    assert kl_clip(optimizer) == FIRST_KL_CLIP
 
 
 def test_one_step_in_thirty_is_measured():
