@@ -14,7 +14,13 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-FILES = ("test_ranks", "test_distributed", "test_any_loss_ranks", "test_products")
+FILES = (
+    "test_ranks",
+    "test_distributed",
+    "test_any_loss_ranks",
+    "test_products",
+    "test_trust_region",
+)
 WORLD = 2
 COLLECTIVE_LIMIT = datetime.timedelta(seconds=60)
 PAIR_LIMIT = 300.0  # seconds

@@ -64,7 +64,7 @@ def test_settings_may_be_tensors(name, setting):
         lambda m: KFACOptimizer([{"params": m.parameters(), setting: given}])
     )
     assert_equal_models(model, plain)
-    assert optimizer.statistics()["0/damping"] == (LR if setting == "damping" else 5e-4)
+    assert optimizer.statistics()["0/damping"] == (LR if setting == "damping" else 1e-3)
 
 
 def test_a_rate_that_is_changed_in_place_counts():

@@ -6,7 +6,8 @@ taken, scaled to the initial learning rate. From
 
     s = (L(θ + d) − L(θ − d)) / 2,    ρ = (L(θ + d) − L(θ)) / s
 
-follows κ: κ ← 2 κ where ρ > ¾; κ ← κ / 2 where ρ < ¼, s ≥ 0, or L(θ + d) is not finite.
+follows κ: κ ← 2 κ where ρ > ¾; κ ← κ / 2 where ρ < ¼, s ≥ 0 (s ≤ 0 where the objective is
+maximised), or L(θ + d) is not finite.
 s is the slope along d, but for third derivatives, so that ρ = 1 where the loss is linear along the
 step, ½ at the minimum of a quadratic, and 0 where the step goes twice as far. Neither the gradient
 nor the curvature is in it: a gradient that was clipped changes nothing.
@@ -102,8 +103,14 @@ class TrustRegion:
         step = _at_initial_rate(groups, before)
         if not step:
             return
+        signs = {
+            -1 if g["maximize"] else 1 for g in groups if not step.keys().isdisjoint(g["params"])
+        }
+        if len(signs) == 2:
+            self.trouble = unmeasured("some groups maximise what others minimise")
+            return
         clip = self.clip(groups)
-        change = self._measured(before, step, make_objective())
+        change = self._measured(before, step, make_objective(), signs.pop())
         if change:
             clip = min(max(clip * change, LEAST_KL_CLIP), MOST_KL_CLIP)
         for group in groups:
@@ -114,8 +121,16 @@ class TrustRegion:
         before: Mapping[Parameter, Tensor],
         step: Mapping[Parameter, Tensor],
         objective: Objective,
+        sign: int,
     ) -> float:
-        """Return the factor that κ is to change by; 0 if nothing was found out."""
+        """Return the factor that κ is to change by; 0 if nothing was found out.
+
+        Args:
+            before: The parameters that were moved, as they were.
+            step: d.
+            objective: What is evaluated.
+            sign: −1 where it is maximised, else 1.
+        """
         first = next(iter(before.values()))
         numbers = torch.zeros(5, dtype=torch.float64, device=first.device)
         trouble = ""
@@ -137,9 +152,11 @@ class TrustRegion:
                 f"the same batch gave outputs that differ by {mismatch:.2g} of the largest"
             )
             return 0.0
-        return self._judged(here, there, back, first.dtype)
+        return self._judged(here, there, back, sign, first.dtype)
 
-    def _judged(self, here: float, there: float, back: float, dtype: torch.dtype) -> float:
+    def _judged(
+        self, here: float, there: float, back: float, sign: int, dtype: torch.dtype
+    ) -> float:
         if not math.isfinite(here):
             return 0.0
         slope, change = (there - back) / 2, there - here
@@ -150,7 +167,7 @@ class TrustRegion:
         told = max(abs(change), abs(back - here)) > 10 * round_off(dtype) * abs(here)
         if not told:
             return 0.0
-        if slope >= 0 or ratio < POOR:
+        if sign * slope >= 0 or ratio < POOR:
             return 1 / GROWTH
         return GROWTH if ratio > GOOD else 1.0
 
