@@ -65,6 +65,11 @@ class LayerUse:
         """Return a by its entries that are not 0, or `None` unless these are few."""
         return self.family.sparse_inputs(self.call, self.checked_input())
 
+    def counted(self, reduce: bool) -> Tensor | None:
+        """Return which rows `[N, S]` W acts on, or which data where these are averaged."""
+        own = self.family.counted(self.call, self.checked_input())
+        return own.any(1, keepdim=True).expand_as(own) if reduce and own is not None else own
+
     def grad_rows(self, g: Tensor) -> Tensor:
         """Return the gradient by the module's output as `[B, N, S, d_out]`."""
         return self.family.grad_outputs(self.call, g)

@@ -20,8 +20,8 @@ def find_layers(
 ) -> list[tuple[Layer, list[nn.Module]]]:
     """Find the supported layers that own any of the parameters.
 
-    Modules that share their weight (and bias) are one layer. Where some of them lack its bias, blocks
-    of W and b have no G in common: they are two layers. A bias that a module does not share
+    Modules that share their weight (and bias) are one layer. Where some of them lack its bias,
+    blocks of W and b have no G in common: they are two layers. A bias that a module does not share
     with the module of the same weight has no layer, nor has a parameter that a module of another
     kind owns too (an embedding tied to a linear layer), or one that requires no gradient, is
     complex, or has no entries.
