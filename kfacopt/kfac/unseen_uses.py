@@ -110,8 +110,10 @@ def past_modules(
     for p in unseen:
         layer = layer_of.get(p)
         if layer is not None and layer.weight is None:
-            own = [use for use in uses if use.layer is layer and _leaves_weight(use)]
-            calls = sum(use.edge.node not in passed for use in own)
+            calls = sum(
+                use.layer is layer and _leaves_weight(use) and use.edge.node not in passed
+                for use in uses
+            )
             explained |= {p} if 0 < calls == operands.get(p) else set()
     rest = [p for p in unseen if p in layer_of and p not in explained]
     seen = {id(p) for p in unseen}

@@ -43,7 +43,8 @@ class Embedding(LinearFamily):
         if module.padding_idx is None:
             return None
         shape = (len(x), x.shape[1:].numel()) if x.ndim else (1, 1)
-        return (x != module.padding_idx).reshape(shape)
+        counted: Tensor = x != module.padding_idx
+        return counted.reshape(shape)
 
     @staticmethod
     def _entries(module: Any, tokens: Tensor, positions: Tensor, S: int) -> SparseRows:
