@@ -116,9 +116,10 @@ def record_use(
     """Return the record of a call of `module`, or `None` if no gradient can reach it.
 
     A call through `torch.func.functional_call` with other parameters is not one of the layer, and
-    one in a transform of `torch.func` has tensors that are gone at its end.
+    one in a transform of `torch.func` has tensors that are gone at its end. A `forward` that was
+    put on the module itself may compute anything: the products in it are looked for in the graph.
     """
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or "forward" in vars(module):
         return None
     x: Any = args[0] if args else kwargs.get("input")
     constants = None
