@@ -96,6 +96,51 @@ def test_ekfac_has_the_trace_of_the_exact_block_of_any_net(name, approx):
     torch.testing.assert_close(ekfac.trace(), trace, rtol=TOLERANCE, atol=0.0)
 
 
+class ScaledPadding(nn.Module):
+    """An embedding whose padded positions have other gradients than the rest."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = make()
+
+    def forward(self, x):
+        z = self.embedding(x)
+        padded = x == 2
+        padded = padded.all(-1) if isinstance(self.embedding, nn.EmbeddingBag) else padded
+        return (z * torch.where(padded, 5.0, 1.0)[..., None]).flatten(1)
+
+
+SCALED = {
+    "positions": (lambda: nn.Embedding(V, WIDTH, padding_idx=2), (3,), "expand"),
+    "one-token": (lambda: nn.Embedding(V, WIDTH, padding_idx=2), (), "reduce"),
+    "bag": (lambda: nn.EmbeddingBag(V, WIDTH, mode="sum", padding_idx=2), (1,), "expand"),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_padding_counts_in_no_factor(name):
+    make, shape, approx = SCALED[name]
+    model, X = ScaledPadding(make), torch.arange(10 * (shape or (1,))[0]).reshape(10, *shape) % 4
+    y, loss = torch.zeros_like(model(X)), nn.MSELoss()
+    args = model, loss, list(model.parameters()), [(X[:4], y[:4]), (X[4:], y[4:])]
+    K = KFACLinearOperator(*args, fisher_type="type-2", kfac_approx=approx)
+    torch.testing.assert_close(to_dense(K), dense_ggn(*args), rtol=TOLERANCE, atol=TOLERANCE)
+    optimizer = KFACOptimizer(
+        model.parameters(),
+        lr=0.0,
+        layers=[nn.Embedding, nn.EmbeddingBag],
+        fisher_type="type-2",
+        kfac_approx=approx,
+        factor_update_interval=1,
+    )
+    loss(model(X), y).backward()
+    optimizer.step()
+    (p,) = model.parameters()
+    for own, expected in zip(optimizer.factors(p), K.factors(p), strict=True):
+        torch.testing.assert_close(own, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 class TwoTowers(nn.Module):
     """One embedding for queries [N, 2] and documents [N, 3]."""
 

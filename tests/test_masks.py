@@ -214,6 +214,57 @@ def test_a_batch_of_ignored_targets_alone_changes_no_average():
         assert torch.equal(one, other)
 
 
+ORDERS = {
+    "one batch": [[0, 1, 2, 3, 4]],
+    "ignored last": [[0, 1, 2], [3, 4]],
+    "ignored first": [[3, 4], [0, 1, 2]],
+    "mixed": [[0, 3], [1], [2, 4]],
+}
+
+
+@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_data_of_ignored_targets_are_none_of_the_empirical_fishers(
+    reduction, order, preconditioner
+):
+    """Sums divided by the number of targets that count, in micro-batches in any order."""
+    torch.manual_seed(0)
+    model, X, y = nn.Linear(D, C), data(N, D), torch.tensor([0, 1, 1, -100, -100])
+    options = {**EVERY_STEP, "fisher_type": "empirical", "preconditioner": preconditioner}
+    optimizer = KFACOptimizer(model.parameters(), **options)
+    for own in ORDERS[order]:
+        (F.cross_entropy(model(X[own]), y[own], reduction=reduction).sum() / 3).backward()
+    z = model(X[:3]).detach()
+    optimizer.step()
+    a = torch.cat([X[:3], torch.ones(3, 1)], 1)
+    g = z.softmax(1) - F.one_hot(y[:3], C)
+    A, G = optimizer.factors("")
+    torch.testing.assert_close(A, a.T @ a / 3, rtol=ROUND_OFF, atol=ROUND_OFF)
+    torch.testing.assert_close(G, g.T @ g / 3, rtol=ROUND_OFF, atol=ROUND_OFF)
+
+
+@pytest.mark.parametrize("output", [lambda z: z.mT, lambda z: z], ids=["classes second", "last"])
+def test_a_datum_is_a_sequence_with_any_target_for_the_empirical_fisher(output):
+    """Its positions are parts of one datum's loss; a sequence of ignored ones is none."""
+    torch.manual_seed(0)
+    model, X = nn.Linear(D, C), sequences()
+    y = targets()
+    y[1] = -100
+    optimizer = KFACOptimizer(model.parameters(), **EVERY_STEP, fisher_type="empirical")
+    z = output(model(X))
+    z = z if z.shape[1] == C else z.flatten(0, 1)
+    live = (y != -100).sum()
+    loss = F.cross_entropy(z, y.reshape(z.shape[0], *z.shape[2:]), reduction="none")
+    probabilities = model(X).detach().softmax(-1)
+    (loss.sum() / live).backward()
+    optimizer.step()
+    g = (probabilities - F.one_hot(y.clamp(min=0), C)) * (y != -100)[..., None] / live
+    rows = g.flatten(0, 1)
+    G = optimizer.factors("").grad_output_factor
+    torch.testing.assert_close(G, (N - 1) * rows.T @ rows, rtol=ROUND_OFF, atol=ROUND_OFF)
+
+
 def test_adapters_that_start_at_zero_have_inputs_beside_ignored_targets():
     """Their first factor gets no gradient until the second one moves (LoRA)."""
     model = nn.Sequential(nn.Linear(D, 2), nn.Linear(2, C))

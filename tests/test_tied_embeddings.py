@@ -216,15 +216,16 @@ def dense_parts(model, tokens, padding=None):
     rows = h.detach().flatten(0, 1)
     count = len(rows)
     A = rows.T @ rows / count
-    p = torch.zeros(V)
-    for token in tokens.flatten().tolist():
-        p[token] += float(token != padding) / count
+    looked_up = tokens[tokens != padding] if padding is not None else tokens.flatten()
+    p = torch.bincount(looked_up, minlength=V).double() / len(looked_up)
     G, own = torch.zeros(V, V), torch.zeros(WIDTH, WIDTH)
     for n, q in enumerate(probabilities):
         hessian = (q.diag() - torch.outer(q, q)) / count
         G += hessian
         jacobian = torch.stack([torch.autograd.grad(x, e, retain_graph=True)[0] for x in z[n]])
         # positions do not see each other
+        if padding is not None:  # W has no derivative there
+            jacobian[:, tokens == padding] = 0.0
         own += torch.einsum("inxd,ij,jnxf->df", jacobian, hessian, jacobian)
     return A, G, p, own
 

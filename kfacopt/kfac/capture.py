@@ -65,6 +65,11 @@ class LayerUse:
         """Return a by its entries that are not 0, or `None` unless these are few."""
         return self.family.sparse_inputs(self.call, self.checked_input())
 
+    def counted(self, reduce: bool) -> Tensor | None:
+        """Return which rows `[N, S]` W acts on, or which data where these are averaged."""
+        own = self.family.counted(self.call, self.checked_input())
+        return own.any(1, keepdim=True).expand_as(own) if reduce and own is not None else own
+
     def grad_rows(self, g: Tensor) -> Tensor:
         """Return the gradient by the module's output as `[B, N, S, d_out]`."""
         return self.family.grad_outputs(self.call, g)
@@ -111,9 +116,10 @@ def record_use(
     """Return the record of a call of `module`, or `None` if no gradient can reach it.
 
     A call through `torch.func.functional_call` with other parameters is not one of the layer, and
-    one in a transform of `torch.func` has tensors that are gone at its end.
+    one in a transform of `torch.func` has tensors that are gone at its end. A `forward` that was
+    put on the module itself may compute anything: the products in it are looked for in the graph.
     """
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or "forward" in vars(module):
         return None
     x: Any = args[0] if args else kwargs.get("input")
     constants = None

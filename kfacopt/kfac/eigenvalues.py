@@ -54,7 +54,7 @@ def block_second_moments(
     inputs: list[Tensor] = []
     outputs = [use.grad_rows(grad.to(dtype)) for use, grad in zip(uses, grads, strict=True)]
     has_few = block.weight is not None and block.layer.diagonal_input
-    sparse = sparse_rows(uses) if has_few else []
+    sparse = sparse_rows(uses, [None] * len(uses)) if has_few else []
     if sparse:
         if len(sparse) == 1:
             outputs = [torch.cat(outputs, dim=2)]

@@ -223,12 +223,20 @@ def _live_means_moments(
     return moments
 
 
-def sparse_rows(uses: Sequence[LayerUse]) -> list[SparseRows]:
-    """Return a layer's inputs by their entries, those of the same data as one; else nothing."""
-    pairs = [(use, use.sparse_inputs()) for use in uses]
-    found = [
-        rows if use.live is None else rows.at(use.live) for use, rows in pairs if rows is not None
-    ]
+def sparse_rows(uses: Sequence[LayerUse], counted: Sequence[Tensor | None]) -> list[SparseRows]:
+    """Return a layer's inputs by their entries, those of the same data as one; else nothing.
+
+    Args:
+        uses: The layer's uses.
+        counted: Which rows of each are told, if not all.
+    """
+    found = []
+    for use, own in zip(uses, counted, strict=True):
+        rows = use.sparse_inputs()
+        live = use.live if use.live is None or own is None else use.live & own
+        live = own if live is None else live
+        if rows is not None:
+            found.append(rows if live is None else rows.at(live))
     if found and len({rows.shape[0] for rows in found}) == 1:
         return [side_by_side(found)]
     return found
@@ -257,7 +265,9 @@ def input_moment(
             "the input (input_derivatives); set separate_weight_and_bias=False."
         )
     diagonal, _ = form.diagonals(layer)
-    sparse = sparse_rows(uses) if layer.diagonal_input else []
+    sparse: list[SparseRows] = []
+    if layer.diagonal_input:
+        sparse = sparse_rows(uses, [use.counted(form.reduce) for use in uses])
     if sparse:
         squares = [rows.squares(form.reduce) for rows in sparse]
         return _total([values for values, _ in squares]), sum(count for _, count in squares)
@@ -307,6 +317,12 @@ def elementwise_moment(layer: Layer, uses: Sequence[LayerUse], grads: Sequence[T
     return _total([x.square().sum(1) for x in gradients])
 
 
+def _counted_rows(use: LayerUse, g: Tensor, reduce: bool) -> Tensor:
+    """Return g as rows `[B, N, S, d_out]`, 0 where W does not act."""
+    rows, counted = use.grad_rows(g), use.counted(reduce)
+    return rows if counted is None else rows * counted.unsqueeze(-1)
+
+
 def grad_output_moment(
     layer: Layer, uses: Sequence[LayerUse], grads: Sequence[Tensor], form: FactorForm
 ) -> Tensor:
@@ -319,18 +335,21 @@ def grad_output_moment(
         pairs = zip(uses, grads, strict=True)
         grads = [g if u.constants is None else g * u.constants.to(g)[:, None] for u, g in pairs]
     if form.reduce and not layer.family.routed:
-        rows = [use.grad_rows(g).sum(2, keepdim=True) for use, g in zip(uses, grads, strict=True)]
+        pairs = zip(uses, grads, strict=True)
+        rows = [_counted_rows(use, g, True).sum(2, keepdim=True) for use, g in pairs]
         if len({g.shape[1] for g in rows}) == 1:
             rows = [_total(rows)]
         return _total([second_moment(g, diagonal) for g in rows])
     loop = len(uses) > 1 and all(use.module is None for use in uses)
     if loop and not layer.family.routed:
-        rows = [use.grad_rows(g).flatten(1, 2) for use, g in zip(uses, grads, strict=True)]
+        pairs = zip(uses, grads, strict=True)
+        rows = [_counted_rows(use, g, False).flatten(1, 2) for use, g in pairs]
         return second_moment(torch.cat(rows, 1).unsqueeze(2), diagonal)
     moments = []
     for use, g in zip(uses, grads, strict=True):
         known = None if diagonal else use.family.grad_output_moment(g, layer.groups)
-        moments.append(second_moment(use.grad_rows(g), diagonal) if known is None else known)
+        own = second_moment(_counted_rows(use, g, False), diagonal) if known is None else known
+        moments.append(own)
     return of_all_groups(layer, uses, moments)
 
 

@@ -29,6 +29,15 @@ _FIRST = 8
 _CHOOSING = ("ViewBackward0", "UnsafeViewBackward0", "IndexBackward0", "IndexSelectBackward0")
 
 
+def ignored_targets(likelihood: Likelihood | None, target: Any) -> Tensor | None:
+    """Return which targets a loss ignores, flat; `None` if it knows of none such."""
+    index = getattr(likelihood, "ignore_index", None)
+    if index is None or not isinstance(target, Tensor) or target.is_floating_point():
+        return None
+    ignored: Tensor = target == index
+    return ignored.flatten()
+
+
 class LiveRows:
     """Which rows of uses received gradients so far.
 
@@ -63,14 +72,15 @@ class LiveRows:
             upstream: The derivative of the objective by it, for each term where it has no sum.
         """
         self._data.add(len(output) if output.ndim else 1)
-        index = getattr(likelihood, "ignore_index", None)
-        if index is not None and isinstance(target, Tensor) and not target.is_floating_point():
-            self._ignore((target == index).flatten())
+        ignored = ignored_targets(likelihood, target)
+        if ignored is not None:
+            self.ignore(ignored)
         if upstream is not None and upstream.ndim:  # a mask times the terms
             zero = upstream == 0
-            self._ignore((zero.all(-1) if 1 < zero.ndim == output.ndim else zero).flatten())
+            self.ignore((zero.all(-1) if 1 < zero.ndim == output.ndim else zero).flatten())
 
-    def _ignore(self, ignored: Tensor) -> None:
+    def ignore(self, ignored: Tensor) -> None:
+        """Take note of the terms that a loss ignores."""
         if ignored.device.type == "cpu" and not bool(ignored.any()):
             return
         known = self._ignored.get(len(ignored))

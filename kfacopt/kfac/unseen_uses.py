@@ -106,10 +106,14 @@ def past_modules(
             adding = {use.edge.node for use in own if use.bias is layer.bias}
             if layer.bias is not None and operands.get(layer.bias) == len(adding):
                 explained.add(layer.bias)
+    passed = {use.edge.node for use in uses if not _leaves_weight(use)}  # by the walk
     for p in unseen:
         layer = layer_of.get(p)
         if layer is not None and layer.weight is None:
-            calls = sum(use.layer is layer for use in uses if _leaves_weight(use))
+            calls = sum(
+                use.layer is layer and _leaves_weight(use) and use.edge.node not in passed
+                for use in uses
+            )
             explained |= {p} if 0 < calls == operands.get(p) else set()
     rest = [p for p in unseen if p in layer_of and p not in explained]
     seen = {id(p) for p in unseen}

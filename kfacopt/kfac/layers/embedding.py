@@ -38,6 +38,14 @@ class Embedding(LinearFamily):
         N, S = tokens.shape
         return self._entries(module, tokens, torch.arange(S, device=x.device).expand(N, S), S)
 
+    def counted(self, module: Any, x: Tensor) -> Tensor | None:
+        """Leave out `padding_idx`."""
+        if module.padding_idx is None:
+            return None
+        shape = (len(x), x.shape[1:].numel()) if x.ndim else (1, 1)
+        counted: Tensor = x != module.padding_idx
+        return counted.reshape(shape)
+
     @staticmethod
     def _entries(module: Any, tokens: Tensor, positions: Tensor, S: int) -> SparseRows:
         """Return an entry for each token `[N, K]`."""
@@ -76,3 +84,8 @@ class EmbeddingBag(Embedding):
     def sparse_inputs(self, module: Any, x: Tensor) -> SparseRows:
         """Return 1 for every token of a sum, 1/K of a mean, where `padding_idx` does not count."""
         return self._entries(module, x, torch.zeros_like(x), 1)
+
+    def counted(self, module: Any, x: Tensor) -> Tensor | None:
+        """Leave out bags of `padding_idx` alone."""
+        tokens = super().counted(module, x)
+        return None if tokens is None else tokens.any(1, keepdim=True)

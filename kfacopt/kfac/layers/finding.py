@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
@@ -19,7 +20,8 @@ def find_layers(
 ) -> list[tuple[Layer, list[nn.Module]]]:
     """Find the supported layers that own any of the parameters.
 
-    Modules that share their weight (and bias) are one layer. A bias that a module does not share
+    Modules that share their weight (and bias) are one layer. Where some of them lack its bias,
+    blocks of W and b have no G in common: they are two layers. A bias that a module does not share
     with the module of the same weight has no layer, nor has a parameter that a module of another
     kind owns too (an embedding tied to a linear layer), or one that requires no gradient, is
     complex, or has no entries.
@@ -58,7 +60,24 @@ def find_layers(
             own_name = name if len(families) == 1 else _parameter_name(name, module, anchor)
             layer = Layer(own_name, weight, bias, family.groups(module), joint, family)
             layers[id(anchor)] = (layer, [module])
-    return list(layers.values())
+    found = list(layers.values())
+    return [own for layer, modules in found for own in _apart(layer, modules)]
+
+
+def _apart(layer: Layer, modules: list[nn.Module]) -> list[tuple[Layer, list[nn.Module]]]:
+    """Return a layer, or one each of W and of b where both have blocks and modules lack b."""
+    family, bias = layer.family, layer.bias
+    if layer.joint or layer.weight is None or bias is None:
+        return [(layer, modules)]
+    adding = [m for m in modules if _matrix_of(m, family)[1] is bias]
+    if len(adding) == len(modules):
+        return [(layer, modules)]
+    prefix = f"{layer.name}." if layer.name else ""
+    weight_name, bias_name = f"{prefix}{family.weight_name}", f"{prefix}{family.bias_name}"
+    return [
+        (replace(layer, name=weight_name, bias=None), modules),
+        (replace(layer, name=bias_name, weight=None), adding),
+    ]
 
 
 def _matrix_of(module: nn.Module, family: LayerFamily) -> list[nn.Parameter | None]:

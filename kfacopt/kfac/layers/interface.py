@@ -125,6 +125,13 @@ class LayerFamily(ABC):
         """
         return None
 
+    def counted(self, module: Any, x: Tensor) -> Tensor | None:
+        """Return which rows `[N, S]` W acts on; `None` for all.
+
+        The others have a = 0, and are left out of both factors, as they have no part in F.
+        """
+        return None
+
     def input_moment(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
         """Return Σ a aᵀ `[B, d_in, d_in]`, Σ a `[B, d_in]` and the number of summands.
 

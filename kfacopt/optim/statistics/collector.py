@@ -170,6 +170,8 @@ class Statistics:
         if found.parts and passes:
             self.others.look(found.edges, found.gradients, passes)
             where, told = (self._candidates, self._candidate_squares), set[Layer]()
+            for ignored in found.piece.ignored:
+                self._candidate_squares.rows.ignore(ignored)
             for own in (found, *extra):
                 self.objectives.note(own.piece.title, own.description())
                 drawn = (self._settings, self._labels.generator())

@@ -77,10 +77,10 @@ class EmpiricalPass:
         return {use: arrived[use] for use in self._uses_of.get(layer, []) if use in arrived}
 
     def scale_and_terms(self) -> tuple[Tensor, Tensor]:
-        """Return κ of the objective and its number of data."""
-        scales, counts = zip(*self._losses.values(), strict=True)
-        terms = torch.stack(counts).sum()
-        return (torch.stack(scales) * torch.stack(counts)).sum() / terms, terms
+        """Return κ of the objective and its number of data; both are 0 where all are ignored."""
+        scales, counts = (torch.stack(own) for own in zip(*self._losses.values(), strict=True))
+        terms = counts.sum()
+        return (scales * counts).sum() / terms.clamp(min=1), terms
 
     def _recorder(
         self, index: int, output_nr: int, receive: weakref.WeakMethod[Any]
@@ -169,7 +169,7 @@ class EmpiricalPasses:
             self._squares.count_inputs(own)
             return
         scale, terms = entry.scale_and_terms()
-        share = self._candidates.share(terms) / scale
+        share = self._candidates.share(terms) / scale.masked_fill(terms == 0, 1.0)
         self._candidates.count_gradients(layer, own, arrived, share)
         self._candidates.count_terms(layer, terms)
         self._candidates.count_inputs(own)

@@ -50,9 +50,9 @@ class FoundCurvature:
 
     @property
     def terms(self) -> Tensor:
-        """The number of data, a scalar."""
-        rows = [g.shape[0] if g.ndim else 1 for g in self.gradients]
-        return torch.full((), float(max(rows)), device=self.gradients[0].device)
+        """The number of data, a scalar; not those whose targets are ignored."""
+        counts = [_count_data(g, self.piece.ignored) for g in self.gradients]
+        return torch.stack(counts).amax()
 
     def vectors(
         self, empirical: bool, settings: CurvatureSettings, generator: Generator
@@ -115,6 +115,26 @@ class FoundCurvature:
             shapes = [self.gradients[k].shape for k in part.members]
             found.append(f"{part.kind} at {' and '.join(map(_shape_in_words, shapes))}")
         return ", ".join(dict.fromkeys(found)) + (f" ({self.note})" if self.note else "")
+
+
+def _count_data(gradient: Tensor, ignored: Sequence[Tensor]) -> Tensor:
+    """Return how many rows of z are data; rows of ignored targets alone have no gradient.
+
+    Args:
+        gradient: ∂L/∂z.
+        ignored: Which targets are ignored by losses, flat.
+    """
+    rows = gradient.shape[0] if gradient.ndim else 1
+    total = torch.full((), float(rows), device=gradient.device)
+    own = [x for x in ignored if rows and len(x) % rows == 0]
+    if not own:
+        return total
+    live = (gradient != 0).reshape(rows, gradient.numel() // rows).any(1)
+    count = live.sum()
+    for x in own:  # rows may be 0 by accident, and in another order where there are more targets
+        known = (live | ~x).sum() if len(x) == rows else rows - x.sum() * rows // len(x)
+        count = torch.maximum(count, known)
+    return count.to(total)
 
 
 class ObjectiveLog:

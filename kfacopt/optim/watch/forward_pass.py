@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfacopt.kfac.capture import LayerUse
+from kfacopt.kfac.live_rows import ignored_targets
 from kfacopt.optim.watch.compilation import EAGER_SPELL
 from kfacopt.optim.watch.loss_calls import LossCall
 from kfacopt.optim.watch.recorded_calls import Call, LossOrigin, Source
@@ -97,6 +98,7 @@ class ForwardPass:
         consumed: Whether its output became the input of another outermost module.
         call: The call, recorded for a replay; `None` where nothing is recorded.
         recognised: The nodes of known losses on it, as `node_key` has them.
+        ignored: Which targets known losses without a reduction ignore, by these losses' nodes.
         derivatives: Those of derivatives that `torch.autograd.grad` took of it.
     """
 
@@ -108,6 +110,7 @@ class ForwardPass:
         self._new_outputs: ModelOutputs | None = ModelOutputs()
         self._outputs = weakref.ref(self._new_outputs)
         self.recognised: set[tuple[str, int]] = set()
+        self.ignored: dict[tuple[str, int], Tensor] = {}
         self.derivatives: set[tuple[str, int]] = set()
         self.consumed = False
         self.call = call
@@ -162,3 +165,27 @@ class ForwardPass:
                     del own["_passes"]
                     tensor.__class__ = Tensor
         self._probed.clear()
+
+
+def note_loss(passes: Sequence[ForwardPass], call: LossCall, loss: Tensor, empirical: bool) -> bool:
+    """Take note of a known loss on forward passes, and tell whether it counts on its own.
+
+    For the empirical Fisher the loss of a datum is whatever the objective makes of it; what a loss
+    without a reduction tells is which targets are ignored.
+
+    Args:
+        passes: The forward passes.
+        call: What the loss means.
+        loss: Its value.
+        empirical: Whether the empirical Fisher is collected.
+    """
+    key = node_key(loss.grad_fn)
+    if not (empirical and call.likelihood.reduction == "none"):
+        for forward_pass in passes:
+            forward_pass.recognised.add(key)
+        return True
+    ignored = ignored_targets(call.likelihood, call.target)
+    if ignored is not None:
+        for forward_pass in passes:
+            forward_pass.ignored[key] = ignored
+    return False

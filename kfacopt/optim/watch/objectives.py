@@ -90,6 +90,8 @@ class Objective:
         recognised: list[Any] = []
         derived: list[GradientEdge] = []
         names: list[str] = []
+        unreduced = {key: own for p in self.passes for key, own in p.ignored.items()}
+        ignored: list[Tensor] = []
         others = {edge.node for edge in self.others} - {self.edge.node}
         ended: list[Any] = []
         waiting = [(self.edge.node, self.edge.output_nr)]
@@ -107,13 +109,15 @@ class Objective:
             elif key in uses:
                 arrivals[key] = uses[key]
             else:
+                if unreduced and node_key(node) in unreduced:
+                    ignored.append(unreduced[node_key(node)])
                 if len(names) < _NAMED_NODES and node.name() not in names:
                     names.append(node.name())
                 new = [(n, nr) for n, nr in node.next_functions if n is not None]
                 waiting += [entry for entry in dict.fromkeys(new) if entry not in seen]
                 seen.update(new)
         found = (recognised, ended, derived)
-        return Piece(self.edge, list(arrivals.values()), *found, _title(names))
+        return Piece(self.edge, list(arrivals.values()), *found, _title(names), ignored)
 
     def _outputs(self) -> dict[Any, Arrival]:
         """Return where the walk ends; not at a scalar, which is a loss that the model computed."""
@@ -146,6 +150,7 @@ class Piece:
         ended: The nodes of scalars that are differentiated, too.
         derived: Where derivatives that `torch.autograd.grad` took begin.
         title: Its first operations, the last of them first.
+        ignored: Which targets losses without a reduction ignore, for each of these, flat.
     """
 
     edge: GradientEdge
@@ -154,6 +159,7 @@ class Piece:
     ended: Sequence[Any]
     derived: Sequence[GradientEdge]
     title: str
+    ignored: Sequence[Tensor] = ()
 
     def deeper(self, passes: list[ForwardPass], number: int) -> Piece | None:
         """Return the piece that ends at the layers behind one of the outputs.

@@ -28,7 +28,7 @@ from kfacopt.optim.watch.compilation import (
     leave_hooks_uncompiled,
     run_uncompiled,
 )
-from kfacopt.optim.watch.forward_pass import ForwardPass, node_key
+from kfacopt.optim.watch.forward_pass import ForwardPass, note_loss
 from kfacopt.optim.watch.hooks import gradient_hooks, module_hooks, remove_hooks
 from kfacopt.optim.watch.loss_calls import LossCall
 from kfacopt.optim.watch.objectives import Objective
@@ -271,10 +271,9 @@ class Watch:
         """Tell the receiver when the user's backward pass arrives at a loss."""
         if self._settings.likelihood is not None or is_evaluating():
             return
-        if self._settings.fisher_type == "empirical" and call.likelihood.reduction == "none":
-            return  # the loss of a datum is whatever the objective makes of it
-        for forward_pass in passes:
-            forward_pass.recognised.add(node_key(loss.grad_fn))
+        empirical = self._settings.fisher_type == "empirical"
+        if not note_loss(passes, call, loss, empirical):
+            return
         watch = weakref.ref(self)
 
         def on_backward(upstream: Tensor) -> None:
