@@ -18,11 +18,12 @@ ALLOWED = {
     "likelihoods": BASE | {"linalg"},
     "data": BASE | {"linalg"},
     "module_search": set(),
+    "module_calls": set(),
     "elementwise_derivatives": set(),
     "taylor_mode": {"elementwise_derivatives"},
-    "curvature": BASE | {"linalg", "likelihoods", "data", "module_search"},
+    "curvature": BASE | {"linalg", "likelihoods", "data", "module_search", "module_calls"},
     "kfac": BASE | {"linalg", "likelihoods", "data", "taylor_mode"},
-    "optim": BASE | {"linalg", "likelihoods", "data", "module_search", "kfac"},
+    "optim": BASE | {"linalg", "likelihoods", "data", "module_search", "module_calls", "kfac"},
     "experimental": {"curvature"},
     # The one part that sees both sides, to compare them: K-FAC (and an optimizer) with the oracle.
     "diagnosis": BASE

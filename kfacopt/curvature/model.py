@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.backends import mha
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.argument_checks import check_distinct, check_params
@@ -20,6 +19,7 @@ from kfacopt.curvature.batched_autograd import if_possible
 from kfacopt.curvature.differentiable_functions import DifferentiableFunctions
 from kfacopt.curvature.verdicts import Verdicts
 from kfacopt.data import evaluation
+from kfacopt.module_calls import call_with
 from kfacopt.module_search import living_modules, modules_of, owners_of
 
 
@@ -140,7 +140,15 @@ class ParametrizedModel:
         """Return f(X; values). Only for modules that own θ."""
         assert self.module is not None
         assert self.names is not None
-        return functional_call(self.module, dict(zip(self.names, values, strict=True)), (X,))
+        own: dict[str, Tensor] = {
+            **dict(self.module.named_parameters(remove_duplicate=False)),
+            **dict(self.module.named_buffers(remove_duplicate=False)),
+        }
+        by_id: dict[int, Tensor] = {}
+        for name, value in zip(self.names, values, strict=True):
+            if by_id.setdefault(id(own[name]), value) is not value:
+                raise ValueError(f"params: {name!r} is tied to another name; give one of them.")
+        return call_with(self.module, by_id, (X,), {})
 
     def in_float64(self) -> ParametrizedModel:
         """Return a copy in float64. Only for modules that own θ."""

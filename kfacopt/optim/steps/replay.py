@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from kfacopt.data import evaluation
 from kfacopt.likelihoods import widened
+from kfacopt.module_calls import call_with
 from kfacopt.optim.watch.loss_calls import KNOWN_LOSSES, LossCall, recognise_call
 from kfacopt.optim.watch.recorded_calls import (
     Call,
@@ -216,13 +216,13 @@ def _replay_module(call: Call, args: Any, kwargs: Any, values: Mapping[int, Tens
     module, surroundings = call.function, call.surroundings
     assert isinstance(module, nn.Module)
     assert surroundings is not None
-    named = module.named_parameters(remove_duplicate=False)
     copies = dict(values)
-    own = {name: copies.setdefault(id(p), p.detach()) for name, p in named}
-    for name, buffer in module.named_buffers(remove_duplicate=False):
-        own[name] = copies.setdefault(id(buffer), buffer.clone())
+    for p in module.parameters():
+        copies.setdefault(id(p), p.detach())
+    for buffer in module.buffers():
+        copies.setdefault(id(buffer), buffer.clone())
     surroundings.set_random_states()
-    return functional_call(module, own, args, kwargs)
+    return call_with(module, copies, args, kwargs)
 
 
 def _replayed_loss(
