@@ -29,6 +29,52 @@ def train(net, optimizer, steps, start=0):
         optimizer.step()
 
 
+class Tied(torch.nn.Module):
+    """The lookup of the tied weight is seen first, and the matrix comes first or last."""
+
+    def __init__(self, first):
+        super().__init__()
+        torch.manual_seed(0)
+        matrix = torch.nn.Parameter(torch.randn(4, 4))
+        if first:
+            self.matrix = matrix
+        self.embedding = torch.nn.Embedding(7, 4)
+        self.layer = torch.nn.Linear(4, 4)
+        self.matrix = matrix
+
+    def forward(self, tokens):
+        h = self.layer(self.embedding(tokens)).tanh() @ self.matrix
+        return F.linear(h.tanh(), self.embedding.weight)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_resumption_keeps_the_order_of_layers(first):
+    """And with it that of all sums over layers: it is exact to the bit."""
+
+    def run(net, optimizer, start, stop):
+        for i in range(start, stop):
+            draws = torch.Generator().manual_seed(i)
+            tokens, labels = torch.randint(7, (2, 6, 5), generator=draws)
+            optimizer.zero_grad()
+            F.cross_entropy(net(tokens).mT, labels).backward()
+            optimizer.step()
+
+    def make(net):
+        return KFACOptimizer(net.parameters(), layers=[torch.nn.Linear, torch.nn.Embedding])
+
+    net, resumed = Tied(first), Tied(first)
+    optimizer = make(net)
+    run(net, optimizer, 0, 3)
+    other = make(resumed)
+    resumed.load_state_dict(net.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for start in range(3, 30, 9):
+        run(net, optimizer, start, start + 9)
+        run(resumed, other, start, start + 9)
+    for p, q in zip(net.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 # Frozen, and trained again ------------------------------------------------------------------------
 
 PARTS = {"found": (at, "kernel"), "product": (functional, "layer"), "module": (both, "layer")}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense import dense_ggn
+from dense_curvature import ggn as whole_ggn
 from kfac_cases import to_dense
 from torch import nn
 
@@ -251,3 +252,37 @@ def test_the_page_that_says_how_does_what_it_says():
     failed, tried = doctest.testfile(str(page), module_relative=False)
     assert tried > 8
     assert failed == 0
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=str)
+def test_an_elementwise_family_says_a_and_g_alone(shape):
+    class LayerScale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.randn(shape))
+
+        def forward(self, x):
+            return x * self.gamma
+
+    class LayerScaleFamily(LayerFamily):
+        elementwise, datum_axes, weight_name, bias_name = True, len(shape), "gamma", None
+
+        def inputs(self, module, x, reduce):
+            rows = x.reshape(len(x), -1, 4).permute(2, 0, 1).unsqueeze(3)
+            return rows.mean(2, keepdim=True) if reduce else rows, rows.shape[2]
+
+        def grad_outputs(self, module, g):
+            return g.reshape(len(g), -1, 4).permute(2, 0, 1).unsqueeze(3)
+
+    register_layer(LayerScale, LayerScaleFamily())
+    torch.manual_seed(0)
+    model, loss, X = LayerScale(), nn.MSELoss(), torch.randn(6, 3, *shape)
+    params, data = list(model.parameters()), [(X, torch.zeros_like(X))]
+    exact = whole_ggn(model, loss, params, data)
+    for kind in (KFACLinearOperator, EKFACLinearOperator):
+        K = to_dense(kind(model, loss, params, data, fisher_type="type-2"))
+        assert_close([K], [exact])
+    optimizer = KFACOptimizer(params, lr=0.0, fisher_type="type-2", factor_update_interval=1)
+    loss(model(X), data[0][1]).backward()
+    optimizer.step()
+    assert_close([optimizer.factors(params[0]).grad_output_factor.flatten()], [exact.diagonal()])

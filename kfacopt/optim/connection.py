@@ -118,8 +118,10 @@ def connect(
     kinds = default_kinds() if settings.layers is None else settings.layers
     own_modules = [module for _, module in modules]
     choice = Choice.of(own_modules, kinds, settings.inverse.corrected)
-    # A state may have been saved with other settings.
-    matrices = {p: layout for p, layout in matrices.items() if choice.makes_layer(p, layout)}
+    # In the parameters' order, whatever was found first: sums over layers depend on it. A state may
+    # have been saved with other settings.
+    ordered = {p: matrices[p] for p in params if p in matrices}
+    matrices = {p: layout for p, layout in ordered.items() if choice.makes_layer(p, layout)}
     untied = [p for p in params if p not in matrices or not matrices[p].is_tied]
     layers = find_layers(modules, untied, settings.separate_weight_and_bias, kinds)
     names = parameter_names(modules, params)

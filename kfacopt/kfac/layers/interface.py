@@ -94,8 +94,11 @@ class LayerFamily(ABC):
         return x.ndim == self.datum_axes
 
     def groups(self, module: Any) -> int:
-        """Return the number B of blocks that W is made of."""
-        return 1
+        """Return the number B of blocks that W is made of: 1, or its entries if elementwise."""
+        if not self.elementwise:
+            return 1
+        weight: Tensor = module._parameters[self.weight_name]
+        return weight.numel()
 
     def groups_used(self, module: Any) -> slice | None:
         """Return which groups a use has, whose a and g have these alone; `None` for all."""
@@ -158,6 +161,8 @@ class LayerFamily(ABC):
 
     def matrix_shape(self, shape: Size, groups: int) -> tuple[int, int, int]:
         """Return B, d_out and the number of columns of a weight or bias of some shape."""
+        if self.elementwise:
+            return groups, 1, 1
         return groups, shape[0] // groups, shape[1:].numel()
 
     def to_matrix(self, tensor: Tensor, shape: Size, groups: int) -> Tensor:

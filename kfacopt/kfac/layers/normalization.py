@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Size, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
 from kfacopt.kfac.layers.interface import LayerFamily, first_argument
@@ -55,10 +55,6 @@ class Scale(LayerFamily):
     def __init__(self, normalized: Normalized, channels_last: bool) -> None:
         self._normalized, self._channels_last = normalized, channels_last
 
-    def groups(self, module: Any) -> int:
-        """Return the number of entries."""
-        return int(module._parameters[self.weight_name].numel())
-
     def is_single(self, module: Any, x: Tensor) -> bool:
         """Tell whether there is no axis but those that are normalised."""
         return self._channels_last and x.ndim == len(module.normalized_shape)
@@ -87,10 +83,6 @@ class Scale(LayerFamily):
             x = x.unsqueeze(0)
         positions = x.shape[1 : x.ndim - len(module.normalized_shape)].numel()
         return x.reshape(x.shape[0], positions, B).permute(2, 0, 1).unsqueeze(3)
-
-    def matrix_shape(self, shape: Size, groups: int) -> tuple[int, int, int]:
-        """Return B, 1 and 1."""
-        return groups, 1, 1
 
 
 class Shift(Scale):
