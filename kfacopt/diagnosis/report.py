@@ -234,6 +234,16 @@ class Diagnosis:
         notes: What was left out or cut short, and how the model was evaluated.
         advice: What follows.
         seconds: How long it took.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import kfacopt
+        >>> _ = torch.manual_seed(0)
+        >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]
+        >>> report = kfacopt.diagnose(nn.Linear(4, 3), nn.CrossEntropyLoss(), data, damping=0.01)
+        >>> [layer.layer for layer in report.layers], report.uncovered
+        ([''], {})
     """
 
     loss: float
