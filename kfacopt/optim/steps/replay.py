@@ -215,13 +215,16 @@ def _replay_module(call: Call, args: Any, kwargs: Any, values: Mapping[int, Tens
     module, surroundings = call.function, call.surroundings
     assert isinstance(module, nn.Module)
     assert surroundings is not None
-    named = module.named_parameters(remove_duplicate=False)
-    copies = dict(values)
-    own = {name: copies.setdefault(id(p), p.detach()) for name, p in named}
-    for name, buffer in module.named_buffers(remove_duplicate=False):
-        own[name] = copies.setdefault(id(buffer), buffer.clone())
+    copies, own = dict(values), {}
+    # Each module once: functional_call does not put back what it replaces under two names.
+    for prefix, owner in module.named_modules():
+        once: dict[str, Any] = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
+        for name, p in owner.named_parameters(**once):
+            own[name] = copies.setdefault(id(p), p.detach())
+        for name, buffer in owner.named_buffers(**once):
+            own[name] = copies.setdefault(id(buffer), buffer.clone())
     surroundings.set_random_states()
-    return functional_call(module, own, args, kwargs)
+    return functional_call(module, own, args, kwargs, tie_weights=False)
 
 
 def _replayed_loss(
