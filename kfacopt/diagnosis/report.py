@@ -234,6 +234,16 @@ class Diagnosis:
         notes: What was left out or cut short, and how the model was evaluated.
         advice: What follows.
         seconds: How long it took.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from kfacopt import diagnose
+        >>> _ = torch.manual_seed(0)
+        >>> data = [(torch.rand(8, 4), torch.rand(8, 2))]
+        >>> report = diagnose(nn.Linear(4, 2), nn.MSELoss(), data)
+        >>> report.uncovered_share
+        0.0
     """
 
     loss: float
