@@ -245,6 +245,18 @@ def test_buffers_and_random_numbers_are_those_of_a_run_without():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"lr": "auto"}], ids=["measured", "self-tuned"])
+def test_a_module_with_two_names_keeps_its_parameters(options):
+    """What takes their place for an evaluation was put back under the first name alone."""
+    layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(4, 3))
+    before = [*model.parameters(), *model.buffers()]
+    optimizer = make(model, **options)
+    step(model, optimizer)
+    assert all(a is b for a, b in zip(before, [*model.parameters(), *model.buffers()], strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_dropout_masks_are_those_of_the_step():
     model = with_dropout()
     optimizer, theta = make(model, fallback_lr=0.0), flat(model)
