@@ -161,6 +161,12 @@ def left_out(found: Scores, problems: Sequence[str]) -> dict[str, dict[str, Any]
     return {p: {"candidate": name, "score": found[name][p]} for p, name in chosen.items()}
 
 
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else f"{value:.3g}"
+
+
 def report(trained: Sequence[Trial], found: Scores, problems: Sequence[str]) -> str:
     """Return the tables: candidates by their score, and what each problem's others choose."""
     means = {t.name: statistics.mean(found[t.name].values()) for t in trained}
@@ -169,7 +175,7 @@ def report(trained: Sequence[Trial], found: Scores, problems: Sequence[str]) -> 
     rows = [
         [
             t.name,
-            *("–" if t.settings[key] is None else f"{t.settings[key]:.3g}" for key in keys),
+            *(_cell(t.settings[key]) for key in keys),
             f"{means[t.name]:.2f}",
             f"{min(found[t.name].values()):.2f}",
         ]
