@@ -17,12 +17,11 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import problems
-from benchmarks.architectures import LanguageModel, mlp
+from benchmarks.architectures import mlp
 from benchmarks.problems import kinds_of_layers, language, losses_of_batches, losses_of_data
 from benchmarks.problems.kinds_of_layers import HELD_OUT, Recommender
-from benchmarks.problems.language import ALPHABET, LENGTH
 from benchmarks.problems.losses_of_batches import VAE
-from benchmarks.problems.problem import DATA_SEED, Batch, Problem, Task, shuffled
+from benchmarks.problems.problem import DATA_SEED, Batch, Problem, Task, classification, shuffled
 
 SIGNALS, SAMPLES, CLASSES, KNOTS = 4000, 40, 10, 12
 TEST = 1000
@@ -32,18 +31,6 @@ PATCH, PATCHES, NOISE = 16, 4000, 0.15
 
 def _generator() -> Generator:
     return Generator().manual_seed(DATA_SEED)
-
-
-def _classification(model: nn.Module, data: tuple[Batch, Batch], batch_size: int) -> Task:
-    train, (X, y) = data
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    def error(model: nn.Module) -> float:
-        return float((model(X).argmax(1) != y).float().mean())
-
-    return Task(model, loss, shuffled(train, batch_size), error)
 
 
 # Signals -----------------------------------------------------------------------------------------
@@ -83,7 +70,7 @@ def signals() -> tuple[Batch, Batch]:
 
 
 def _signals_mlp() -> Task:
-    return _classification(mlp((SAMPLES, 100, 100, CLASSES), nn.ReLU), signals(), 100)
+    return classification(mlp((SAMPLES, 100, 100, CLASSES), nn.ReLU), signals(), 100)
 
 
 def _signals_conv() -> Task:
@@ -91,7 +78,7 @@ def _signals_conv() -> Task:
     for before, kernel in ((1, 5), (25, 3), (25, 3)):
         layers += [nn.Conv1d(before, 25, kernel, 2, 1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(125, CLASSES))
-    return _classification(model, signals(), 100)
+    return classification(model, signals(), 100)
 
 
 class SignalEncoder(nn.Module):
@@ -113,7 +100,7 @@ class SignalEncoder(nn.Module):
 
 
 def _signals_encoder() -> Task:
-    return _classification(SignalEncoder(32, 2), signals(), 50)
+    return classification(SignalEncoder(32, 2), signals(), 50)
 
 
 # A photograph ------------------------------------------------------------------------------------
@@ -203,23 +190,7 @@ def _unet() -> Task:
 
 
 def _tied() -> Task:
-    training, validation = language.corpus()
-
-    def batches(generator: Generator) -> Iterator[Batch]:
-        while True:
-            starts = torch.randint(len(training) - LENGTH, (16, 1), generator=generator)
-            yield (training[starts + torch.arange(LENGTH + 1)],)
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(batch[0][:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), batch[0][:, 1:].flatten())
-
-    def evaluate(model: nn.Module) -> float:
-        return float(loss(model, (validation,))) / math.log(2)
-
-    model = LanguageModel(len(ALPHABET) + 1, width=64, layers=2, length=LENGTH, heads=4)
-    model.head.weight = model.embedding.weight
-    return Task(model, loss, batches, evaluate)
+    return language.characters_task(batch_size=16, tied=True)
 
 
 def _clicks() -> Task:
@@ -248,7 +219,7 @@ def _vae() -> Task:
 
 
 def _deep() -> Task:
-    return _classification(mlp((64, *[48] * 16, 10)), losses_of_data.digits(), 64)
+    return classification(mlp((64, *[48] * 16, 10)), losses_of_data.digits(), 64)
 
 
 _SIGNALS = "4,000 synthetic signals of 40 samples, 10 classes; cross entropy"

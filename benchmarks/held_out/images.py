@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.architectures import VisionTransformer
-from benchmarks.problems.problem import DATA_SEED, Batch, Problem, Task, shuffled
+from benchmarks.problems.problem import DATA_SEED, Batch, Problem, Task, classification, shuffled
 
 PATCH, PATCHES = 16, 5000
 TEXTURES, TEXTURE, TEXTURE_CLASSES = 4000, 16, 8
@@ -106,18 +106,6 @@ class ConvBlock(nn.Module):
         return x + change
 
 
-def _classification(model: nn.Module, data: tuple[Batch, Batch], batch_size: int) -> Task:
-    train, (X, y) = data
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    def error(model: nn.Module) -> float:
-        return float((model(X).argmax(1) != y).float().mean())
-
-    return Task(model, loss, shuffled(train, batch_size), error)
-
-
 def _textures() -> Task:
     model = nn.Sequential(
         nn.Conv2d(1, 12, 3, padding=1),
@@ -131,7 +119,7 @@ def _textures() -> Task:
         nn.Flatten(),
         nn.Linear(24, TEXTURE_CLASSES),
     )
-    return _classification(model, textures(), 64)
+    return classification(model, textures(), 64)
 
 
 # Glyphs ------------------------------------------------------------------------------------------
@@ -234,7 +222,7 @@ def polygons() -> tuple[Batch, Batch]:
 
 def _polygons() -> Task:
     model = VisionTransformer(CANVAS, 4, 1, len(SIDES), width=32, layers=2, heads=4)
-    return _classification(model, polygons(), 32)
+    return classification(model, polygons(), 32)
 
 
 PROBLEMS = (

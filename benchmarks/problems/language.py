@@ -51,12 +51,18 @@ def _windows(text: Tensor, count: int, generator: Generator) -> Tensor:
     return text[starts + torch.arange(LENGTH + 1)]
 
 
-def _task() -> Task:
+def characters_task(batch_size: int = BATCH, tied: bool = False) -> Task:
+    """Return the task of predicting characters.
+
+    Args:
+        batch_size: Sequences in a batch.
+        tied: Whether the head has the embedding's weight.
+    """
     training, validation = corpus()
 
     def batches(generator: Generator) -> Iterator[Batch]:
         while True:
-            yield (_windows(training, BATCH, generator),)
+            yield (_windows(training, batch_size, generator),)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         logits = model(batch[0][:, :-1])
@@ -66,6 +72,8 @@ def _task() -> Task:
         return float(loss(model, (validation,))) / math.log(2)
 
     model = LanguageModel(len(ALPHABET) + 1, width=64, layers=2, length=LENGTH, heads=4)
+    if tied:
+        model.head.weight = model.embedding.weight
     return Task(model, loss, batches, evaluate)
 
 
@@ -75,7 +83,7 @@ PROBLEMS = (
         "causal transformer of 2 layers, d = 64, 4 heads; 60 modules of Python's standard "
         "library, 6 of them for validation; cross entropy; 32 sequences of 64 characters",
         "validation bits per character",
-        _task,
+        characters_task,
         budget=15,
     ),
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 Batch = tuple[Tensor, ...]
 DATA_SEED = 0
@@ -82,6 +83,25 @@ def shuffled(data: Batch, batch_size: int) -> Callable[[Generator], Iterator[Bat
                 yield tuple(tensor[index] for tensor in data)
 
     return batches
+
+
+def classification(model: nn.Module, data: tuple[Batch, Batch], batch_size: int) -> Task:
+    """Return the task of learning labels from `(X, y)`, with the share of wrong ones as the metric.
+
+    Args:
+        model: Gives logits `[N, C]`.
+        data: For training, and for the metric.
+        batch_size: How many data a batch has.
+    """
+    train, (X, y) = data
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def error(model: nn.Module) -> float:
+        return float((model(X).argmax(1) != y).float().mean())
+
+    return Task(model, loss, shuffled(train, batch_size), error)
 
 
 def repeated(data: Batch) -> Callable[[Generator], Iterator[Batch]]:
