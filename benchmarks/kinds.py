@@ -30,6 +30,7 @@ from benchmarks import losses
 from benchmarks.environment import HERE, RESULTS, environment
 from benchmarks.kind_tables import COMPARISONS, TUNING_SEED, lowest, tables
 from benchmarks.loss_tables import METRIC, OBJECTIVE
+from benchmarks.optimizers import Joint
 from benchmarks.problems.kinds_of_layers import PROBLEMS as ALL
 from benchmarks.protocol import write_json
 from benchmarks.step_tables import update_page
@@ -72,24 +73,6 @@ class Fallback(torch.optim.AdamW):
         super().__init__(own, weight_decay=0.0, fused=True)
 
 
-class Both:
-    """Two optimizers of a model's parameters as one."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
-        self.optimizers = optimizers
-        self.param_groups = [group for own in optimizers for group in own.param_groups]
-
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
-    def step(self) -> None:
-        """Make a step of each."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
 @dataclass(frozen=True)
 class Setting(losses.Setting):
     """Whose run it is, and how.
@@ -117,7 +100,7 @@ class Setting(losses.Setting):
             fallback_lr=self.fallback_lr,
             kl_clip=self.kl_clip,
         )
-        return Both(optimizer, Fallback(rest, self.fallback_lr)) if rest else optimizer
+        return Joint(optimizer, Fallback(rest, self.fallback_lr)) if rest else optimizer
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from torch import nn
 
 from benchmarks import kinds, losses
 from benchmarks.kind_tables import COMPARISONS, TUNING_SEED, Comparison, lowest, row
-from benchmarks.kinds import PROBLEMS, Both, Fallback, Setting
+from benchmarks.kinds import PROBLEMS, Fallback, Setting
 from benchmarks.loss_tables import METRIC, OBJECTIVE
+from benchmarks.optimizers import Joint
 from benchmarks.problems import kinds_of_layers
 from benchmarks.problems.kinds_of_layers import GraphNetwork, graphs, signals
 from kfacopt import KFACOptimizer
@@ -58,7 +59,7 @@ def _preconditioned(problem, contestant):
         optimizer = Setting(contestant, 0.07, "cosine", 0).optimizer(training.models[0])
     for _ in range(2):  # products are layers from the second step on
         training.step([optimizer])
-    first = optimizer.optimizers[0] if isinstance(optimizer, Both) else optimizer
+    first = optimizer.optimizers[0] if isinstance(optimizer, Joint) else optimizer
     return {p.parameter for p in first.describe().parameters if p.preconditioned}
 
 
