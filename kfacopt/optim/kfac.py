@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -136,11 +137,13 @@ class KFACOptimizer(Optimizer):
             over, drawn anew for each backward pass; the estimates stay unbiased. It spares products
             of the factors, not the backward pass of `fisher_type="mc"`.
         factor_update_interval: Steps between updates of Ā and Ḡ. Between them there are no hooks.
-            10, or 1 for `lr="auto"`.
-        inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`.
+            10, or 1 for `lr="auto"`; 30 as long as the loss is not known by its call, so that its
+            curvature is looked for in each update.
+        inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`; 60
+            where the interval of the factors is 30 so.
         kl_clip: κ > 0, about twice the KL divergence by which a step without momentum may move the
             model's predictions at the initial lr; such steps are as long as √κ. `"auto"` starts
-            with 5e-5 and follows the data: every 30 steps the loss of the same batch is evaluated
+            with 5e-5 and follows the data: every 40 steps the loss of the same batch is evaluated
             again at both ends of the step, and κ is doubled or halved, between 1e-8 and 1e-3 (see
             `kfacopt.optim.steps.trust_region`). With `loss_func=` it stays at 5e-5. `None`
             switches the clip off.
@@ -332,6 +335,7 @@ class KFACOptimizer(Optimizer):
     def _collect_and_fold(self) -> dict[Layer, Moments]:
         """Move the running factors to include the statistics; return what still lacks a basis."""
         bases, step = self._statistics.bases, self._num_steps
+        searched = self._statistics.searched
         pending = take_pending(
             self._connection,
             self._curvature,
@@ -341,7 +345,25 @@ class KFACOptimizer(Optimizer):
             self._ranks,
             self._notices,
         )
+        if pending and self._settings.schedule.factors_due(step):
+            self._follow_loss(searched)
         return self._curvature.fold(pending, bases, step, self._group)
+
+    def _follow_loss(self, searched: bool) -> None:
+        """Take the intervals for a loss whose curvature was looked for, or for a known one."""
+        schedule = self._settings.schedule
+        if schedule.known == schedule.searched:
+            return
+        own = torch.tensor(float(searched), device=self._device)
+        searched = bool(mean_over_ranks(own, self._group) > 0)
+        for group in self.param_groups:
+            group["searched"] = searched
+        self._set_schedule()
+
+    def _set_schedule(self) -> None:
+        schedule = replace(self._settings.schedule, is_searched=self.param_groups[0]["searched"])
+        self._settings = replace(self._settings, schedule=schedule)
+        self._curvature.schedule = schedule
 
     def _report_without_inverse(self, waiting: bool, block: Block) -> None:
         if waiting or block.layer.weight in self._statistics.others.found:
@@ -477,6 +499,7 @@ class KFACOptimizer(Optimizer):
             group.setdefault(
                 "trust_region", self.param_groups[0].get("trust_region", FIRST_KL_CLIP)
             )
+            group.setdefault("searched", self.param_groups[0].get("searched", False))
             group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
             check_group(group, tuned=tuned)
             if self._connected:
@@ -629,6 +652,9 @@ class KFACOptimizer(Optimizer):
         store_generator(self.state, self._curvature.layers, self._labels.common)
 
     def _resume(self) -> None:
+        for group in self.param_groups:
+            group.setdefault("searched", False)  # states of development versions had none
+        self._set_schedule()
         self._matrices |= kept_layouts(self.state, self._parameters())
         if self._matrices:
             self._connect(self._watch.living_modules())
