@@ -38,6 +38,10 @@ from kfacopt.linalg.kronecker import DAMPING_METHODS, DampingMethod
 PreconditionerKind = Literal["kfac", "ekfac"]
 PRECONDITIONERS: tuple[PreconditionerKind, ...] = ("kfac", "ekfac")
 
+# Steps between updates of factors, and of inverses, where a loss's curvature is looked for: on
+# fourteen of eighteen small networks the objective was lower after the same time (docs/losses.md).
+SEARCHED_INTERVALS = (30, 60)
+
 # Steps between measurements of steps, at least: one costs three forward passes.
 MEASUREMENT_INTERVAL = 40
 
@@ -178,18 +182,16 @@ class Defaults:
 
     damping: float
     ema_decay: float
-    known_intervals: tuple[int, int]
-    searched_intervals: tuple[int, int]
+    factor_update_interval: int
+    inverse_update_interval: int
     fallback_lr: float  # of vectors, embeddings and recurrent modules
 
 
 # "fixed", with the numbers in the signature of `KFACOptimizer`, is the best of the settings in
 # benchmarks/defaults.py (r1), but for `fallback_lr`: other matrices and positions get 1e-3 instead.
-# Longer intervals where a loss's curvature is looked for: on fourteen of fifteen small networks the
-# objective was lower after the same time (docs/losses.md).
 DEFAULTS = {
-    "fixed": Defaults(1e-3, 0.9, (10, 50), (30, 60), 0.015),
-    "auto": Defaults(1e-3, 0.8, (1, 5), (1, 5), 1e-3),
+    "fixed": Defaults(1e-3, 0.9, 10, 50, 0.015),
+    "auto": Defaults(1e-3, 0.8, 1, 5, 1e-3),
 }
 
 
@@ -335,9 +337,10 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
     )
     measured = values["kl_clip"] == "auto" and not tuned and loss_func is None
     factors, inverses = values["factor_update_interval"], values["inverse_update_interval"]
+    known = (defaults.factor_update_interval, defaults.inverse_update_interval)
     known, searched = (
         (factors or own[0], inverses or own[1])
-        for own in (defaults.known_intervals, defaults.searched_intervals)
+        for own in (known, known if tuned else SEARCHED_INTERVALS)
     )
     settings = Settings(
         curvature,
