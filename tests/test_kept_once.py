@@ -102,6 +102,31 @@ def test_what_is_multiplied_with_few_columns_is_kept_whole_and_loaded_so():
             assert not isinstance(value, torch.Tensor) or torch.equal(value, again.state[p][name])
 
 
+@pytest.mark.parametrize("pair", [(0, triangles.FEW_COLUMNS), (triangles.FEW_COLUMNS, 0)])
+def test_a_state_that_keeps_other_parts_is_loaded(pair, monkeypatch):
+    """Versions may differ in what they keep whole; the steps that follow are the same."""
+    model, ends = nn.Linear(70, 3).double(), []
+    inputs = torch.linspace(-2, 2, 16 * 70).sin().reshape(16, 70).double()
+    start = copy.deepcopy(model.state_dict())
+    for few in (pair[0], pair[1]):
+        monkeypatch.setattr(triangles, "FEW_COLUMNS", pair[0])
+        model.load_state_dict(start)
+        optimizer = KFACOptimizer(model.parameters())
+        for step in range(8):
+            if step == 4:
+                saved = copy.deepcopy(optimizer.state_dict())
+                monkeypatch.setattr(triangles, "FEW_COLUMNS", few)
+                optimizer = KFACOptimizer(model.parameters())
+                optimizer.load_state_dict(saved)
+                columns = 71 if few else 36
+                assert optimizer.state[model.weight]["input_inverse"].shape == (1, 71, columns)
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), LABELS).backward()
+            optimizer.step()
+        ends.append(model.weight.detach().clone())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_axes_and_dtypes_stay(dtype):
     whole = symmetric_matrices(2, 3, 70, 70).to(dtype)

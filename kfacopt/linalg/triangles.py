@@ -65,6 +65,18 @@ def kept_once(x: Tensor, columns: int | None = None) -> Tensor:
     return kept
 
 
+def other_shapes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """Return what else may be kept of a matrix: what is kept of it depends on how it is read."""
+    whole = whole_shape(shape)
+    return {whole, kept_shape(whole), kept_shape(whole, whole[-1])}
+
+
+def kept_anew(kept: Tensor, columns: int | None = None) -> Tensor:
+    """Return what `kept_once` makes of the matrices of which something is kept."""
+    fits = kept_shape(whole_shape(tuple(kept.shape)), columns) == tuple(kept.shape)
+    return kept if fits else kept_once(symmetric(kept), columns)
+
+
 class Workspace:
     """Memory that matrices are written out into one after the other, within one step.
 

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Layer
-from kfacopt.linalg.triangles import kept_once
+from kfacopt.linalg.triangles import kept_anew
 from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state.inverses import (
     INVERSE_KEYS,
@@ -53,9 +53,9 @@ def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, A
                 states[p].pop(name, None)
             elif name in _OWN_DTYPE and isinstance(value, Tensor):
                 own = value.detach().to(p.device, copy=True)
-                if name in (*FACTORS, *INVERSES):  # which older versions saved whole
+                if name in (*FACTORS, *INVERSES):  # another version may keep other parts
                     columns = columns_beside(entries, name) if name in INVERSES else None
-                    own = kept_once(own, columns)
+                    own = kept_anew(own, columns)
                 states[p][name] = own
             elif name == _GENERATOR:
                 states[p][name] = value.detach().to("cpu", copy=True)
