@@ -23,12 +23,14 @@ class Choice:
             that kind as users write it.
         recurrent: Parameters of recurrent modules that were chosen, whose products are layers.
         ties: Whether an embedding that is tied to a head is a layer.
+        by_entries: Whether parameters that are multiplied or added entry by entry are.
     """
 
     kinds: Kinds
     left_out: dict[int, str]
     recurrent: frozenset[Parameter]
     ties: bool
+    by_entries: bool
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module], kinds: Kinds, corrected: bool) -> Choice:
@@ -53,10 +55,12 @@ class Choice:
                 weight = module._parameters.get(family.weight_name)
                 left_out[id(weight)] = described((type(module),))
         ties = nn.Linear in kinds and nn.Embedding in kinds and not corrected
-        return cls(tuple(kinds), left_out, frozenset(recurrent), ties)
+        return cls(tuple(kinds), left_out, frozenset(recurrent), ties, nn.Parameter in kinds)
 
     def looks_for(self, p: Parameter) -> bool:
-        """Tell whether uses of a matrix in no layer are looked for."""
+        """Tell whether uses of a parameter in no layer are looked for."""
+        if p.ndim < 2 and not self.by_entries:
+            return False
         return bool(self.kinds) and id(p) not in self.left_out
 
     def makes_layer(self, p: Parameter, layout: MatrixLayout) -> bool:

@@ -20,10 +20,13 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from kfacopt.kfac.added_biases import Parents
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.factors import of_all_groups
 from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers.entries import Entries
 from kfacopt.kfac.lookup_uses import TIED
 from kfacopt.kfac.matrix_layouts import MatrixLayout, as_layer_use, becomes_tied, fits
+from kfacopt.kfac.matrix_products import MatrixUse
 from kfacopt.kfac.matrix_uses import graph_parents, matrix_uses, operand_uses
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
@@ -79,6 +82,7 @@ def past_modules(
     uses: Sequence[LayerUse],
     layer_of: Mapping[Parameter, Layer],
     free: Iterable[Parameter],
+    entries: tuple[DataAxes, Sequence[Tensor]] | None = None,
 ) -> PastModules:
     """Return what a graph computes with parameters past the calls of modules.
 
@@ -86,14 +90,21 @@ def past_modules(
         outputs: Gradient edges.
         uses: The uses of layers that were recorded in these graphs.
         layer_of: The parameters of layers.
-        free: Matrices in no layer.
+        free: Matrices in no layer; vectors, too, where uses entry by entry are looked for.
+        entries: Tells of these, with a tensor of the shape and dtype of each output's.
     """
     nodes = _nodes_past(outputs, uses)
     unseen = _leaves(nodes, [*layer_of, *free])
     biases = {la.bias for la in layer_of.values()}
     operands = operand_uses(nodes, [p for p in unseen if p in biases])
     further, found, explained = [], {}, set()
-    for p, own in matrix_uses(nodes, unseen).items():
+    own_uses = matrix_uses(nodes, unseen)
+    if entries is not None:
+        axes, values = entries
+        left = _not_multiplied(unseen, own_uses, layer_of)
+        products = [use for found_uses in own_uses.values() for use in found_uses]
+        own_uses |= axes.uses_of(outputs, values, nodes, left, uses, products)
+    for p, own in own_uses.items():
         layer = layer_of.get(p)
         if layer is None:
             found[p] = MatrixLayout.of(own)
@@ -120,6 +131,17 @@ def past_modules(
     hidden = [p for p in free if id(p) not in seen]
     hidden = hidden if hidden and any(map(_is_reentrant, nodes)) else []
     return PastModules(further, found, rest, hidden)
+
+
+def _not_multiplied(
+    params: Iterable[Parameter],
+    products: Mapping[Parameter, Sequence[MatrixUse]],
+    layer_of: Mapping[Parameter, Layer],
+) -> list[Parameter]:
+    """Return those of some parameters that no product has, and no layer but by their entries."""
+    biases = {MatrixLayout.of(uses).bias for uses in products.values()}
+    others = [p for p in params if p not in products and p not in biases]
+    return [p for p in others if p not in layer_of or isinstance(layer_of[p].family, Entries)]
 
 
 def _is_reentrant(node: Any) -> bool:

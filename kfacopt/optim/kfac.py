@@ -590,7 +590,8 @@ class KFACOptimizer(Optimizer):
         own = (self._parameters(), self._connection.names, self._curvature)
         seen = self._statistics
         left_out = self._connection.left_out
-        return describe(*own, seen.objectives.curvature, seen.undercounted, left_out)
+        seen_curvature, reasons = seen.objectives.curvature, seen.others.axes.reasons
+        return describe(*own, seen_curvature, seen.undercounted, left_out, reasons)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.

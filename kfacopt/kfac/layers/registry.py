@@ -20,7 +20,8 @@ from kfacopt.kfac.layers.normalization import (
 )
 from kfacopt.kfac.layers.transposed_convolution import TransposedConvolution
 
-Kinds = tuple[type[nn.Module], ...]
+Kind = type[nn.Module] | type[nn.Parameter]
+Kinds = tuple[Kind, ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,17 @@ ENTRIES: list[Entry] = [
 
 # Without a family: the products in them are found in the graph, see `kfac/unrolled.py`. Options,
 # since an LSTM's curvature was not worth its time (docs/layers.md).
-RECURRENT: Kinds = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+RECURRENT: tuple[type[nn.Module], ...] = (
+    nn.LSTM,
+    nn.GRU,
+    nn.RNN,
+    nn.LSTMCell,
+    nn.GRUCell,
+    nn.RNNCell,
+)
+
+# Parameters by their entries, past modules: `kfac/entry_uses.py`. An option, as normalisations are.
+ENTRYWISE: Kinds = (nn.Parameter,)
 
 for _normalized, _channels_last, _kinds in (
     (layer_normalized, True, (nn.LayerNorm,)),

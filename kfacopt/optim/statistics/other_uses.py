@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
 from kfacopt.kfac.choice import Choice
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.kfac.unseen_uses import is_undercounted, past_modules
@@ -26,14 +27,15 @@ class OtherUses:
         choice: Which of them may be layers.
 
     Attributes:
-        found: Matrices that products and lookups alone use, and how: those in no layer, and those
+        found: Parameters that products and lookups alone use, and how: those in no layer, and those
             whose layer has to be another.
-        free: The matrices in no layer that are looked for.
-        candidates: The matrices that may be among the found ones.
+        free: The parameters in no layer that are looked for: matrices, and vectors as an option.
+        candidates: The parameters that may be among the found ones.
         undercounted: The layers that are used in other ways, too, of which K-FAC knows nothing;
             since the last call of `finish`.
         hidden: Those of the last loss whose graph has none of them, but reentrant activation
             checkpointing, which may hide them.
+        axes: Which parameters have data known where they are multiplied or added entry by entry.
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
@@ -42,14 +44,16 @@ class OtherUses:
     ) -> None:
         self._choice = choice
         self._layer_of = {p: la for la in layers for p in (la.weight, la.bias) if p is not None}
-        own = [p for p in params if p.ndim > 1 and p.requires_grad and p.is_floating_point()]
-        own = [p for p in own if p.numel()]
+        own = [p for p in params if p.requires_grad and p.is_floating_point() and p.numel()]
         self.free = [p for p in own if p not in self._layer_of and choice.looks_for(p)]
-        self.candidates = [p for p in own if p in self._layer_of] if choice.ties else []
+        self.candidates = (
+            [p for p in own if p in self._layer_of and p.ndim > 1] if choice.ties else []
+        )
         self.candidates += self.free
         self.found: dict[Parameter, MatrixLayout] = {}
         self.undercounted: set[Layer] = set()
         self.hidden: set[Parameter] = set()
+        self.axes = DataAxes()
         self.looks_on = bool(self.free or self._layer_of)
 
     def finish(self) -> set[Layer]:
@@ -68,7 +72,9 @@ class OtherUses:
             passes: The forward passes that z depends on.
         """
         uses = [use for p in passes for use in p.uses]
-        past = past_modules(edges, uses, self._layer_of, self.free)
+        entries = (self.axes, values) if self._choice.by_entries else None
+        with nullcontext() if entries is None else bookkeeping_kept(edges):
+            past = past_modules(edges, uses, self._layer_of, self.free, entries)
         self.hidden, rest = set(past.hidden), list(past.rest)
         for p, layout in past.found.items():
             layer = self._layer_of.get(p)

@@ -1,0 +1,226 @@
+"""Uses of parameters entry by entry in the graph: what they multiply, or are added to, has data.
+
+Which axis is the data's the graph does not tell: `t * W` looks like `t * x`. It is tested in
+`kfacopt.kfac.data_axes`; here is what may be such a use at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.nn import Parameter
+
+from kfacopt.kfac.added_biases import Parents
+from kfacopt.kfac.convolution_uses import CONVOLUTION
+from kfacopt.kfac.layers.entries import ENTRIES, EntryCall
+from kfacopt.kfac.lookup_uses import LOOKUP
+from kfacopt.kfac.matrix_products import PRODUCTS, MatrixUse
+from kfacopt.kfac.parameter_views import ParameterView, is_view, view_at
+from kfacopt.kfac.saved_tensors import kept, local_derivative
+
+NO_AXIS = "no data axis is known where it is multiplied or added"
+
+_SUMS, _PRODUCT, _QUOTIENT = ("AddBackward0", "SubBackward0"), "MulBackward0", "DivBackward0"
+_BINARY = (*_SUMS, _PRODUCT, _QUOTIENT)
+_REPEATS = ("ExpandBackward0", "RepeatBackward0")
+# Functions of each entry alone.
+_FUNCTIONS = {
+    f"{name}Backward{number}"
+    for name in (
+        *("Exp", "Exp2", "Expm1", "Log", "Log1P", "Sigmoid", "LogSigmoid", "Tanh", "Softplus"),
+        *("Relu", "Silu", "Gelu", "Elu", "Clamp", "ClampMin", "ClampMax", "Pow", "Sqrt", "Rsqrt"),
+        *("Reciprocal", "Neg", "Abs", "Rsub", "Sin", "Cos"),
+    )
+    for number in (0, 1)
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A node whose output has entries of a parameter, or functions of these."""
+
+    node: Any
+    output_nr: int
+    view: ParameterView
+    slope: Tensor | float  # of the parameter's entries
+
+
+class EntryUses:
+    """Looks for uses in one graph.
+
+    Args:
+        parents: The graph.
+        known: Nodes whose outputs depend on data: those of recorded uses, and of products.
+        rows: How many rows the tensors z have, where the graph begins.
+    """
+
+    def __init__(self, parents: Parents, known: Iterable[Any], rows: Sequence[int]) -> None:
+        self._parents, self._known, self._rows = parents, set(known), rows
+        self._without: set[Any] = set()  # nodes that depend on no data
+        self._kept: dict[tuple[Any, str], Any] = {}  # saved tensors are to be read once
+        self._derivatives: dict[tuple[Any, int], Tensor | None] = {}
+
+    def of(self, p: Parameter, leaf: Any) -> list[MatrixUse] | str:
+        """Return all uses of a parameter, whose data are not counted yet; or why it has others."""
+        uses: list[MatrixUse] = []
+        waiting = [_Place(leaf, 0, ParameterView.whole(p.shape), 1.0)]
+        while waiting:
+            here = waiting.pop()
+            for parent, place in self._parents[here.node]:
+                if place >= 0 and parent.next_functions[place][1] != here.output_nr:
+                    continue
+                found = self._at(p, here, parent, place)
+                if isinstance(found, str):
+                    return found
+                waiting += [own for own in found if isinstance(own, _Place)]
+                uses += [own for own in found if isinstance(own, MatrixUse)]
+        return uses
+
+    def _at(
+        self, p: Parameter, here: _Place, node: Any, place: int
+    ) -> Sequence[_Place | MatrixUse] | str:
+        """Return the use that a node is, or where to go on; or why it is neither."""
+        if place < 0:
+            return "it is the input of a layer"
+        name = node.name()
+        if name in _REPEATS:
+            use = self._repeated(p, here, node)
+            if use is not None:
+                return [use]
+        if is_view(node):
+            numbers = {n.next_functions[k][1] if k >= 0 else 0 for n, k in self._parents[node]}
+            views = [(nr, view_at(node, nr, here.view)) for nr in numbers]
+            if any(view is None for _, view in views):
+                return NO_AXIS
+            return [_Place(node, nr, view, here.slope) for nr, view in views if view is not None]
+        if name not in _BINARY and name not in _FUNCTIONS:
+            return f"it is used in {name.removesuffix('0').removesuffix('Backward')}"
+        other = node.next_functions[1 - place][0] if name in _BINARY else None
+        if other is not None and self._has_data(other):
+            use = self._with_data(p, here, node, place)
+            return NO_AXIS if use is None else [use]
+        if tuple(node._input_metadata[0].shape) != here.view.shape:
+            return NO_AXIS
+        slope = self._slope(p, here, node, place)
+        return NO_AXIS if slope is None else [_Place(node, 0, here.view, slope)]
+
+    # Uses -----------------------------------------------------------------------------------------
+
+    def _repeated(self, p: Parameter, here: _Place, node: Any) -> MatrixUse | None:
+        """Return the repetition of a parameter for each of the data as a use."""
+        shape = tuple(node._input_metadata[0].shape)
+        view = here.view.expanded((1,) * (len(shape) - len(here.view.axes)) + here.view.shape)
+        fits = all(old in (1, n) for old, n in zip(view.shape, shape, strict=True))
+        if not fits or view.axes[0] or not self._may_be_data(shape[0]) or shape[0] < 2:
+            return None
+        one = torch.ones((), device=p.device, dtype=node._input_metadata[0].dtype)
+        return self._use(p, view.expanded(shape), here.slope, node, one.expand(shape), ())
+
+    def _with_data(self, p: Parameter, here: _Place, node: Any, place: int) -> MatrixUse | None:
+        """Return a sum or product of a parameter with what depends on data as a use."""
+        metadata, name = node._input_metadata[0], node.name()
+        shape = tuple(metadata.shape)
+        if not shape or not metadata.dtype.is_floating_point or len(shape) < len(here.view.axes):
+            return None
+        view = here.view.expanded(shape)
+        repeated = view.axes[0] == (((shape[0], 0),) if shape[0] > 1 else ())
+        if not (repeated and self._may_be_data(shape[0])):
+            return None
+        factor: Tensor | None
+        if name in _SUMS:
+            alpha = float(node._saved_alpha) * (1 if name == "AddBackward0" else -1)
+            factor = torch.ones((), device=p.device, dtype=metadata.dtype)
+            factor = factor if place == 0 or alpha == 1 else factor * alpha
+        else:
+            factor = self._factor(node, place)
+        if factor is None:
+            return None
+        edges = (GradientEdge(*node.next_functions[1 - place]),)
+        return self._use(p, view, here.slope, node, factor.detach().expand(shape), edges)
+
+    def _factor(self, node: Any, place: int) -> Tensor | None:
+        """Return the derivative of a product or quotient by one of its operands."""
+        left, right = "_saved_self", "_saved_other"
+        if node.name() == _PRODUCT:
+            return self._read(node, left if place else right)
+        divisor = self._read(node, right)
+        if divisor is None or place == 0:
+            return None if divisor is None else divisor.detach().reciprocal()
+        dividend = self._read(node, left)
+        return None if dividend is None else -dividend.detach() / divisor.detach().square()
+
+    def _use(
+        self,
+        p: Parameter,
+        view: ParameterView,
+        slope: Tensor | float,
+        node: Any,
+        x: Tensor,
+        edges: tuple[GradientEdge, ...],
+    ) -> MatrixUse:
+        call = EntryCall(p, view.offset, view.axes[1:], slope, 1)
+        return MatrixUse(p, None, ENTRIES, x, GradientEdge(node, 0), edges, call)
+
+    def _slope(self, p: Parameter, here: _Place, node: Any, place: int) -> Tensor | float | None:
+        """Return the derivative of a function of each entry by the parameter's entries."""
+        if node.name() in _SUMS and place == 0:
+            return here.slope
+        key = node, place
+        if key not in self._derivatives:
+            self._derivatives[key] = local_derivative(node, place)
+        local = self._derivatives[key]
+        parts = [part for axis in here.view.axes for part in axis]
+        if local is None or any(stride == 0 for _, stride in parts):
+            return None
+        slope = local.new_ones(p.numel()) * here.slope
+        own = slope.as_strided([n for n, _ in parts], [s for _, s in parts], here.view.offset)
+        own.mul_(local.reshape(own.shape))
+        return slope
+
+    # The graph ------------------------------------------------------------------------------------
+
+    def _may_be_data(self, count: int) -> bool:
+        return all(count % n == 0 or n % max(count, 1) == 0 for n in self._rows)
+
+    def _read(self, node: Any, saved: str) -> Tensor | None:
+        if (node, saved) not in self._kept:
+            self._kept[node, saved] = kept(node, saved)
+        found: Tensor | None = self._kept[node, saved]
+        return found
+
+    def _has_data(self, start: Any) -> bool:
+        """Tell whether a node's output depends on data, as far as that is sure.
+
+        Products with a constant operand do: of parameters alone there are none with one.
+        """
+        waiting, seen = [start], {start}
+        while waiting:
+            node = waiting.pop()
+            if node in self._without:
+                continue
+            name = node.name()
+            if node in self._known or name == LOOKUP or _multiplies_a_constant(node):
+                return True
+            new = [n for n, _ in node.next_functions if n is not None and n not in seen]
+            waiting += new
+            seen.update(new)
+        self._without |= seen
+        return False
+
+
+def _multiplies_a_constant(node: Any) -> bool:
+    places = PRODUCTS[node.name()][:2] if node.name() in PRODUCTS else ()
+    if node.name() == CONVOLUTION:
+        places = (0, 1)
+    return any(node.next_functions[place][0] is None for place in places)
+
+
+def with_rows(use: MatrixUse, data: int) -> MatrixUse:
+    """Return a use by so many data, each of which has some rows."""
+    assert isinstance(use.call, EntryCall)
+    return replace(use, call=replace(use.call, rows=len(use.input) // data))
