@@ -9,7 +9,7 @@ normalisation, nothing is certain.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class DataAxes:
         params: Iterable[Parameter],
         uses: Sequence[LayerUse],
         products: Iterable[MatrixUse],
+        adopted: Container[Parameter] = (),
     ) -> dict[Parameter, list[MatrixUse]]:
         """Return the uses of parameters all of whose uses have data along their first axis.
 
@@ -57,6 +58,7 @@ class DataAxes:
             params: The parameters to look for.
             uses: The uses of layers that were recorded in this graph.
             products: Products that were found in it.
+            adopted: Parameters whose axes were certain before, so that a single datum counts, too.
         """
         leaves = {id(n.variable): n for n in parents if hasattr(n, "variable")}
         wanted = {p: leaves[id(p)] for p in params if id(p) in leaves}
@@ -81,7 +83,7 @@ class DataAxes:
                     self.reasons[p] = NO_AXIS
                 else:
                     found[p] = [with_rows(use, data) for use in own]
-        self._test(outputs, values, found)
+        self._test(outputs, values, found, adopted)
         return found
 
     def _test(
@@ -89,13 +91,15 @@ class DataAxes:
         outputs: Sequence[GradientEdge],
         values: Sequence[Tensor],
         found: dict[Parameter, list[MatrixUse]],
+        adopted: Container[Parameter],
     ) -> None:
         """Leave what is certain."""
         unknown: dict[int, list[Parameter]] = {}
         for p, own in list(found.items()):
             data = _data(own[0])
             known = self._certain.get(p, set())
-            if data == 1 and not any(_operations(own) == kind[0] for kind in known):
+            same = not known or any(_operations(own) == kind[0] for kind in known)
+            if data == 1 and not (same and p in adopted):
                 self.reasons[p] = NO_AXIS
                 del found[p]
             elif data > 1 and _kind(own, values) not in known:

@@ -17,27 +17,18 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.added_biases import Parents
 from kfacopt.kfac.convolution_uses import CONVOLUTION
+from kfacopt.kfac.entry_functions import FUNCTIONS
 from kfacopt.kfac.layers.entries import ENTRIES, EntryCall
 from kfacopt.kfac.lookup_uses import LOOKUP
 from kfacopt.kfac.matrix_products import PRODUCTS, MatrixUse
 from kfacopt.kfac.parameter_views import ParameterView, is_view, view_at
-from kfacopt.kfac.saved_tensors import kept, local_derivative
+from kfacopt.kfac.saved_tensors import kept
 
 NO_AXIS = "no data axis is known where it is multiplied or added"
 
 _SUMS, _PRODUCT, _QUOTIENT = ("AddBackward0", "SubBackward0"), "MulBackward0", "DivBackward0"
 _BINARY = (*_SUMS, _PRODUCT, _QUOTIENT)
 _REPEATS = ("ExpandBackward0", "RepeatBackward0")
-# Functions of each entry alone.
-_FUNCTIONS = {
-    f"{name}Backward{number}"
-    for name in (
-        *("Exp", "Exp2", "Expm1", "Log", "Log1P", "Sigmoid", "LogSigmoid", "Tanh", "Softplus"),
-        *("Relu", "Silu", "Gelu", "Elu", "Clamp", "ClampMin", "ClampMax", "Pow", "Sqrt", "Rsqrt"),
-        *("Reciprocal", "Neg", "Abs", "Rsub", "Sin", "Cos"),
-    )
-    for number in (0, 1)
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +53,7 @@ class EntryUses:
     def __init__(self, parents: Parents, known: Iterable[Any], rows: Sequence[int]) -> None:
         self._parents, self._known, self._rows = parents, set(known), rows
         self._without: set[Any] = set()  # nodes that depend on no data
-        self._kept: dict[tuple[Any, str], Any] = {}  # saved tensors are to be read once
-        self._derivatives: dict[tuple[Any, int], Tensor | None] = {}
+        self._kept: dict[tuple[Any, str], Tensor | None] = {}  # saved tensors are to be read once
 
     def of(self, p: Parameter, leaf: Any) -> list[MatrixUse] | str:
         """Return all uses of a parameter, whose data are not counted yet; or why it has others."""
@@ -98,7 +88,7 @@ class EntryUses:
             if any(view is None for _, view in views):
                 return NO_AXIS
             return [_Place(node, nr, view, here.slope) for nr, view in views if view is not None]
-        if name not in _BINARY and name not in _FUNCTIONS:
+        if name not in _BINARY and name not in FUNCTIONS:
             return f"it is used in {name.removesuffix('0').removesuffix('Backward')}"
         other = node.next_functions[1 - place][0] if name in _BINARY else None
         if other is not None and self._has_data(other):
@@ -123,7 +113,7 @@ class EntryUses:
 
     def _with_data(self, p: Parameter, here: _Place, node: Any, place: int) -> MatrixUse | None:
         """Return a sum or product of a parameter with what depends on data as a use."""
-        metadata, name = node._input_metadata[0], node.name()
+        metadata = node._input_metadata[0]
         shape = tuple(metadata.shape)
         if not shape or not metadata.dtype.is_floating_point or len(shape) < len(here.view.axes):
             return None
@@ -131,28 +121,27 @@ class EntryUses:
         repeated = view.axes[0] == (((shape[0], 0),) if shape[0] > 1 else ())
         if not (repeated and self._may_be_data(shape[0])):
             return None
-        factor: Tensor | None
-        if name in _SUMS:
-            alpha = float(node._saved_alpha) * (1 if name == "AddBackward0" else -1)
-            factor = torch.ones((), device=p.device, dtype=metadata.dtype)
-            factor = factor if place == 0 or alpha == 1 else factor * alpha
-        else:
-            factor = self._factor(node, place)
+        factor = self._factor(node, place)
         if factor is None:
             return None
+        if not isinstance(factor, Tensor):
+            factor = torch.full((), factor, device=p.device, dtype=metadata.dtype)
         edges = (GradientEdge(*node.next_functions[1 - place]),)
-        return self._use(p, view, here.slope, node, factor.detach().expand(shape), edges)
+        return self._use(p, view, here.slope, node, factor.expand(shape), edges)
 
-    def _factor(self, node: Any, place: int) -> Tensor | None:
-        """Return the derivative of a product or quotient by one of its operands."""
-        left, right = "_saved_self", "_saved_other"
-        if node.name() == _PRODUCT:
+    def _factor(self, node: Any, place: int) -> Tensor | float | None:
+        """Return the derivative of a sum, product or quotient by one of its operands."""
+        name, left, right = node.name(), "_saved_self", "_saved_other"
+        if name in _SUMS:
+            sign = 1.0 if name == "AddBackward0" else -1.0
+            return 1.0 if place == 0 else sign * float(node._saved_alpha)
+        if name == _PRODUCT:
             return self._read(node, left if place else right)
         divisor = self._read(node, right)
         if divisor is None or place == 0:
-            return None if divisor is None else divisor.detach().reciprocal()
+            return None if divisor is None else divisor.reciprocal()
         dividend = self._read(node, left)
-        return None if dividend is None else -dividend.detach() / divisor.detach().square()
+        return None if dividend is None else -dividend / divisor.square()
 
     def _use(
         self,
@@ -168,18 +157,21 @@ class EntryUses:
 
     def _slope(self, p: Parameter, here: _Place, node: Any, place: int) -> Tensor | float | None:
         """Return the derivative of a function of each entry by the parameter's entries."""
-        if node.name() in _SUMS and place == 0:
-            return here.slope
-        key = node, place
-        if key not in self._derivatives:
-            self._derivatives[key] = local_derivative(node, place)
-        local = self._derivatives[key]
+        name = node.name()
+        if name in FUNCTIONS:
+            saved, derivative = FUNCTIONS[name]
+            x = self._read(node, saved) if saved else None
+            local = None if saved and x is None else derivative(x, node)
+        else:
+            local = self._factor(node, place)
+        if local is None or not isinstance(local, Tensor):
+            return None if local is None else here.slope * local
         parts = [part for axis in here.view.axes for part in axis]
-        if local is None or any(stride == 0 for _, stride in parts):
+        if any(stride == 0 for _, stride in parts):
             return None
         slope = local.new_ones(p.numel()) * here.slope
         own = slope.as_strided([n for n, _ in parts], [s for _, s in parts], here.view.offset)
-        own.mul_(local.reshape(own.shape))
+        own.mul_(local.expand(here.view.shape).reshape(own.shape))
         return slope
 
     # The graph ------------------------------------------------------------------------------------
@@ -189,9 +181,9 @@ class EntryUses:
 
     def _read(self, node: Any, saved: str) -> Tensor | None:
         if (node, saved) not in self._kept:
-            self._kept[node, saved] = kept(node, saved)
-        found: Tensor | None = self._kept[node, saved]
-        return found
+            found = kept(node, saved)
+            self._kept[node, saved] = found.detach() if isinstance(found, Tensor) else None
+        return self._kept[node, saved]
 
     def _has_data(self, start: Any) -> bool:
         """Tell whether a node's output depends on data, as far as that is sure.

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from kfacopt.kfac.capture import would_be_pass
 
@@ -33,30 +32,6 @@ def kept(node: Any, saved: str) -> Any:
         return getattr(node, saved)
     except RuntimeError:  # changed in place since, or its memory is gone
         return None
-
-
-def local_derivative(node: Any, place: int) -> Tensor | None:
-    """Return the derivative of a function of each entry by one of its operands, of the same shape.
-
-    Args:
-        node: Its node.
-        place: Which operand.
-
-    Raises:
-        RecomputedError: As `kept` does.
-    """
-    saved = [name for name in dir(node) if name.startswith("_raw_saved_")]
-    if not _own_passes and any(_is_recomputed(getattr(node, name)) for name in saved):
-        raise RecomputedError
-    metadata = node._input_metadata[0]
-    ones = torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
-    try:
-        with torch.no_grad():
-            found = node(ones)
-    except RuntimeError:  # changed in place since, or its memory is gone
-        return None
-    derivative: Tensor | None = found[place] if isinstance(found, tuple) else found
-    return None if derivative is None or derivative.shape != ones.shape else derivative
 
 
 def _is_recomputed(raw: Any) -> bool:

@@ -103,7 +103,7 @@ def past_modules(
         axes, values = entries
         left = _not_multiplied(unseen, own_uses, layer_of)
         products = [use for found_uses in own_uses.values() for use in found_uses]
-        own_uses |= axes.uses_of(outputs, values, nodes, left, uses, products)
+        own_uses |= axes.uses_of(outputs, values, nodes, left, uses, products, layer_of)
     for p, own in own_uses.items():
         layer = layer_of.get(p)
         if layer is None:
