@@ -78,6 +78,33 @@ OPERATIONS = {
     "several-uses": (_several, {"p": (3, 5)}),
     "two-scales": (lambda m, h: m.p * m.q * h, {"p": (5,), "q": (5,)}),
     "transposed": (lambda m, h: h + m.p.T, {"p": (5, 2)}),
+    "functional-layer-norm": (lambda m, h: F.layer_norm(h, (5,), m.p, m.q), {"p": (5,), "q": (5,)}),
+    "functional-layer-norm-of-two-axes": (
+        lambda m, h: F.layer_norm(h, (2, 5), m.p.exp(), m.q),
+        {"p": (2, 5), "q": (2, 5)},
+    ),
+    "functional-group-norm": (
+        lambda m, h: F.group_norm(h.reshape(-1, 4, 5)[:, :, :2], 2, m.p[:4], m.p[4:]).flatten(1),
+        {"positions": 4, "p": (8,)},
+    ),
+    "functional-group-norm-of-an-image": (
+        lambda m, h: F.group_norm(h.unflatten(2, (1, 5)), 1, m.p, m.q),
+        {"p": (2,), "q": (2,)},
+    ),
+    "bias-of-a-scaled-weight": (
+        lambda m, h: F.linear(h, 2 * m.first.weight.detach()[:3, :1].expand(3, 5), m.p),
+        {"p": (3,)},
+    ),
+    "bias-of-a-standardised-convolution": (
+        lambda m, h: F.conv1d(h, m.first.weight.detach()[:6].reshape(4, 2, 3).softmax(-1), m.p),
+        {"p": (4,)},
+    ),
+    "bias-of-a-scaled-convolution-of-images": (
+        lambda m, h: F.conv2d(
+            h.unsqueeze(1), 2 * m.first.weight.detach()[:4].reshape(4, 1, 2, 2), m.p
+        ),
+        {"p": (4,)},
+    ),
     "in-place": (lambda m, h: h.clone().mul_(m.p).add_(m.q), {"p": (5,), "q": (2, 5)}),
     "both-ways": (lambda m, h: m.p * (h + m.p), {"p": (5,)}),
     "cast": (lambda m, h: (h.float() * m.p.float()).double(), {"p": (5,)}),
@@ -160,7 +187,7 @@ class Hidden(Net):
     """In an operation that is none of those that are known."""
 
     def __init__(self):
-        super().__init__(lambda m, h: F.layer_norm(h, (5,), m.p), p=(5,))
+        super().__init__(lambda m, h: torch.lerp(h, h.square(), m.p), p=(5,))
 
 
 class OfInputs(nn.Module):

@@ -52,8 +52,9 @@ class Choice:
                 kind = next(k for k in RECURRENT if isinstance(module, k))
                 left_out |= {id(p): described((kind,)) for p in params}
             for family in [] if chosen else families_of(module):
-                weight = module._parameters.get(family.weight_name)
-                left_out[id(weight)] = described((type(module),))
+                names = [family.weight_name, *([family.bias_name] if family.bias_name else [])]
+                own = {id(module._parameters.get(name)) for name in names}
+                left_out |= dict.fromkeys(own, described((type(module),)))
         ties = nn.Linear in kinds and nn.Embedding in kinds and not corrected
         return cls(tuple(kinds), left_out, frozenset(recurrent), ties, nn.Parameter in kinds)
 

@@ -28,6 +28,12 @@ NO_AXIS = "no data axis is known where it is multiplied or added"
 
 _SUMS, _PRODUCT, _QUOTIENT = ("AddBackward0", "SubBackward0"), "MulBackward0", "DivBackward0"
 _BINARY = (*_SUMS, _PRODUCT, _QUOTIENT)
+# Of products, convolutions and normalisations: which operand is added, or scales what is normal.
+_INNER = {
+    **dict.fromkeys(("AddmmBackward0", "AddmvBackward0", "BaddbmmBackward0"), (0,)),
+    CONVOLUTION: (2,),
+    **dict.fromkeys(("NativeLayerNormBackward0", "NativeGroupNormBackward0"), (1, 2)),
+}
 _REPEATS = ("ExpandBackward0", "RepeatBackward0")
 
 
@@ -88,6 +94,9 @@ class EntryUses:
             if any(view is None for _, view in views):
                 return NO_AXIS
             return [_Place(node, nr, view, here.slope) for nr, view in views if view is not None]
+        if place in _INNER.get(name, ()):
+            use = self._within(p, here, node, place)
+            return NO_AXIS if use is None else [use]
         if name not in _BINARY and name not in FUNCTIONS:
             return f"it is used in {name.removesuffix('0').removesuffix('Backward')}"
         other = node.next_functions[1 - place][0] if name in _BINARY else None
@@ -108,26 +117,51 @@ class EntryUses:
         fits = all(old in (1, n) for old, n in zip(view.shape, shape, strict=True))
         if not fits or view.axes[0] or not self._may_be_data(shape[0]) or shape[0] < 2:
             return None
-        one = torch.ones((), device=p.device, dtype=node._input_metadata[0].dtype)
-        return self._use(p, view.expanded(shape), here.slope, node, one.expand(shape), ())
+        return self._use(p, view, here.slope, node, 1.0, ())
 
     def _with_data(self, p: Parameter, here: _Place, node: Any, place: int) -> MatrixUse | None:
         """Return a sum or product of a parameter with what depends on data as a use."""
+        if not self._fits(here.view, node):
+            return None
+        edges = (GradientEdge(*node.next_functions[1 - place]),)
+        return self._use(p, here.view, here.slope, node, self._factor(node, place), edges)
+
+    def _within(self, p: Parameter, here: _Place, node: Any, place: int) -> MatrixUse | None:
+        """Return the bias of a product or convolution, or what scales or shifts, as a use."""
+        name, shape = node.name(), node._input_metadata[0].shape
+        others = [e for k, e in enumerate(node.next_functions) if k not in _INNER[name]]
+        edges = tuple(GradientEdge(*edge) for edge in others if edge[0] is not None)
+        has_data = _multiplies_a_constant(node) or any(self._has_data(e.node) for e in edges)
+        view: ParameterView | None = here.view
+        if name in (CONVOLUTION, "NativeGroupNormBackward0"):
+            view = here.view.reshaped((*here.view.shape, *(1,) * (len(shape) - 2)))
+        if not has_data or view is None or not self._fits(view, node):
+            return None
+        if name.startswith("Native"):
+            factor = 1.0 if place == 2 else self._normalised(node)
+        else:
+            factor = float(getattr(node, "_saved_beta", 1))
+        return self._use(p, view, here.slope, node, factor, edges)
+
+    def _normalised(self, node: Any) -> Tensor | None:
+        """Return x̂ of a layer or group normalisation."""
+        kept_ones = [self._read(node, f"_saved_{x}") for x in ("input", "result1", "result2")]
+        x, mean, scale = kept_ones
+        if x is None or mean is None or scale is None:
+            return None
+        if node.name() == "NativeGroupNormBackward0":
+            groups = x.reshape(*mean.shape, x.numel() // mean.numel())
+            return ((groups - mean.unsqueeze(-1)) * scale.unsqueeze(-1)).reshape(x.shape)
+        return (x - mean) * scale
+
+    def _fits(self, view: ParameterView, node: Any) -> bool:
+        """Tell whether a node's output has the same entries for all rows, which may be data."""
         metadata = node._input_metadata[0]
         shape = tuple(metadata.shape)
-        if not shape or not metadata.dtype.is_floating_point or len(shape) < len(here.view.axes):
-            return None
-        view = here.view.expanded(shape)
-        repeated = view.axes[0] == (((shape[0], 0),) if shape[0] > 1 else ())
-        if not (repeated and self._may_be_data(shape[0])):
-            return None
-        factor = self._factor(node, place)
-        if factor is None:
-            return None
-        if not isinstance(factor, Tensor):
-            factor = torch.full((), factor, device=p.device, dtype=metadata.dtype)
-        edges = (GradientEdge(*node.next_functions[1 - place]),)
-        return self._use(p, view, here.slope, node, factor.expand(shape), edges)
+        if not shape or not metadata.dtype.is_floating_point or len(shape) < len(view.axes):
+            return False
+        repeated = ((shape[0], 0),) if shape[0] > 1 else ()
+        return view.expanded(shape).axes[0] == repeated and self._may_be_data(shape[0])
 
     def _factor(self, node: Any, place: int) -> Tensor | float | None:
         """Return the derivative of a sum, product or quotient by one of its operands."""
@@ -149,9 +183,16 @@ class EntryUses:
         view: ParameterView,
         slope: Tensor | float,
         node: Any,
-        x: Tensor,
+        factor: Tensor | float | None,
         edges: tuple[GradientEdge, ...],
-    ) -> MatrixUse:
+    ) -> MatrixUse | None:
+        if factor is None:
+            return None
+        metadata = node._input_metadata[0]
+        view = view.expanded(tuple(metadata.shape))
+        if not isinstance(factor, Tensor):
+            factor = torch.full((), factor, device=p.device, dtype=metadata.dtype)
+        x = factor.expand(metadata.shape)
         call = EntryCall(p, view.offset, view.axes[1:], slope, 1)
         return MatrixUse(p, None, ENTRIES, x, GradientEdge(node, 0), edges, call)
 
