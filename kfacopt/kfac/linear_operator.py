@@ -68,7 +68,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             see docs/layers.md. Products with matrices
             past modules' calls (`x @ W`, `F.linear`, `nn.MultiheadAttention`) and lookups
             (`F.embedding`) count as well; a matrix of which the model makes no other use is a layer
-            by the parameter's name. So is an embedding that is tied to the head.
+            by the parameter's name. So is an embedding that is tied to the head, and what
+            multiplies or is added entry by entry, where its data's axis is certain (the exact
+            diagonal of F).
         loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
             log-probabilities; or any function or module that maps predictions z and targets to a
             scalar. Of this the positive part of the Hessian at z is the curvature, found exactly

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer
 
 from kfacopt.kfac.factors import Factors
-from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Layer
+from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Kind, Layer
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
@@ -149,7 +149,8 @@ class KFACOptimizer(Optimizer):
             docs/layers.md and those given to `kfacopt.register_layer`; AdamW trains what is in
             others. `None`: `kfacopt.default_layers()`. With `nn.Linear` and `nn.Embedding` an
             embedding that is tied to the head is a layer (not for EKFAC); `nn.LSTM` and the like
-            name the products in them.
+            name the products in them; `nn.Parameter` names what multiplies or is added past
+            modules.
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
         conv_factor: How A of convolutions is kept: `"full"`; `"channels"`, by channels C and
             positions K of the kernel, which takes (K + 1) C² / 2 numbers with its inverse instead
@@ -232,7 +233,7 @@ class KFACOptimizer(Optimizer):
         inverse_update_interval: int | None = None,
         kl_clip: float | Literal["auto"] | None = "auto",
         separate_weight_and_bias: bool = False,
-        layers: Collection[type[nn.Module]] | None = None,
+        layers: Collection[Kind] | None = None,
         max_factor_dim: int | None = 8192,
         conv_factor: ConvFactor = "auto",
         factor_dtype: torch.dtype | None = None,
