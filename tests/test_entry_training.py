@@ -18,6 +18,7 @@ from kfacopt import KFACOptimizer, default_layers, diagnose
 pytestmark = pytest.mark.usefixtures("float64")
 
 TOLERANCE = 1e-10
+DRAWS = 60
 DAMPING = 1e-2
 LAYERS = [*default_layers(), nn.Parameter]
 EVERY_STEP = {
@@ -53,7 +54,7 @@ def train(model, optimizer, steps, X=None, y=None):
     return loss.item()
 
 
-def rows(optimizer):
+def rows_of(optimizer):
     return {row.parameter: row for row in optimizer.describe().parameters}
 
 
@@ -100,12 +101,47 @@ def test_micro_batches_of_any_size_add_up(fisher_type):
     torch.testing.assert_close(found, exact, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_data_with_several_rows_count_as_a_whole():
+    """Half of the rows would be half of each datum; the other use is of the same data."""
+    model, (X, y) = make("rows-per-datum"), batch()
+    options = {"fisher_type": "type-2", "factor_batch_fraction": 0.5}
+    optimizer = KFACOptimizer(model.parameters(), **EVERY_STEP | options)
+    train(model, optimizer, 1)
+    exact = dense_ggn(model, nn.CrossEntropyLoss(), [model.p], [(X, y)]).diagonal()
+    train(model, optimizer, 1)
+    torch.testing.assert_close(diagonal(optimizer, "p"), exact, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_part_of_the_data_counts_on_average():
+    model, (X, y) = make("layer-scale"), batch()
+    options = {"fisher_type": "type-2", "factor_batch_fraction": 0.5, "lr": 0.0}
+    optimizer = KFACOptimizer(model.parameters(), **EVERY_STEP | options | {"fallback_lr": 0.0})
+    exact = dense_ggn(model, nn.CrossEntropyLoss(), [model.p], [(X, y)]).diagonal()
+    train(model, optimizer, 1)
+    total = torch.zeros(5)
+    for _ in range(DRAWS):
+        train(model, optimizer, 1)
+        total += diagonal(optimizer, "p")
+    torch.testing.assert_close(total / DRAWS, exact, rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("rows", [0, 3, 6])
+def test_some_rows_of_the_data(rows):
+    """As an expert has them; also none, as many as half of the data, or all of them."""
+    model = make("layer-scale")
+    model.operation = lambda m, h: h.index_add(0, torch.arange(rows), m.p * h[:rows])
+    optimizer = KFACOptimizer(model.parameters(), **EVERY_STEP)
+    train(model, optimizer, 2)
+    expected = "diagonal of the Fisher" if rows == 6 else "AdamW: no data axis is known"
+    assert rows_of(optimizer)["p"].curvature.startswith(expected)
+
+
 @pytest.mark.parametrize("name", UNCERTAIN)
 def test_what_is_not_certain_is_trained_by_the_fallback_and_said(name):
     model = UNCERTAIN[name]()
     optimizer = KFACOptimizer(model.parameters(), **EVERY_STEP)
     train(model, optimizer, 3)
-    row = rows(optimizer)["p"]
+    row = rows_of(optimizer)["p"]
     reason = "used in Lerp" if name == "another-operation" else "no data axis is known"
     assert reason in row.curvature
     assert row.curvature.startswith("AdamW: ")
@@ -116,9 +152,9 @@ def test_one_datum_is_never_certain():
     model = make("layer-scale")
     optimizer = KFACOptimizer(model.parameters(), **EVERY_STEP)
     train(model, optimizer, 3, *batch(1))
-    assert "no data axis is known" in rows(optimizer)["p"].curvature
+    assert "no data axis is known" in rows_of(optimizer)["p"].curvature
     train(model, optimizer, 2, *batch(2))
-    assert rows(optimizer)["p"].curvature == "diagonal of the Fisher, 5"
+    assert rows_of(optimizer)["p"].curvature == "diagonal of the Fisher, 5"
 
 
 def test_a_use_that_comes_later_is_not_left_out():
@@ -129,7 +165,7 @@ def test_a_use_that_comes_later_is_not_left_out():
     model.operation = lambda m, h: m.p * F.linear(h, m.p * torch.eye(5))
     with pytest.warns(UserWarning, match="'p'"):
         train(model, optimizer, 1)
-    assert "no data axis is known" in rows(optimizer)["p"].curvature
+    assert "no data axis is known" in rows_of(optimizer)["p"].curvature
 
 
 def test_it_is_an_option():
@@ -137,7 +173,7 @@ def test_it_is_an_option():
     model = make("layer-scale")
     optimizer = KFACOptimizer(model.parameters())
     train(model, optimizer, 2)
-    assert rows(optimizer)["p"].curvature.startswith("AdamW: ")
+    assert rows_of(optimizer)["p"].curvature.startswith("AdamW: ")
 
 
 class Products(nn.Module):
@@ -158,7 +194,7 @@ def test_biases_of_products_stay_theirs():
     model = Products()
     optimizer = KFACOptimizer(model.parameters(), **EVERY_STEP)
     train(model, optimizer, 2)
-    layers = {name: row.layer for name, row in rows(optimizer).items()}
+    layers = {name: row.layer for name, row in rows_of(optimizer).items()}
     assert (layers["bias"], layers["plain"]) == ("kernel", "plain")
 
 
@@ -177,7 +213,7 @@ def test_activation_checkpointing_changes_nothing(name):
     optimizers = [KFACOptimizer(m.parameters(), **EVERY_STEP) for m in (model, twin)]
     for net, optimizer in zip((model, twin), optimizers, strict=True):
         train(net, optimizer, 3)
-    assert rows(optimizers[1])["p"].curvature.startswith("diagonal")
+    assert rows_of(optimizers[1])["p"].curvature.startswith("diagonal")
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -222,10 +258,10 @@ def test_frozen_and_unfrozen():
     model.p.requires_grad_(False)
     optimizer.zero_grad()
     train(model, optimizer, 2)
-    assert rows(optimizer)["p"].curvature == "AdamW: frozen"
+    assert rows_of(optimizer)["p"].curvature == "AdamW: frozen"
     model.p.requires_grad_(True)
     train(model, optimizer, 2)
-    assert rows(optimizer)["p"].curvature == "diagonal of the Fisher, 5"
+    assert rows_of(optimizer)["p"].curvature == "diagonal of the Fisher, 5"
 
 
 def over_ranks(rank):

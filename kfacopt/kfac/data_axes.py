@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.added_biases import Parents
 from kfacopt.kfac.capture import LayerUse, would_be_pass
-from kfacopt.kfac.entry_uses import NO_AXIS, EntryUses, with_rows
+from kfacopt.kfac.entry_uses import NO_AXIS, EntryUses, by_data
 from kfacopt.kfac.layers.entries import EntryCall
 from kfacopt.kfac.matrix_products import MatrixUse
 from kfacopt.kfac.saved_tensors import where_it_can_be_read
@@ -77,12 +77,12 @@ class DataAxes:
             if isinstance(own, str):
                 self.reasons[p] = own
             elif own:
-                data = min(*rows, *(len(use.input) for use in own))
                 counts = [*rows, *(len(use.input) for use in own)]
-                if any(count % data for count in counts):
+                data = min(counts)
+                if data == 0 or any(count % data for count in counts):
                     self.reasons[p] = NO_AXIS
                 else:
-                    found[p] = [with_rows(use, data) for use in own]
+                    found[p] = by_data(own, data)
         self._test(outputs, values, found, adopted)
         return found
 

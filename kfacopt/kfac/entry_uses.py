@@ -193,7 +193,7 @@ class EntryUses:
         if not isinstance(factor, Tensor):
             factor = torch.full((), factor, device=p.device, dtype=metadata.dtype)
         x = factor.expand(metadata.shape)
-        call = EntryCall(p, view.offset, view.axes[1:], slope, 1)
+        call = EntryCall(p, view.offset, view.axes[1:], slope, 1, False)
         return MatrixUse(p, None, ENTRIES, x, GradientEdge(node, 0), edges, call)
 
     def _slope(self, p: Parameter, here: _Place, node: Any, place: int) -> Tensor | float | None:
@@ -253,7 +253,11 @@ def _multiplies_a_constant(node: Any) -> bool:
     return any(node.next_functions[place][0] is None for place in places)
 
 
-def with_rows(use: MatrixUse, data: int) -> MatrixUse:
-    """Return a use by so many data, each of which has some rows."""
-    assert isinstance(use.call, EntryCall)
-    return replace(use, call=replace(use.call, rows=len(use.input) // data))
+def by_data(uses: Sequence[MatrixUse], data: int) -> list[MatrixUse]:
+    """Return the uses of a parameter by so many data, each of which has some rows."""
+    whole, found = any(len(use.input) != data for use in uses), []
+    for use in uses:
+        assert isinstance(use.call, EntryCall)
+        call = replace(use.call, rows=len(use.input) // data, whole=whole)
+        found.append(replace(use, call=call))
+    return found

@@ -32,6 +32,7 @@ class EntryCall:
             0 where they are repeated.
         slope: The derivative of what is multiplied or added by the parameter's entries, `[B]`.
         rows: How many of the n rows, one behind the other, a datum has.
+        whole: Whether a part of the data cannot be taken, as a use of the parameter has several.
     """
 
     weight: Parameter
@@ -39,6 +40,7 @@ class EntryCall:
     positions: Sequence[Sequence[tuple[int, int]]]
     slope: Tensor | float
     rows: int
+    whole: bool
 
     def by_entry(self, x: Tensor) -> Tensor:
         """Bring `[n, *positions]` to `[B, N, S, 1]`, 0 at entries that the operation has not."""
@@ -65,8 +67,8 @@ class Entries(LayerFamily):
     datum_axes, bias_name, elementwise = 0, None, True
 
     def is_single(self, module: Any, x: Tensor) -> bool:
-        """Take all data where a datum has several rows."""
-        return module is None or module.rows > 1
+        """Take all data where a datum has several rows in any use."""
+        return module is None or module.whole
 
     def inputs(self, module: Any, x: Tensor, reduce: bool) -> tuple[Tensor, int]:
         """Bring x to `[B, N, S, 1]`, or its means."""
