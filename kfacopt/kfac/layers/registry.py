@@ -15,6 +15,7 @@ from kfacopt.kfac.layers.normalization import (
     Shift,
     batch_normalized,
     group_normalized,
+    instance_normalized,
     layer_normalized,
     rms_normalized,
 )
@@ -76,6 +77,7 @@ for _normalized, _channels_last, _kinds in (
     (rms_normalized, True, (nn.RMSNorm,)),
     (group_normalized, False, (nn.GroupNorm,)),
     (batch_normalized, False, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
+    (instance_normalized, False, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)),
 ):
     for _family in (Scale(_normalized, _channels_last), Shift(_normalized, _channels_last)):
         ENTRIES += [Entry(_kind, _family, default=False) for _kind in _kinds]
