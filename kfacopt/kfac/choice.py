@@ -64,6 +64,17 @@ class Choice:
             return False
         return bool(self.kinds) and id(p) not in self.left_out
 
+    def leaves_out(self, p: Parameter, layout: MatrixLayout) -> str:
+        """Say why a matrix that is used in some way is no layer.
+
+        Args:
+            p: The matrix.
+            layout: How it is used.
+        """
+        if layout.is_tied:
+            return "looked up and multiplied; nn.Linear and nn.Embedding among layers= have it"
+        return f"{described((layout.kind(p),))} is not among layers="
+
     def makes_layer(self, p: Parameter, layout: MatrixLayout) -> bool:
         """Tell whether a matrix that is used in some way is a layer."""
         if layout.is_tied:

@@ -28,6 +28,7 @@ from kfacopt.kfac.lookup_uses import TIED
 from kfacopt.kfac.matrix_layouts import MatrixLayout, as_layer_use, becomes_tied, fits
 from kfacopt.kfac.matrix_products import MatrixUse
 from kfacopt.kfac.matrix_uses import graph_parents, matrix_uses, operand_uses
+from kfacopt.kfac.unknown_uses import reasons_against
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
 _ROUND_OFFS = 16
@@ -69,12 +70,14 @@ class PastModules:
         rest: The parameters of layers that are used in ways that products do not explain.
         hidden: Matrices in no layer that are not in the graph, but may be in activation
             checkpointing with reentry, whose parts are not.
+        reasons: Why parameters are none of these, as far as that was asked.
     """
 
     uses: list[LayerUse]
     found: dict[Parameter, MatrixLayout]
     rest: list[Parameter]
     hidden: list[Parameter]
+    reasons: dict[Parameter, str]
 
 
 def past_modules(
@@ -83,6 +86,7 @@ def past_modules(
     layer_of: Mapping[Parameter, Layer],
     free: Iterable[Parameter],
     entries: tuple[DataAxes, Sequence[Tensor]] | None = None,
+    unexplained: Iterable[Parameter] = (),
 ) -> PastModules:
     """Return what a graph computes with parameters past the calls of modules.
 
@@ -92,6 +96,7 @@ def past_modules(
         layer_of: The parameters of layers.
         free: Matrices in no layer; vectors, too, where uses entry by entry are looked for.
         entries: Tells of these, with a tensor of the shape and dtype of each output's.
+        unexplained: Those of them of which it shall be said why they are no layers, if so.
     """
     nodes = _nodes_past(outputs, uses)
     unseen = _leaves(nodes, [*layer_of, *free])
@@ -130,7 +135,17 @@ def past_modules(
     seen = {id(p) for p in unseen}
     hidden = [p for p in free if id(p) not in seen]
     hidden = hidden if hidden and any(map(_is_reentrant, nodes)) else []
-    return PastModules(further, found, rest, hidden)
+    reasons = _reasons(outputs, nodes, [p for p in unexplained if p not in found], seen)
+    return PastModules(further, found, rest, hidden, reasons)
+
+
+def _reasons(
+    outputs: Sequence[GradientEdge], nodes: Parents, params: Sequence[Parameter], seen: set[int]
+) -> dict[Parameter, str]:
+    """Return why parameters are no layers: those of the graph past recorded uses, and within."""
+    if any(id(p) not in seen for p in params):
+        nodes = graph_parents(outputs, {})
+    return reasons_against(nodes, params)
 
 
 def _not_multiplied(

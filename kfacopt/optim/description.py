@@ -147,7 +147,9 @@ def _curvature(
     if block is None and id(p) in left_out:
         return f"AdamW: {left_out[id(p)]} is not among layers="
     if block is None:
-        return f"AdamW: {reason or 'in no layer that K-FAC knows'}"
+        past = "past the layers' modules; nn.Parameter among layers= may have it"
+        unknown = past if p.ndim < 2 else "in no layer that K-FAC knows"
+        return f"AdamW: {reason or unknown}"
     if block.layer in undercounted and reason is not None:
         return f"AdamW: {reason}"
     if block.layer in undercounted:

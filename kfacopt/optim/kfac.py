@@ -591,7 +591,7 @@ class KFACOptimizer(Optimizer):
         own = (self._parameters(), self._connection.names, self._curvature)
         seen = self._statistics
         left_out = self._connection.left_out
-        seen_curvature, reasons = seen.objectives.curvature, seen.others.axes.reasons
+        seen_curvature, reasons = seen.objectives.curvature, seen.others.reasons
         return describe(*own, seen_curvature, seen.undercounted, left_out, reasons)
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class OtherUses:
         hidden: Those of the last loss whose graph has none of them, but reentrant activation
             checkpointing, which may hide them.
         axes: Which parameters have data known where they are multiplied or added entry by entry.
+        reasons: Why parameters that are looked for are no layers, in words.
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
@@ -54,6 +55,8 @@ class OtherUses:
         self.undercounted: set[Layer] = set()
         self.hidden: set[Parameter] = set()
         self.axes = DataAxes()
+        self.reasons: dict[Parameter, str] = {}
+        self._unexplained = [] if choice.by_entries else self.free
         self.looks_on = bool(self.free or self._layer_of)
 
     def finish(self) -> set[Layer]:
@@ -74,7 +77,9 @@ class OtherUses:
         uses = [use for p in passes for use in p.uses]
         entries = (self.axes, values) if self._choice.by_entries else None
         with nullcontext() if entries is None else bookkeeping_kept(edges):
-            past = past_modules(edges, uses, self._layer_of, self.free, entries)
+            new, self._unexplained = self._unexplained, []
+            past = past_modules(edges, uses, self._layer_of, self.free, entries, new)
+        self.reasons |= past.reasons | self.axes.reasons
         self.hidden, rest = set(past.hidden), list(past.rest)
         for p, layout in past.found.items():
             layer = self._layer_of.get(p)
@@ -83,6 +88,8 @@ class OtherUses:
                 self.undercounted |= set() if layer is None else {layer}
             elif layer is not None:
                 rest.append(p)
+            else:
+                self.reasons[p] = self._choice.leaves_out(p, layout)
         if passes:
             passes[-1].uses += past.uses
         uses = [*uses, *past.uses]

@@ -96,7 +96,7 @@ def come_first(module: nn.Module) -> None:
     One that was registered later with `prepend=True` may have put another tensor in the place of
     the output: the layer's would not be seen.
     """
-    hooks = module._forward_hooks
+    hooks: Any = module._forward_hooks
     own = [key for key, hook in hooks.items() if isinstance(hook, _Hook)]
     if own and own[0] != next(iter(hooks)):
         for key in reversed(own):
