@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer
 
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.factors import Factors
 from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Kind, Layer
 from kfacopt.kfac.matrix_layouts import MatrixLayout
@@ -268,6 +269,7 @@ class KFACOptimizer(Optimizer):
         self._checked_settings: list[tuple[Any, ...]] = []
         self._skipped_steps = self._num_fallback = 0
         self._matrices: dict[Parameter, MatrixLayout] = {}
+        self._axes = DataAxes()
         self._labels_before: Tensor | None = None
 
     # Steps -------------------------------------------------------------------------------------
@@ -492,8 +494,8 @@ class KFACOptimizer(Optimizer):
         if modules is None:  # of a group that is empty so far there are none
             model = None if self._model is None else self._model()
             modules = find_modules(params, model) if params else []
-        given = (self._settings, self._curvature, self._labels, self._ranks, self._matrices)
-        connection = connect(params, modules, *given)
+        given = (self._settings, self._curvature, self._labels, self._ranks)
+        connection = connect(params, modules, *given, self._matrices, self._axes)
         if self._connected:
             self._watch.active = False
         self._connection, self._connected = connection, True

@@ -25,6 +25,7 @@ class OtherUses:
         layers: The layers.
         params: All parameters.
         choice: Which of them may be layers.
+        axes: Which of them have data known where they are multiplied or added entry by entry.
 
     Attributes:
         found: Parameters that products and lookups alone use, and how: those in no layer, and those
@@ -35,13 +36,16 @@ class OtherUses:
             since the last call of `finish`.
         hidden: Those of the last loss whose graph has none of them, but reentrant activation
             checkpointing, which may hide them.
-        axes: Which parameters have data known where they are multiplied or added entry by entry.
         reasons: Why parameters that are looked for are no layers, in words.
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], params: Sequence[Parameter], choice: Choice
+        self,
+        layers: Sequence[Layer],
+        params: Sequence[Parameter],
+        choice: Choice,
+        axes: DataAxes,
     ) -> None:
         self._choice = choice
         self._layer_of = {p: la for la in layers for p in (la.weight, la.bias) if p is not None}
@@ -54,7 +58,7 @@ class OtherUses:
         self.found: dict[Parameter, MatrixLayout] = {}
         self.undercounted: set[Layer] = set()
         self.hidden: set[Parameter] = set()
-        self.axes = DataAxes()
+        self._axes = axes
         self.reasons: dict[Parameter, str] = {}
         self._unexplained = [] if choice.by_entries else self.free
         self.looks_on = bool(self.free or self._layer_of)
@@ -75,11 +79,11 @@ class OtherUses:
             passes: The forward passes that z depends on.
         """
         uses = [use for p in passes for use in p.uses]
-        entries = (self.axes, values) if self._choice.by_entries else None
+        entries = (self._axes, values) if self._choice.by_entries else None
         with nullcontext() if entries is None else bookkeeping_kept(edges):
             new, self._unexplained = self._unexplained, []
             past = past_modules(edges, uses, self._layer_of, self.free, entries, new)
-        self.reasons |= past.reasons | self.axes.reasons
+        self.reasons |= past.reasons | self._axes.reasons
         self.hidden, rest = set(past.hidden), list(past.rest)
         for p, layout in past.found.items():
             layer = self._layer_of.get(p)
