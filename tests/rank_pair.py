@@ -21,6 +21,7 @@ FILES = (
     "test_products",
     "test_trust_region",
     "test_intervals",
+    "test_entry_training",
 )
 WORLD = 2
 COLLECTIVE_LIMIT = datetime.timedelta(seconds=60)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer
 
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.factors import Factors
-from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Layer
+from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Kind, Layer
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
@@ -152,7 +153,8 @@ class KFACOptimizer(Optimizer):
             docs/layers.md and those given to `kfacopt.register_layer`; AdamW trains what is in
             others. `None`: `kfacopt.default_layers()`. With `nn.Linear` and `nn.Embedding` an
             embedding that is tied to the head is a layer (not for EKFAC); `nn.LSTM` and the like
-            name the products in them.
+            name the products in them; `nn.Parameter` names what multiplies or is added past
+            modules.
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
         conv_factor: How A of convolutions is kept: `"full"`; `"channels"`, by channels C and
             positions K of the kernel, which takes (K + 1) C² / 2 numbers with its inverse instead
@@ -235,7 +237,7 @@ class KFACOptimizer(Optimizer):
         inverse_update_interval: int | None = None,
         kl_clip: float | Literal["auto"] | None = "auto",
         separate_weight_and_bias: bool = False,
-        layers: Collection[type[nn.Module]] | None = None,
+        layers: Collection[Kind] | None = None,
         max_factor_dim: int | None = 8192,
         conv_factor: ConvFactor = "auto",
         factor_dtype: torch.dtype | None = None,
@@ -270,6 +272,7 @@ class KFACOptimizer(Optimizer):
         self._checked_settings: list[tuple[Any, ...]] = []
         self._skipped_steps = self._num_fallback = 0
         self._matrices: dict[Parameter, MatrixLayout] = {}
+        self._axes = DataAxes()
         self._labels_before: Tensor | None = None
 
     # Steps -------------------------------------------------------------------------------------
@@ -514,8 +517,8 @@ class KFACOptimizer(Optimizer):
         if modules is None:  # of a group that is empty so far there are none
             model = None if self._model is None else self._model()
             modules = find_modules(params, model) if params else []
-        given = (self._settings, self._curvature, self._labels, self._ranks, self._matrices)
-        connection = connect(params, modules, *given)
+        given = (self._settings, self._curvature, self._labels, self._ranks)
+        connection = connect(params, modules, *given, self._matrices, self._axes)
         if self._connected:
             self._watch.active = False
         self._connection, self._connected = connection, True
@@ -613,7 +616,8 @@ class KFACOptimizer(Optimizer):
         own = (self._parameters(), self._connection.names, self._curvature)
         seen = self._statistics
         left_out = self._connection.left_out
-        return describe(*own, seen.objectives.curvature, seen.undercounted, left_out)
+        seen_curvature, reasons = seen.objectives.curvature, seen.others.reasons
+        return describe(*own, seen_curvature, seen.undercounted, left_out, reasons)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.

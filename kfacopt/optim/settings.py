@@ -26,6 +26,7 @@ from kfacopt.argument_checks import (
 from kfacopt.kfac.factors import FactorForm
 from kfacopt.kfac.layers import (
     CONV_FACTORS,
+    ENTRYWISE,
     KFAC_APPROXES,
     ConvFactor,
     Kinds,
@@ -226,7 +227,7 @@ _KEPT_DTYPES = (None, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check_kinds(name: str, kinds: Any) -> None:
-    known = all_kinds()
+    known = (*all_kinds(), *ENTRYWISE)
     if not isinstance(kinds, list | tuple | set | frozenset):
         raise ValueError(f"{name} must be None or a list of classes of modules, got {kinds!r}.")
     for kind in kinds:
