@@ -80,11 +80,11 @@ class KFACOptimizer(Optimizer):
     and output gradients g, F ≈ G ⊗ A (see `kfacopt.KFACLinearOperator`); with Ā and Ḡ their running
     averages and ∇ the layer's gradient,
 
-        Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr Δ,    θ ← (1 − lr λ) θ − (lr Δ + μ m),
+        Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,   m ← μ m + lr Δ,   θ ← (1 − c lr λ) θ − (lr Δ + μ m),
 
-    with the damping δ, Nesterov's momentum μ, weight decay λ and ν = min(1, √(κ / (lr₀² Σ⟨Δ, ∇⟩)))
-    of the unscaled Δ and the initial lr₀, where κ follows the data (`kl_clip`). All other
-    parameters are trained by AdamW with `fallback_lr`.
+    with the damping δ, Nesterov's momentum μ, weight decay λ, c = 0.015 and ν = min(1, √(κ / (lr₀²
+    Σ⟨Δ, ∇⟩))) of the unscaled Δ and the initial lr₀, where κ follows the data (`kl_clip`). All
+    other parameters are trained by AdamW with `fallback_lr`, and decay alike.
 
     The objective is whatever scalar is differentiated, and F its Fisher or GGN: of `loss / k`, of a
     weighted sum of losses, of a sum divided by a number. `cross_entropy`, `mse_loss`,
@@ -107,13 +107,15 @@ class KFACOptimizer(Optimizer):
             in every step, for large or full batches: see `kfacopt.optim.steps.self_tuning`. The
             groups' `lr` is then 1, and what schedulers make of it multiplies the steps;
             `momentum=0` leaves momentum out, `damping` is where the adaptation starts,
-            `weight_decay` counts per step of size 1, and `kl_clip` is not used; AdamW's part is
-            outside of what is undone. An objective with terms that are not recognised needs
-            `step(closure)`.
+            `weight_decay` counts per step of size 1, and |α| times where that is shorter, and
+            `kl_clip` is not used; AdamW's part is outside of what is undone. An objective with
+            terms that are not recognised needs `step(closure)`.
         momentum: μ in [0, 1), on the preconditioned step.
-        nesterov: Take Nesterov's step; `False` is θ ← (1 − lr λ) θ − m. Without momentum, and for
+        nesterov: Take Nesterov's step; `False` is θ ← (1 − c lr λ) θ − m. Without momentum, and for
             `lr="auto"`, it has no effect.
-        weight_decay: λ ≥ 0, decoupled.
+        weight_decay: λ ≥ 0, decoupled, as for AdamW: all parameters decay by 0.015 lr λ in a step,
+            which at lr = 0.2 is what AdamW at a rate of 3e-3 takes. Those that AdamW trains decay
+            alike, whatever `fallback_lr`; not at all where that is 0.
         damping: δ > 0, in units of F; 1e-3 (for `lr="auto"` where it starts).
         preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
             and Ā's eigenbases Q and the running averages Λ of the second moments of single data's
@@ -376,7 +378,8 @@ class KFACOptimizer(Optimizer):
         if self._rule.trouble:
             self._notices.log("unmeasured", self._rule.trouble)
         if moved:  # a self-tuned step that found nothing to gain moves nothing
-            others = (self._connection.vectors, self._settings.steps.vector_lr)
+            vectors = self._connection.vectors
+            others = (vectors, self._settings.steps.vector_lr, self._rule.size)
             self._num_fallback = fallback_step(self.state, self.param_groups, directions, *others)
 
     def _look_ahead(self, waiting: bool) -> None:
