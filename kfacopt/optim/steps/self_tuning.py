@@ -153,7 +153,7 @@ class SelfTuning:
         record.loss, record.damping = model.loss, groups[0]["damping"]
         if not all(math.isfinite(x) for x in model.scalars()):
             return False
-        model, new_loss = objective.completed(model, grads, damping)
+        model, new_loss = objective.completed(model, grads, directions, damping)
         record.loss = model.loss
         before = [p.detach().clone() for p in params]
         try:
