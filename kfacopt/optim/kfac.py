@@ -20,6 +20,7 @@ from kfacopt.linalg.kronecker import DampingMethod
 from kfacopt.optim.connection import Connection, connect
 from kfacopt.optim.description import Description, describe
 from kfacopt.optim.distributed import Ranks, mean_over_ranks
+from kfacopt.optim.foreign_arguments import refuse_foreign
 from kfacopt.optim.group_settings import check_group, numbers_alone, settings_of
 from kfacopt.optim.messages import (
     Notices,
@@ -32,6 +33,7 @@ from kfacopt.optim.messages import (
 )
 from kfacopt.optim.monitoring import Scalars, all_block_statistics
 from kfacopt.optim.pending import take_pending
+from kfacopt.optim.rates import RateWatch, relative_rate
 from kfacopt.optim.settings import (
     SETTINGS,
     PreconditionerKind,
@@ -183,6 +185,7 @@ class KFACOptimizer(Optimizer):
     `statistics`.
 
     Raises:
+        TypeError: If an argument is another optimizer's (`betas`, `eps`, `fused`, `amsgrad`).
         ValueError: If an argument is out of its range, no module owns the parameters, or layers
             outside of `model` own some.
         RuntimeError: In `step`, if no backward pass from the outputs was ever seen.
@@ -214,6 +217,7 @@ class KFACOptimizer(Optimizer):
     averages are bias-corrected.
     """
 
+    @refuse_foreign
     def __init__(
         self,
         params: Iterable[Any],
@@ -263,7 +267,7 @@ class KFACOptimizer(Optimizer):
         steps = self._settings.steps
         self._rule = SelfTuning() if steps.tuned else ClippedStep(steps.kl_clip)
         self._curvature = CurvatureState(self._settings)
-        self._ranks, self._notices = Ranks(), Notices()
+        self._ranks, self._notices, self._rates = Ranks(), Notices(), RateWatch()
         self._connection: Connection
         self._connected = False
         self._checked_settings: list[tuple[Any, ...]] = []
@@ -307,6 +311,7 @@ class KFACOptimizer(Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None, loss: Any) -> None:
         """Collect, fold, invert, precondition, clip and move."""
+        self._rates.look(self.param_groups, self._notices, self._settings.steps.tuned)
         number, collecting = self._num_steps, self._statistics.collecting
         due = self._settings.schedule.factors_due(number)
         recorded = self._watch.recording
@@ -566,7 +571,8 @@ class KFACOptimizer(Optimizer):
         `skipped_steps` (as gradients were not finite), `kl_clip_scale` (ν of the last step; 1
         without a clip), with `kl_clip="auto"` `trust_region` (κ) and what the last measurement
         gave (NaN before one), `gain_ratio`, `slope` and `change` (see `TrustStatistics`),
-        `fallback_parameters` (tensors that the last step gave to AdamW), and for
+        `fallback_parameters` (tensors that the last step gave to AdamW), `relative_lr` (the largest
+        lr as a share of the one its group was made with: steps are in proportion), and for
         every layer `<layer>/damping`, `condition`, `factor_age`, `inverse_age`,
         `skipped_factor_updates` and `inverse_failures`; see `block_statistics`. Where weight and
         bias have blocks of their own, `<parameter>/...` instead. It costs an eigendecomposition
@@ -580,6 +586,7 @@ class KFACOptimizer(Optimizer):
         counts = {
             "skipped_steps": float(self._skipped_steps),
             "fallback_parameters": float(self._num_fallback),
+            "relative_lr": max(relative_rate(group) for group in self.param_groups),
         }
         own = (self._curvature, self.param_groups, self._connection.names)
         return counts | self._rule.scalars(self.param_groups) | all_block_statistics(*own)

@@ -246,3 +246,21 @@ def missing_statistics(forward_seen: bool) -> str:
 def unmeasured(reason: str) -> str:
     """Say that the KL clip does not follow the data."""
     return f'kl_clip="auto": steps cannot be measured ({reason}); it stays as it is until they can.'
+
+
+def short_rates(share: float, steps: int, base: float, tuned: bool) -> str:
+    """Say that a schedule's rates are meant for another rule.
+
+    Args:
+        share: The largest rate so far, in units of the one that its group was made with.
+        steps: Of how many steps that is.
+        base: What that group was made with.
+        tuned: Whether it is `lr="auto"`, whose rates are factors.
+    """
+    other = "" if tuned else ", or make the optimizer with lr= the largest rate of your schedule"
+    return (
+        f"in {steps} steps lr was never above {share * base:.3g}, {share:.2g} of the rate that the "
+        "optimizer was made with, and steps are proportional to it: they are that much too short. "
+        "Rates here are no rates of AdamW's. Let the schedule rise to the optimizer's own rate "
+        f"(max_lr={base:g}){other}."
+    )
