@@ -222,15 +222,24 @@ def hidden_by_checkpointing(names: Sequence[str]) -> str:
     )
 
 
-def missing_statistics(forward_seen: bool) -> str:
+def missing_statistics(forward_seen: bool, accumulated: bool = True) -> str:
     """Say why there are gradients but no statistics, and the way out.
 
     Args:
         forward_seen: Whether a forward pass went through the hooks.
+        accumulated: Whether a backward pass accumulated gradients.
     """
+    if not accumulated:
+        return (
+            "there are gradients, but no backward pass made them since the last step: they are of "
+            "an earlier one, were set by hand (p.grad = ...), or computed before the optimizer was "
+            "made. Curvature is taken from backward passes: call backward() on the loss of a "
+            "forward pass that came after the optimizer, and change its gradients then, if at all."
+        )
     if not forward_seen:
         return (
             "no forward pass of the model went through the optimizer's hooks since the last step. "
+            "Make the optimizer before the forward pass whose gradients it steps with. "
             "If the parameters are used by another module than the one that owns them, name it "
             "with model=; if the model was compiled and called before the optimizer was made, "
             "call torch._dynamo.reset()."
