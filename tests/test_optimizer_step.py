@@ -13,6 +13,7 @@ from kfacopt import EKFACLinearOperator, KFACLinearOperator, KFACOptimizer, KFAC
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.kronecker import DecompositionError
 from kfacopt.optim.state import inverses, running_averages
+from kfacopt.optim.steps.update import DECAY_PER_LR
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -170,7 +171,7 @@ def test_momentum_decay_and_clip(nesterov, foreach):
         for p, b, d in zip(params, buffers, directions, strict=True):
             b.mul_(momentum).add_(lr * nu * d)
             step = lr * nu * d + momentum * b if nesterov else b
-            expected.append((1 - lr * decay) * p.detach() - step)
+            expected.append((1 - DECAY_PER_LR * lr * decay) * p.detach() - step)
         optimizer.step()
         assert_same(params, expected)
     assert min(clipped) < 1
@@ -255,7 +256,7 @@ def test_groups_have_their_own_settings():
     for lr, damping, decay, own in ((0.5, 1.0, 0.1, slice(0, 2)), (1.0, 0.1, 0.0, slice(2, 6))):
         directions = (kfac.inverse(damping) @ grads)[own]
         for p, d in zip([*first, *rest][own], directions, strict=True):
-            expected.append((1 - lr * decay) * p.detach() - lr * d)
+            expected.append((1 - DECAY_PER_LR * lr * decay) * p.detach() - lr * d)
     optimizer.step()
     assert_same([*first, *rest], expected)
 
@@ -278,7 +279,7 @@ def test_weight_and_bias_in_different_groups():
     directions = kfac.inverse(0.1) @ [p.grad for p in weights + biases]
     decays = [0.1] * len(weights) + [0.0] * len(biases)
     expected = [
-        (1 - decay) * p.detach() - d
+        (1 - DECAY_PER_LR * decay) * p.detach() - d
         for p, d, decay in zip(weights + biases, directions, decays, strict=True)
     ]
     optimizer.step()

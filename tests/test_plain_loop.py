@@ -396,13 +396,38 @@ def test_outputs_that_nobody_sees_later_warn_once_and_training_goes_on():
     step(optimizer, F.l1_loss(model.body(X), TARGETS))
 
 
-def test_gradients_without_a_forward_pass():
+@pytest.mark.parametrize("forward", [False, True])
+def test_gradients_set_by_hand(forward):
     model = mlp()
     optimizer = make(model.parameters())
+    if forward:
+        model(X)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="no forward pass of the model went through"):
+    with pytest.raises(
+        RuntimeError, match=r"set by hand \(p.grad = \.\.\.\), .* call backward\(\)"
+    ):
         optimizer.step()
+
+
+def test_gradients_set_by_hand_later_warn_once():
+    model = mlp()
+    optimizer = make(model.parameters())
+    step(optimizer, F.cross_entropy(model(X), LABELS))
+    with pytest.warns(KFACWarning, match="set by hand .*curvature of earlier steps"):
+        optimizer.step()  # with the gradients of before
+    optimizer.step()
+
+
+def test_a_forward_pass_before_the_optimizer_was_made():
+    model = mlp()
+    loss = F.cross_entropy(model(X), LABELS)
+    optimizer = make(model.parameters())
+    loss.backward()
+    with pytest.raises(RuntimeError, match="Make the optimizer before the forward pass whose"):
+        optimizer.step()
+    optimizer.zero_grad()
+    step(optimizer, F.cross_entropy(model(X), LABELS))
 
 
 def test_options_without_a_likelihood_are_like_any_loss():

@@ -21,6 +21,7 @@ from kfacopt.optim.steps.self_tuning import (
     damping_floor,
     reduction_ratio_damping,
 )
+from kfacopt.optim.steps.update import DECAY_PER_LR
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -621,7 +622,7 @@ def test_weight_decay_groups_and_momentum():
         step(model, optimizer, LOSSES["ce"][2])
         results[decay] = flat(model.parameters()), min(abs(statistics(optimizer).step_size), 1.0)
     (plain, size), (decayed, _) = results[0.0], results[0.5]
-    assert torch.allclose(decayed, (1 - 0.5 * size) * plain, atol=TOLERANCE)
+    assert torch.allclose(decayed, (1 - DECAY_PER_LR * 0.5 * size) * plain, atol=TOLERANCE)
 
     model = copy.deepcopy(start)
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]

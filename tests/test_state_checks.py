@@ -294,7 +294,7 @@ MODEL = nn.Linear(1, 1)
 OF_GROUPS = set(KFACOptimizer(MODEL.parameters()).defaults)
 
 
-@pytest.mark.parametrize("name", [*sorted(ARGUMENTS - OF_GROUPS), "fused"])
+@pytest.mark.parametrize("name", sorted(ARGUMENTS - OF_GROUPS))
 def test_settings_of_the_whole_optimizer_are_refused_in_groups(name):
     """All arguments but those that are defaults of groups."""
     assert OF_GROUPS < ARGUMENTS

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 
 from kfacopt import KFACLinearOperator, KFACOptimizer, KFACWarning
+from kfacopt.optim.steps.update import DECAY_PER_LR
 
 STEPS = 6
 # Beside a run in float64: rounding of three steps in float32. EKFAC depends on the bases within the
@@ -193,7 +194,7 @@ def test_hf_style_groups():
     model, reference = Network(), Network()
     decayed = [p for n, p in model.named_parameters() if p.ndim > 1]
     others = [p for n, p in model.named_parameters() if p.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": 1.0}, {"params": others, "weight_decay": 0.0}]
     optimizer = KFACOptimizer(groups, lr=0.1)
     other = KFACOptimizer(reference.parameters(), lr=0.1)
     train(model, optimizer, 1)
@@ -201,10 +202,8 @@ def test_hf_style_groups():
     assert optimizer.factors("first").input_factor.shape == (7, 7)
     start = Network()
     for name in ("first.weight", "first.bias", "norm.weight", "head.weight", "head.bias"):
-        decay = (
-            0.1 * 0.1 * start.get_parameter(name) if name in ("first.weight", "head.weight") else 0
-        )
-        expected = reference.get_parameter(name) - decay
+        share = DECAY_PER_LR * 0.1 * 1.0 if name in ("first.weight", "head.weight") else 0.0
+        expected = reference.get_parameter(name) - share * start.get_parameter(name)
         assert torch.allclose(model.get_parameter(name), expected, atol=1e-6), name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -168,6 +169,10 @@ class NegativeLogLikelihood(_Categorical):
                 "or use cross_entropy on the logits."
             )
         return p
+
+    def undecided(self, output: Tensor) -> Tensor:
+        """Return log-probabilities of classes that are equally likely."""
+        return torch.full_like(output, -math.log(output.shape[self._class_axis(output)]))
 
     def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """Yield √p_c e_c."""

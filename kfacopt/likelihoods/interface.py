@@ -184,6 +184,10 @@ class Likelihood(ABC):
         """
         return self.multiply_hessian(output, vector) * self.spread(weights, output)
 
+    def undecided(self, output: Tensor) -> Tensor:
+        """Return a z of the same shape that speaks for no target."""
+        return torch.zeros_like(output)
+
     def has_data_axis(self, output: Tensor) -> bool:
         """Tell whether z is a batch, and not a single datum without an axis N."""
         return output.ndim > 0

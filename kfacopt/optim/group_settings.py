@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from kfacopt.argument_checks import check_flag, check_range
+from kfacopt.optim.foreign_arguments import advice, foreign_in
 from kfacopt.optim.settings import GROUP_SETTINGS, WHOLE_SETTINGS, as_number
 
 # Flags of torch.optim that a group may have, but not set.
-_UNSUPPORTED_FLAGS = ("capturable", "differentiable", "fused")
+_UNSUPPORTED_FLAGS = ("capturable", "differentiable")
 _NUMBERS = ("lr", "momentum", "weight_decay", "damping", "fallback_lr")
 
 
@@ -45,7 +46,8 @@ def check_group(group: Mapping[str, Any], where: str = "", tuned: bool = False) 
     """Raise unless a parameter group has all settings, each in its range.
 
     Args:
-        group: The group; keys of others (`name`, what schedulers keep) are let be.
+        group: The group; keys of others (`name`, what schedulers keep) are let be, but for settings
+            of other optimizers that would mean nothing here.
         where: What errors put before a setting's name.
         tuned: Whether steps tune themselves.
 
@@ -65,6 +67,9 @@ def check_group(group: Mapping[str, Any], where: str = "", tuned: bool = False) 
             f"{where}{', '.join(strange)} cannot be set for a group; groups may set "
             f"{tuple(GROUP_SETTINGS)}."
         )
+    foreign = foreign_in(group)
+    if foreign:
+        raise ValueError(f"{where}{advice(foreign)}.")
     for name, check in (*GROUP_SETTINGS.items(), ("base_lr", GROUP_SETTINGS["lr"])):
         check(f"{where}{name}", group[name])
     check_range(f"{where}trust_region", group.get("trust_region", 1.0), 0, lower_open=True)

@@ -22,6 +22,7 @@ from kfacopt.linalg.kronecker import DampingMethod
 from kfacopt.optim.connection import Connection, connect
 from kfacopt.optim.description import Description, describe
 from kfacopt.optim.distributed import Ranks, mean_over_ranks
+from kfacopt.optim.foreign_arguments import refuse_foreign
 from kfacopt.optim.group_settings import check_group, numbers_alone, settings_of
 from kfacopt.optim.messages import (
     Notices,
@@ -34,6 +35,7 @@ from kfacopt.optim.messages import (
 )
 from kfacopt.optim.monitoring import Scalars, all_block_statistics
 from kfacopt.optim.pending import take_pending
+from kfacopt.optim.rates import RateWatch, relative_rate
 from kfacopt.optim.settings import (
     SETTINGS,
     PreconditionerKind,
@@ -82,11 +84,11 @@ class KFACOptimizer(Optimizer):
     and output gradients g, F ≈ G ⊗ A (see `kfacopt.KFACLinearOperator`); with Ā and Ḡ their running
     averages and ∇ the layer's gradient,
 
-        Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,    m ← μ m + lr Δ,    θ ← (1 − lr λ) θ − (lr Δ + μ m),
+        Δ = ν (Ḡ + √δ/π I)⁻¹ ∇ (Ā + π√δ I)⁻¹,   m ← μ m + lr Δ,   θ ← (1 − c lr λ) θ − (lr Δ + μ m),
 
-    with the damping δ, Nesterov's momentum μ, weight decay λ and ν = min(1, √(κ / (lr₀² Σ⟨Δ, ∇⟩)))
-    of the unscaled Δ and the initial lr₀, where κ follows the data (`kl_clip`). All other
-    parameters are trained by AdamW with `fallback_lr`.
+    with the damping δ, Nesterov's momentum μ, weight decay λ, c = 0.015 and ν = min(1, √(κ / (lr₀²
+    Σ⟨Δ, ∇⟩))) of the unscaled Δ and the initial lr₀, where κ follows the data (`kl_clip`). All
+    other parameters are trained by AdamW with `fallback_lr`, and decay alike.
 
     The objective is whatever scalar is differentiated, and F its Fisher or GGN: of `loss / k`, of a
     weighted sum of losses, of a sum divided by a number. `cross_entropy`, `mse_loss`,
@@ -109,13 +111,15 @@ class KFACOptimizer(Optimizer):
             in every step, for large or full batches: see `kfacopt.optim.steps.self_tuning`. The
             groups' `lr` is then 1, and what schedulers make of it multiplies the steps;
             `momentum=0` leaves momentum out, `damping` is where the adaptation starts,
-            `weight_decay` counts per step of size 1, and `kl_clip` is not used; AdamW's part is
-            outside of what is undone. An objective with terms that are not recognised needs
-            `step(closure)`.
+            `weight_decay` counts per step of size 1, and |α| times where that is shorter, and
+            `kl_clip` is not used; AdamW's part is outside of what is undone. An objective with
+            terms that are not recognised needs `step(closure)`.
         momentum: μ in [0, 1), on the preconditioned step.
-        nesterov: Take Nesterov's step; `False` is θ ← (1 − lr λ) θ − m. Without momentum, and for
+        nesterov: Take Nesterov's step; `False` is θ ← (1 − c lr λ) θ − m. Without momentum, and for
             `lr="auto"`, it has no effect.
-        weight_decay: λ ≥ 0, decoupled.
+        weight_decay: λ ≥ 0, decoupled, as for AdamW: all parameters decay by 0.015 lr λ in a step,
+            which at lr = 0.2 is what AdamW at a rate of 3e-3 takes. Those that AdamW trains decay
+            alike, whatever `fallback_lr`; not at all where that is 0.
         damping: δ > 0, in units of F; 1e-3 (for `lr="auto"` where it starts).
         preconditioner: `"kfac"` (above) or `"ekfac"`: Q_G ((Q_Gᵀ ∇ Q_A) / (Λ + δ)) Q_Aᵀ with Ḡ's
             and Ā's eigenbases Q and the running averages Λ of the second moments of single data's
@@ -188,6 +192,7 @@ class KFACOptimizer(Optimizer):
     `statistics`.
 
     Raises:
+        TypeError: If an argument is another optimizer's (`betas`, `eps`, `fused`, `amsgrad`).
         ValueError: If an argument is out of its range, no module owns the parameters, or layers
             outside of `model` own some.
         RuntimeError: In `step`, if no backward pass from the outputs was ever seen.
@@ -219,6 +224,7 @@ class KFACOptimizer(Optimizer):
     averages are bias-corrected.
     """
 
+    @refuse_foreign
     def __init__(
         self,
         params: Iterable[Any],
@@ -268,7 +274,7 @@ class KFACOptimizer(Optimizer):
         steps = self._settings.steps
         self._rule = SelfTuning() if steps.tuned else ClippedStep(steps.kl_clip)
         self._curvature = CurvatureState(self._settings)
-        self._ranks, self._notices = Ranks(), Notices()
+        self._ranks, self._notices, self._rates = Ranks(), Notices(), RateWatch()
         self._connection: Connection
         self._connected = False
         self._checked_settings: list[tuple[Any, ...]] = []
@@ -313,6 +319,7 @@ class KFACOptimizer(Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None, loss: Any) -> None:
         """Collect, fold, invert, precondition, clip and move."""
+        self._rates.look(self.param_groups, self._notices, self._settings.steps.tuned)
         number, collecting = self._num_steps, self._statistics.collecting
         due = self._settings.schedule.factors_due(number)
         recorded = self._watch.recording
@@ -403,7 +410,8 @@ class KFACOptimizer(Optimizer):
         if self._rule.trouble:
             self._notices.log("unmeasured", self._rule.trouble)
         if moved:  # a self-tuned step that found nothing to gain moves nothing
-            others = (self._connection.vectors, self._settings.steps.vector_lr)
+            vectors = self._connection.vectors
+            others = (vectors, self._settings.steps.vector_lr, self._rule.size)
             self._num_fallback = fallback_step(self.state, self.param_groups, directions, *others)
 
     def _look_ahead(self, waiting: bool) -> None:
@@ -596,7 +604,8 @@ class KFACOptimizer(Optimizer):
         `skipped_steps` (as gradients were not finite), `kl_clip_scale` (ν of the last step; 1
         without a clip), with `kl_clip="auto"` `trust_region` (κ) and what the last measurement
         gave (NaN before one), `gain_ratio`, `slope` and `change` (see `TrustStatistics`),
-        `fallback_parameters` (tensors that the last step gave to AdamW), and for
+        `fallback_parameters` (tensors that the last step gave to AdamW), `relative_lr` (the largest
+        lr as a share of the one its group was made with: steps are in proportion), and for
         every layer `<layer>/damping`, `condition`, `factor_age`, `inverse_age`,
         `skipped_factor_updates` and `inverse_failures`; see `block_statistics`. Where weight and
         bias have blocks of their own, `<parameter>/...` instead. It costs an eigendecomposition
@@ -610,6 +619,7 @@ class KFACOptimizer(Optimizer):
         counts = {
             "skipped_steps": float(self._skipped_steps),
             "fallback_parameters": float(self._num_fallback),
+            "relative_lr": max(relative_rate(group) for group in self.param_groups),
         }
         own = (self._curvature, self.param_groups, self._connection.names)
         return counts | self._rule.scalars(self.param_groups) | all_block_statistics(*own)

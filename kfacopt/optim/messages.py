@@ -222,15 +222,24 @@ def hidden_by_checkpointing(names: Sequence[str]) -> str:
     )
 
 
-def missing_statistics(forward_seen: bool) -> str:
+def missing_statistics(forward_seen: bool, accumulated: bool = True) -> str:
     """Say why there are gradients but no statistics, and the way out.
 
     Args:
         forward_seen: Whether a forward pass went through the hooks.
+        accumulated: Whether a backward pass accumulated gradients.
     """
+    if not accumulated:
+        return (
+            "there are gradients, but no backward pass made them since the last step: they are of "
+            "an earlier one, were set by hand (p.grad = ...), or computed before the optimizer was "
+            "made. Curvature is taken from backward passes: call backward() on the loss of a "
+            "forward pass that came after the optimizer, and change its gradients then, if at all."
+        )
     if not forward_seen:
         return (
             "no forward pass of the model went through the optimizer's hooks since the last step. "
+            "Make the optimizer before the forward pass whose gradients it steps with. "
             "If the parameters are used by another module than the one that owns them, name it "
             "with model=; if the model was compiled and called before the optimizer was made, "
             "call torch._dynamo.reset()."
@@ -246,3 +255,21 @@ def missing_statistics(forward_seen: bool) -> str:
 def unmeasured(reason: str) -> str:
     """Say that the KL clip does not follow the data."""
     return f'kl_clip="auto": steps cannot be measured ({reason}); it stays as it is until they can.'
+
+
+def short_rates(share: float, steps: int, base: float, tuned: bool) -> str:
+    """Say that a schedule's rates are meant for another rule.
+
+    Args:
+        share: The largest rate so far, in units of the one that its group was made with.
+        steps: Of how many steps that is.
+        base: What that group was made with.
+        tuned: Whether it is `lr="auto"`, whose rates are factors.
+    """
+    other = "" if tuned else ", or make the optimizer with lr= the largest rate of your schedule"
+    return (
+        f"in {steps} steps lr was never above {share * base:.3g}, {share:.2g} of the rate that the "
+        "optimizer was made with, and steps are proportional to it: they are that much too short. "
+        "Rates here are no rates of AdamW's. Let the schedule rise to the optimizer's own rate "
+        f"(max_lr={base:g}){other}."
+    )

@@ -66,13 +66,14 @@ def take_pending(
             notices.warn(f"stale {layer.name}", messages.stale_factors(layer))
     told = transformed or bool(statistics.undercounted)
     if not pending and not told and (used or not forward_seen):
-        _report_missing(curvature, messages.missing_statistics(forward_seen), notices)
+        cause = messages.missing_statistics(forward_seen, bool(reached))
+        _report_missing(curvature, cause, notices)
     if not due:  # here for new layers alone
         pending = {la: m for la, m in pending.items() if not curvature.has_statistics(la)}
     interval = 1 if settings.steps.tuned else settings.schedule.factor_update_interval
-    cause = messages.uncompiled_cause(watch.uncompiled, interval)
-    if cause is not None:
-        notices.warn("uncompiled", cause)
+    uncompiled = messages.uncompiled_cause(watch.uncompiled, interval)
+    if uncompiled is not None:
+        notices.warn("uncompiled", uncompiled)
     factor = loss_scale**settings.curvature.loss_scale_power
     for moments in pending.values():
         moments.scale_curvature(1 / factor)

@@ -13,7 +13,7 @@ from kfacopt.optim.state.initial import momentum_buffer
 from kfacopt.optim.state.running_averages import States
 from kfacopt.optim.steps.kl_clip import kl_clip_scale
 from kfacopt.optim.steps.trust_region import TrustRegion
-from kfacopt.optim.steps.update import ByParameter, apply_step
+from kfacopt.optim.steps.update import ByParameter, apply_step, decay_of
 
 
 class ClippedStep:
@@ -28,8 +28,11 @@ class ClippedStep:
 
     Attributes:
         scale: ν of the last step; `None` before one, and without a clip.
+        size: The size of the last step, in units of `lr`, which weight decay follows.
         trust_region: What κ follows the data by; `None` where it is given.
     """
+
+    size = 1.0
 
     def __init__(self, kl_clip: float | Literal["auto"] | None) -> None:
         self._kl_clip = None if kl_clip == "auto" else kl_clip
@@ -81,7 +84,7 @@ class ClippedStep:
         for group in groups:
             own = [p for p in group["params"] if p in directions]
             if own:
-                steps, decay = [directions[p] for p in own], group["lr"] * group["weight_decay"]
+                steps, decay = [directions[p] for p in own], decay_of(group)
                 options = {name: group[name] for name in ("momentum", "nesterov", "foreach")}
                 buffers = [momentum_buffer(states[p], p) for p in own if options["momentum"]]
                 apply_step(own, steps, buffers, decay=decay, **options)

@@ -13,7 +13,7 @@ from kfacopt.kfac.layers import RECURRENT
 from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.initial import initialise_moments
 from kfacopt.optim.state.running_averages import States
-from kfacopt.optim.steps.update import can_be_fused
+from kfacopt.optim.steps.update import can_be_fused, decay_in_place, decay_of
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -31,9 +31,19 @@ def at_rate_of_vectors(modules: Iterable[nn.Module]) -> set[int]:
 
 
 def adamw_step(
-    params: Sequence[Parameter], states: States, group: dict[str, Any], lr: float
+    params: Sequence[Parameter], states: States, group: dict[str, Any], lr: float, decay: float
 ) -> None:
-    """Update parameters by torch's AdamW, with a rate that is scaled as the group's `lr` was."""
+    """Update parameters by torch's AdamW, with a rate that is scaled as the group's `lr` was.
+
+    They decay as those with curvature do, whatever the rate; not at all where the rate is 0.
+
+    Args:
+        params: The parameters.
+        states: The optimizer's state by parameter.
+        group: Their group.
+        lr: AdamW's rate, at the group's initial `lr`.
+        decay: The share of the parameters that weight decay takes.
+    """
     own: list[Tensor] = list(params)
     for p in params:
         initialise_moments(states[p], p)
@@ -43,6 +53,8 @@ def adamw_step(
     ratio = group["lr"] / group["base_lr"] if group["base_lr"] else float(group["lr"] > 0)
     steps: list[Tensor] = [states[p]["step"] for p in own]
     tensors = (own, grads, averages, squares, list[Tensor](), steps)
+    if lr * ratio:
+        decay_in_place(own, decay, group["foreach"])
     adamw(
         *tensors,
         amsgrad=False,
@@ -50,8 +62,9 @@ def adamw_step(
         beta2=BETAS[1],
         lr=lr * ratio,
         eps=EPS,
+        weight_decay=0.0,
         fused=True if fused else None,
-        **{name: group[name] for name in ("weight_decay", "foreach", "maximize")},
+        **{name: group[name] for name in ("foreach", "maximize")},
     )
 
 
@@ -61,11 +74,13 @@ def fallback_step(
     covered: Container[Parameter],
     vectors: set[int],
     vector_lr: float,
+    size: float = 1.0,
 ) -> int:
     """Update all parameters with a gradient that have no direction.
 
     Where a group has no `fallback_lr`, the rate follows from the kind of a parameter: `vectors` are
-    what `at_rate_of_vectors` returns.
+    what `at_rate_of_vectors` returns. Weight decay is multiplied with `size`, that of the step
+    along directions.
 
     Returns:
         How many parameters that were.
@@ -79,6 +94,6 @@ def fallback_step(
                 given = group["fallback_lr"]
                 by_lr.setdefault(by_kind if given is None else given, []).append(p)
         for lr, own in by_lr.items():
-            adamw_step(own, states, group, lr)
+            adamw_step(own, states, group, lr, size * decay_of(group))
             count += len(own)
     return count

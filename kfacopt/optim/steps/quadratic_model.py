@@ -216,6 +216,50 @@ class _DerivedTerm:
     rate: Tensor
 
 
+def slope_scales(
+    terms: Sequence[Term],
+    directions: Sequence[Direction],
+    loss_scale: float,
+    over_ranks: Callable[[Tensor], Tensor],
+) -> list[float]:
+    """Return how large the parts are that cancel in the slopes of losses along directions.
+
+    Round-off of slopes is relative to that, and most of what is left once training has converged. A
+    known loss's derivative by z is a difference of parts that do not become smaller with it, of a
+    softmax and a target of about 1 for instance. What the derivative is where z is wrong altogether
+    has their size: |zᵀ H₀ ż| ≤ √(zᵀ H₀ z · żᵀ H₀ ż) with the loss's second derivative H₀ at z = 0,
+    and ż the derivative of z along a direction. Other losses have the derivatives of the user's own
+    backward pass, and only the sum over entries cancels.
+
+    Args:
+        terms: The losses of the objective.
+        directions: d_k, a tensor for each parameter.
+        loss_scale: What a `GradScaler` multiplied the objective with.
+        over_ranks: Averages numbers over all processes.
+    """
+    scales = [
+        torch.stack([_cancelling(*own, loss_scale) for own in _along(terms, direction)]).sum()
+        for direction in directions
+    ]
+    return [float(x) for x in over_ranks(torch.stack(scales)).tolist()]
+
+
+def _cancelling(derived: _DerivedTerm, tangents: Sequence[Tensor], loss_scale: float) -> Tensor:
+    """Return the size of what cancels in the derivative of one term along a direction."""
+    recorded = derived.term.recorded
+    if isinstance(recorded, ScalarTerm):
+        pairs = zip(tangents, recorded.gradients, strict=True)
+        parts = [_scalar((widened(t) * widened(g)).abs().sum()) for t, g in pairs]
+        return torch.stack(parts).sum() / loss_scale
+    assert derived.term.call is not None
+    origin = [derived.term.call.likelihood.undecided(widened(z)) for z in derived.outputs]
+    squares = [
+        _sum_of_products(own, derived.term.curvature_product(origin, own, loss_scale))
+        for own in (derived.outputs, tangents)
+    ]
+    return (squares[0] * squares[1]).sqrt()
+
+
 def _along(terms: Sequence[Term], direction: Direction) -> list[tuple[_DerivedTerm, list[Tensor]]]:
     """Return the terms, and the derivatives of their tensors z along a direction."""
     with warnings.catch_warnings(), forward_ad.dual_level():
@@ -241,6 +285,12 @@ def _along(terms: Sequence[Term], direction: Direction) -> list[tuple[_DerivedTe
 def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
     primal, tangent = forward_ad.unpack_dual(dual)
     return primal, torch.zeros_like(primal) if tangent is None else tangent
+
+
+def alternating_signs(tensor: Tensor) -> Tensor:
+    """Return 1, −1, 1, … in a tensor's shape."""
+    signs = 1 - 2 * (torch.arange(tensor.numel(), device=tensor.device) % 2)
+    return signs.reshape(tensor.shape).to(tensor.dtype)
 
 
 def _mismatch(terms: Sequence[Term], replayed: Sequence[_DerivedTerm | ReplayedTerm]) -> Tensor:

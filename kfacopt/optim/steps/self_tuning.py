@@ -35,7 +35,7 @@ from kfacopt.optim.state.initial import HAS_PREVIOUS, PREVIOUS
 from kfacopt.optim.state.running_averages import States
 from kfacopt.optim.steps.objective import Objective, same
 from kfacopt.optim.steps.quadratic_model import QuadraticModel
-from kfacopt.optim.steps.update import ByParameter
+from kfacopt.optim.steps.update import ByParameter, decay_in_place, decay_of
 
 DAMPING_INTERVAL = 2
 DAMPING_DECAY = 0.95**5  # ω
@@ -93,9 +93,15 @@ class SelfTuning:
     """Chooses steps along preconditioned gradients, and keeps what the last one was made of.
 
     The parameters before a step stay in the optimizer's state: they give the last step d₀.
+
+    Attributes:
+        statistics: Of the last step.
+        size: |α| of the last step, at most 1, which weight decay follows: it counts per step of
+            size 1, and AdamW's parameters decay as those that have a direction.
     """
 
     trouble = ""  # what goes wrong here raises
+    size = 1.0
 
     def __init__(self) -> None:
         self.statistics = TuningStatistics()
@@ -129,6 +135,7 @@ class SelfTuning:
             RuntimeError: If the model, evaluated again, gives something else, or the objective has
                 terms that only a closure could evaluate.
         """
+        self.size = 1.0
         if not preconditioned or make_objective is None:
             return True
         objective = make_objective()
@@ -146,7 +153,7 @@ class SelfTuning:
         record.loss, record.damping = model.loss, groups[0]["damping"]
         if not all(math.isfinite(x) for x in model.scalars()):
             return False
-        model, new_loss = objective.completed(model, grads, damping)
+        model, new_loss = objective.completed(model, grads, directions, damping)
         record.loss = model.loss
         before = [p.detach().clone() for p in params]
         try:
@@ -157,10 +164,10 @@ class SelfTuning:
         if coefficients is None:
             return False
         self._learn(groups, model, coefficients)
+        self.size = min(abs(record.step_size) / scale, 1.0)
         for p, value in zip(params, before, strict=True):
             states[p] |= {PREVIOUS: value, HAS_PREVIOUS: 1}
-            shrinkage = settings[p]["lr"] * min(abs(record.step_size), 1.0)
-            p.mul_(1 - shrinkage * settings[p]["weight_decay"])
+            decay_in_place([p], self.size * decay_of(settings[p]), settings[p]["foreach"])
         return True
 
     def scalars(self, _: Groups) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,33 @@ from torch.nn import Parameter
 from torch.optim.sgd import sgd
 
 ByParameter = Mapping[Parameter, Tensor]
+
+# What weight decay takes in a step, in units of lr λ. At the default lr of 0.2 that is 3e-3 λ, as
+# of AdamW at a rate of 3e-3, so that λ means what it means there.
+DECAY_PER_LR = 0.015
+
+
+def decay_of(group: Mapping[str, Any]) -> float:
+    """Return the share of its parameters that a group's weight decay takes in a step."""
+    return float(DECAY_PER_LR * group["lr"] * group["weight_decay"])
+
+
+def decay_in_place(params: Sequence[Tensor], decay: float, foreach: bool | None) -> None:
+    """Take a share of parameters from them, θ ← (1 − d) θ, in place.
+
+    The weight decay is decoupled from the preconditioner (Loshchilov & Hutter, 2019; Zhang et al.,
+    2019, https://arxiv.org/abs/1810.12281, on why that helps K-FAC).
+
+    Args:
+        params: θ.
+        decay: d.
+        foreach: `False`: one parameter after the other.
+    """
+    if decay and foreach is not False:
+        torch._foreach_mul_(list(params), 1 - decay)
+    elif decay:
+        for p in params:
+            p.mul_(1 - decay)
 
 
 def are_finite(grads: Sequence[Tensor]) -> bool:
@@ -58,24 +86,17 @@ def apply_step(
     θ ← θ − lr m a rate that rises, as in a warm-up, would multiply steps that the KL clip bounded
     for the rate of their own time.
 
-    The weight decay is decoupled from the preconditioner (Loshchilov & Hutter, 2019; Zhang et al.,
-    2019, https://arxiv.org/abs/1810.12281, on why that helps K-FAC).
-
     Args:
         params: θ.
         steps: s, of the same shapes; may be changed.
         momentum_buffers: m, changed in place; none if `momentum` is 0.
         momentum: μ.
         nesterov: Whether momentum is Nesterov's, as in Sutskever et al. (2013), section 2.1.
-        decay: d, the learning rate times the weight decay λ.
+        decay: d, see `decay_of`.
         foreach: Update all parameters in one call for each operation; `False`: one after the other;
             `None`: in one call for all operations, where torch can.
     """
-    if decay and foreach is not False:
-        torch._foreach_mul_(list(params), 1 - decay)
-    elif decay:
-        for p in params:
-            p.mul_(1 - decay)
+    decay_in_place(params, decay, foreach)
     buffers = [momentum_buffers] if momentum else []
     fused = foreach is None and can_be_fused(params, steps, *buffers)
     sgd(
