@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfacopt.data import Batch, evaluation
-from kfacopt.diagnosis.assembly import report_of
+from kfacopt.diagnosis.assembly import complete, report_of
 from kfacopt.diagnosis.clock import Clock
+from kfacopt.diagnosis.cost import cost_of
 from kfacopt.diagnosis.plan import check_arguments, evaluation_mode, make_plan
 from kfacopt.diagnosis.report import Diagnosis
 from kfacopt.diagnosis.sample import generators_put_back
 from kfacopt.diagnosis.subject import Limits, take
+from kfacopt.diagnosis.words import own_words
 from kfacopt.optim.kfac import KFACOptimizer
 
 
@@ -106,15 +108,17 @@ def diagnose(
     clock = Clock(max_seconds, progressbar)
     try:
         with (
+            own_words(),
             generators_put_back(data),
-            evaluation_mode(model, loss_func) as in_training,
+            evaluation_mode(model, loss_func) as changed,
             evaluation(model, loss_func),
         ):
             if type(model).__name__ == "OptimizedModule":  # of torch.compile
                 model = model.get_submodule("_orig_mod")
             plan = make_plan(model, loss_func, optimizer, damping, layers)
             subject = take(model, loss_func, data, plan, limits, clock)
-            report = report_of(subject, in_training)
+            report = report_of(subject, changed)
+        with generators_put_back(data):
+            return complete(report, subject, *cost_of(subject, optimizer))
     finally:
         clock.close()
-    return report
