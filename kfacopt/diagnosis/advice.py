@@ -215,7 +215,7 @@ def _following(x: Findings) -> str:
     average = f"They are averages over steps (ema_decay {x.settings.get('ema_decay', 0.9):g})"
     if is_noisy(x):
         return f"{average}, which is as it should be where gradients are noise."
-    if x.settings.get("factor_update_interval") == 1:
+    if x.settings.get("factor_update_interval") == 1 or x.settings.get("lr") == "auto":
         return f"{average}, updated in every one, so that other batches and parameters are in them."
     cost = "" if x.cost is None else f" (one with both costs {x.cost.inverses:.1f} passes)"
     return (

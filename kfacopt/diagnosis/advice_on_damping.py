@@ -73,14 +73,17 @@ def _noise(x: Findings, taken: StepReport, gradient: StepReport | None) -> Advic
     if held is None or own is None or not (held < TOO_FAR and own < TOO_FAR):
         return None
     assert gradient is not None
+    tuned = x.settings.get("lr") == "auto"
+    shorter = "shorter steps (a schedule, a smaller kl_clip)"
+    if tuned:
+        shorter = 'a number for lr, since lr="auto" is for large or full batches'
     return Advice(
         "noise",
         f"the gradient of {x.data} is mostly of these data alone: along it their loss falls by "
         f"{gradient.ratio:.2f} of what the quadratic model says, that of the data that follow by "
-        f"{held:.2f} ({_NAMES[taken.step]}: {taken.ratio:.2f} and {own:.2f}). The gradient has no "
-        "damping, so more of it is no cure. What is learned from one batch does not hold for "
-        "others: larger batches, a longer average of gradients (momentum) or shorter steps (a "
-        "schedule, a smaller kl_clip).",
+        f"{held:.2f}; along {_NAMES[taken.step]} by {taken.ratio:.2f} and {own:.2f}. The gradient "
+        "has no damping, so more of it is no cure. What is learned from one batch does not hold "
+        f"for others: larger batches, a longer average of gradients (momentum) or {shorter}.",
         held,
     )
 

@@ -103,8 +103,8 @@ _SENTENCES = {
     ),
     ("G", "dependent"): (
         f"lacks rank for good. {_SAME}, so more data hardly fill it: gradients of the outputs "
-        "depend on each other, as before a narrower layer or a normalisation, or with dead units "
-        "({own.zeros} outputs without gradient). That is no fault."
+        "depend on each other, as before a narrower layer, a softmax or a normalisation; "
+        "{own.zeros} of them are 0. That is no fault."
     ),
     ("A", "constants"): "lacks one direction: the sum of its inputs is 0. That is no fault.",
     ("G", "constants"): (

@@ -23,6 +23,11 @@ from kfacopt.optim.rehearsal import Rehearsal
 SHARE, PASSES = 0.25, 25
 MOST_ROUNDS = 5
 
+NO_OPTIMIZER = (
+    "What a step costs beside one of AdamW is measured where optimizer= is given; seconds are not "
+    "looked at here."
+)
+
 
 def cost_of(
     subject: Subject, optimizer: KFACOptimizer | None
@@ -33,7 +38,7 @@ def cost_of(
         The cost, and why it was not measured, if it was not.
     """
     if optimizer is None:
-        return None, None
+        return None, NO_OPTIMIZER
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return None, "What a step costs was not measured: there are several processes."
     seconds = subject.clock.part(SHARE) - subject.clock.seconds
@@ -77,6 +82,7 @@ class _Timing:
         self._rehearsal = rehearsal
         self._device = next(rehearsal.model.parameters()).device
         self._batch = tuple(to_device(x, self._device) for x in subject.first)
+        self._values = [p.detach().clone() for p in rehearsal.model.parameters()]
 
     def report(self, seconds: float) -> tuple[CostReport | None, str | None]:
         """Return the cost, measured in about so many seconds."""
@@ -96,11 +102,18 @@ class _Timing:
                 found["adamw"].append(self._time(partial(self._pass, adamw)))
             for kind, step in self._rehearsal.steps():
                 found.setdefault(kind, []).append(self._time(partial(step, self._differentiate)))
+                self._put_back()
             if time.monotonic() - start > seconds / 2:
                 break
         return _report(
             self._rehearsal, {kind: median(times) for kind, times in found.items()}
         ), None
+
+    def _put_back(self) -> None:
+        """Put the copy's parameters back, so that no number of steps learns the batch by heart."""
+        with torch.no_grad():
+            for p, value in zip(self._rehearsal.model.parameters(), self._values, strict=True):
+                p.copy_(value)
 
     def _differentiate(self) -> None:
         X, y = self._batch

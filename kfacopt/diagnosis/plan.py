@@ -23,7 +23,7 @@ from kfacopt.kfac.layers import Kinds, default_kinds
 from kfacopt.likelihoods import has_likelihood, likelihood_of
 from kfacopt.optim.inspection import Inspection, inspect
 from kfacopt.optim.kfac import KFACOptimizer
-from kfacopt.optim.settings import DEFAULTS, WHOLE_SETTINGS
+from kfacopt.optim.settings import DEFAULTS, WHOLE_SETTINGS, as_number
 
 # Data are taken until a forward pass of them takes about so many multiplications.
 MOST_OPERATIONS = 2 * 10**9
@@ -142,6 +142,7 @@ def make_plan(
     seen = inspect(optimizer)
     settings = seen.settings
     shown = {
+        "lr": "auto" if settings.steps.tuned else float(as_number(optimizer.param_groups[0]["lr"])),
         "kfac_approx": settings.curvature.form.kfac_approx,
         "damping_method": settings.inverse.method,
         "preconditioner": settings.inverse.preconditioner,

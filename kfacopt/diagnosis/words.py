@@ -29,6 +29,9 @@ _REPLACED = {
     ),
     r"^(model_func must return one tensor.*)": rf"\1{WRAPPING}",
     r"^(loss_func: \S+) has no curvature: .*": rf"\1 {NO_CURVATURE}",
+    r"Its gradients have an empirical Fisher \(EFLinearOperator, [^)]*\);": (
+        "KFACOptimizer trains it by the empirical Fisher, which is no curvature to compare with;"
+    ),
     r"^(data: each batch must be a pair \(X, y\), got a) dict\b.*": (
         r'\1 dict. Pair what the model takes with what the loss takes: [(b, b["y"]) for b in '
         r"loader], with the name of your targets for y."

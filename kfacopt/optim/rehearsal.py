@@ -44,6 +44,7 @@ class Rehearsal:
         """
         schedule = self.optimizer._settings.schedule
         factors, inverses = schedule.factor_update_interval, schedule.inverse_update_interval
+        self._go_to(self.optimizer._num_steps)
         yield from (("warm-up", self._step) for _ in range(2))  # which find layers
         starts = [k * factors * inverses for k in range(1, 7)]
         due = schedule.measurement_due
@@ -76,4 +77,5 @@ class Rehearsal:
         """Get ready for a step, counted from 0, whatever the last one was."""
         for group in self.optimizer.param_groups:
             group["num_steps"] = step
-        self.optimizer._set_watching(self.optimizer._settings.schedule.factors_due(step))
+        due = self.optimizer._settings.schedule.factors_due(step)
+        self.optimizer._set_watching(due or not self.optimizer._curvature.is_complete())
