@@ -247,6 +247,10 @@ def test_shorter_intervals_are_advised_only_where_there_are_longer_ones():
     (sentence,) = (a.sentence for a in found(*steps, settings=tuned))
     assert "Shorter" not in sentence
     noisy = [step("gradient", 1, -0.5, **low), kfac, step("optimizer", 0.5, -1, **low)]
+    rare = CostReport(0.1, 3.0, 1.2, 9.0, 20.0, 1.2)
+    cost, running = found(*steps, settings=settings, cost=rare)
+    assert "longer" not in cost.sentence
+    assert "(one with both costs 20.0 passes)" in running.sentence
     noise, running = found(*noisy, settings=settings)
     assert noise.topic == "noise"
     assert "Shorter" not in running.sentence

@@ -77,7 +77,7 @@ def _cost(x: Findings) -> Iterator[Advice]:
             f" A forward and a backward pass take {1000 * cost.pass_seconds:.2g} ms here, most of "
             "the work is in the calls: larger batches make it matter less."
         )
-    elif cost.plain is not None and cost.step > EXPENSIVE * cost.plain:
+    elif cost.plain is not None and cost.step > EXPENSIVE * cost.plain and not _lags(x):
         sentence += (
             " Steps in which nothing is due take "
             f"{cost.plain / cost.adamw:.1f}: longer factor_update_interval and "
@@ -182,9 +182,15 @@ def _approximations(x: Findings) -> Iterator[Advice]:
     yield Advice("expand or reduce", sentence, other / own if own else math.nan)
 
 
+def _lags(x: Findings) -> bool:
+    """Tell whether the optimizer's direction is worse than that of the sample's own factors."""
+    own, fresh = x.step(OPTIMIZER), x.step(KFAC)
+    return own is not None and fresh is not None and own.cosine < fresh.cosine - BETTER
+
+
 def _running(x: Findings) -> Iterator[Advice]:
     own, fresh = x.step(OPTIMIZER), x.step(KFAC)
-    if own is not None and fresh is not None and own.cosine < fresh.cosine - BETTER:
+    if own is not None and fresh is not None and _lags(x):
         ages = [b.running.inverse_age for b in x.layers if b.running is not None]
         yield Advice(
             "running factors",

@@ -99,7 +99,8 @@ _SENTENCES = {
     ("A", "dependent"): (
         f"lacks rank for good. {_SAME}, so more data hardly fill it: inputs are constant or "
         "collinear (one-hot columns beside the bias, features that are sums of others), or come "
-        "out of fewer units. That is no fault; steps in the other directions are 0."
+        "out of fewer units; {own.zeros} of them are 0 for all data looked at. That is no fault: "
+        "steps in the other directions are 0."
     ),
     ("G", "dependent"): (
         f"lacks rank for good. {_SAME}, so more data hardly fill it: gradients of the outputs "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ def cost_of(
             attributes_put_back(subject.model),
             torch.random.fork_rng(random_devices()),
             warnings.catch_warnings(),
+            _silent(logging.getLogger("kfacopt")),
         ):
             warnings.simplefilter("ignore")
             rehearsal = Rehearsal.of(subject.model, subject.loss_func, optimizer)
@@ -55,6 +57,16 @@ def cost_of(
     except Exception as error:  # copies and steps run code of the user's
         line = (str(error).splitlines() or [""])[0][:100]
         return None, f"What a step costs was not measured: {type(error).__name__}: {line}"
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Let a copy not tell again what the optimizer has told."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager

@@ -147,8 +147,8 @@ def _cost(x: CostReport) -> str:
     kinds = {"nothing due": x.plain, "factors due": x.factors, "inverses due, too": x.inverses}
     due = ", ".join(f"{name} {value:.1f}" for name, value in kinds.items() if value is not None)
     return (
-        f"A step takes {x.step:.1f} forward and backward passes ({due}), one of AdamW "
-        f"{x.adamw:.1f};\na pass takes {1000 * x.pass_seconds:.3g} ms on the first batch."
+        f"A step takes {x.step:.1f} forward and backward passes ({due}),\none of AdamW "
+        f"{x.adamw:.1f}; a pass takes {1000 * x.pass_seconds:.3g} ms on the first batch."
     )
 
 
