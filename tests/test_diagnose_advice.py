@@ -388,6 +388,18 @@ def test_whether_a_loss_is_a_mean_or_a_sum_is_found_out_by_trying(name):
     assert reports[0].steps == reports[1].steps
 
 
+def test_a_loss_without_curvature_is_not_compared_with_nothing():
+    torch.manual_seed(0)
+    X = torch.randn(40, 3)
+    model, data = nn.Linear(3, 1), [(X, X[:, :1])]
+    optimizer = trained(model, data, 3, F.l1_loss, fisher_type="empirical")
+    report = diagnose(model, nn.L1Loss(), data, optimizer)
+    assert report.steps == ()
+    assert any("no curvature in the model's predictions" in note for note in report.notes)
+    assert not any("not convex" in note for note in report.notes)
+    assert {a.topic for a in report.advice} <= {"cost", "running factors"}
+
+
 class Drawing(nn.Linear):
     def forward(self, x):
         return super().forward(x + torch.rand_like(x))

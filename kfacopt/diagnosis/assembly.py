@@ -48,6 +48,11 @@ OTHER_STEPS = 7
 # Iterations that did not reach the tolerance are no matter where this was the cosine halfway.
 SETTLED = 0.999
 
+WITHOUT_CURVATURE = (
+    "The exact GGN times the gradient is 0: the loss has no curvature in the model's predictions. "
+    "K-FAC has the empirical Fisher, which is none, and there is nothing to compare it with."
+)
+
 
 def report_of(subject: Subject, changed: Sequence[str]) -> Diagnosis:
     """Measure, and return what was found, so far without cost and advice; see `complete`.
@@ -70,7 +75,10 @@ def report_of(subject: Subject, changed: Sequence[str]) -> Diagnosis:
     candidates = candidates_of(subject)
     clock.begin("exact step")
     matrix = whole_matrix(subject, ggn)
-    solved = exact_step(subject, ggn, matrix, gradient, candidates[0])
+    has_curvature = bool((ggn @ gradient).any()) or not bool(gradient.any())
+    solved = exact_step(subject, ggn, matrix, gradient, candidates[0]) if has_curvature else None
+    if not has_curvature:
+        subject.notes.append(WITHOUT_CURVATURE)
     blocks = measure_blocks(subject, candidates, own.split(gradient), matrix)
     clock.begin("outside of blocks")
     outside = measure_outside(subject, ggn, matrix, blocks)
@@ -218,12 +226,12 @@ def _notes(
             f"The model was in training mode; it is looked at in evaluation mode: "
             f"{' and '.join(changed)}."
         )
-    if solved is None:
+    if solved is None and WITHOUT_CURVATURE not in notes:
         notes.append(
             "There is no exact step: the loss is not convex in the predictions, so that the "
             "damped GGN is not positive definite; K-FAC has the positive part."
         )
-    elif not solved[1].converged and solved[1].halfway < SETTLED:
+    elif solved is not None and not solved[1].converged and solved[1].halfway < SETTLED:
         notes.append(_of_exact_step(solved[1], subject.limits.max_seconds))
     notes += _of_blocks(blocks.solve)
     if not has_gradient:
