@@ -354,6 +354,17 @@ def test_the_cure_of_what_is_not_covered_follows_from_the_reason():
     assert "not one of the optimizer's (give them to KFACOptimizer" in report.advice[0].sentence
 
 
+def test_the_rates_at_which_adamw_trains_the_rest_are_told():
+    torch.manual_seed(0)
+    model, data = Scaled(), [(torch.randn(40, 8), torch.randn(40, 2))]
+    optimizer = trained(model, data, 2, F.mse_loss)
+    report = diagnose(model, nn.MSELoss(), data, optimizer)
+    assert report.fallback_lr == {"weight": 1e-3, "table.weight": 0.015}
+    (sentence,) = on(report, "fallback_lr")
+    assert sentence.startswith("AdamW trains weight at 0.001, table.weight at 0.015.")
+    assert diagnose(model, nn.MSELoss(), data).fallback_lr == {}
+
+
 # Losses and input ---------------------------------------------------------------------------------
 
 

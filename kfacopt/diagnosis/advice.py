@@ -9,6 +9,7 @@ from kfacopt.diagnosis.advice_on_damping import is_noisy, on_damping
 from kfacopt.diagnosis.advice_on_ranks import on_ranks
 from kfacopt.diagnosis.findings import Findings
 from kfacopt.diagnosis.report import BLOCKS, EKFAC, GRADIENT, KFAC, OPTIMIZER, Advice
+from kfacopt.diagnosis.text import listed
 
 # What counts as a difference: of distances, and of cosines.
 CLOSER, BETTER = 0.95, 0.03
@@ -40,7 +41,7 @@ _CURES = {
 
 def advice_of(findings: Findings) -> tuple[Advice, ...]:
     """Return what follows, the most important first."""
-    rules = (_uncovered, on_damping, _cost, _steps, _outside, _far_blocks, _running)
+    rules = (_uncovered, on_damping, _cost, _fallback, _steps, _outside, _far_blocks, _running)
     further = (_closer_blocks, _approximations, on_ranks)
     return tuple(advice for rule in (*rules, *further) for advice in rule(findings))
 
@@ -180,6 +181,20 @@ def _approximations(x: Findings) -> Iterator[Advice]:
     else:
         sentence = f"expand is as good as reduce here, and costs more: {numbers}."
     yield Advice("expand or reduce", sentence, other / own if own else math.nan)
+
+
+def _fallback(x: Findings) -> Iterator[Advice]:
+    by_rate: dict[float, list[str]] = {}
+    for name, rate in x.fallback_lr.items():
+        by_rate.setdefault(rate, []).append(name)
+    if by_rate:
+        parts = [f"{listed(names)} at {rate:g}" for rate, names in by_rate.items()]
+        yield Advice(
+            "fallback_lr",
+            f"AdamW trains {', '.join(parts)}. Steps of K-FAC do not make up for a rate that does "
+            "not suit these: try fallback_lr=3e-3 and 0.01, or AdamW's best.",
+            max(by_rate),
+        )
 
 
 def _lags(x: Findings) -> bool:

@@ -105,7 +105,16 @@ def report_of(subject: Subject, changed: Sequence[str]) -> Diagnosis:
         tuple(_notes(subject, changed, solved, blocks, bool(gradient.any()))),
         (),
         clock.seconds,
+        fallback_lr=_fallback(subject),
     )
+
+
+def _fallback(subject: Subject) -> dict[str, float]:
+    """Return at which rates AdamW trains what is not covered."""
+    seen, named = subject.plan.inspection, dict(subject.model.named_parameters())
+    rates = {} if seen is None else seen.fallback_lr
+    uncovered = subject.coverage.uncovered
+    return {name: rates[named[name]] for name in uncovered if named[name] in rates}
 
 
 def complete(
@@ -125,6 +134,7 @@ def complete(
         _by_reason(subject),
         report.settings,
         cost,
+        report.fallback_lr,
     )
     notes, seconds = report.notes + (() if no_cost is None else (no_cost,)), subject.clock.seconds
     advice = advice_of(findings)

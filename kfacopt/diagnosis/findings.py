@@ -30,6 +30,7 @@ class Findings:
         uncovered: By reason the share of trained entries that are not covered for it.
         settings: Of K-FAC, or of the optimizer.
         cost: What a step costs, if it was measured.
+        fallback_lr: At which AdamW trains parameters that are not covered.
     """
 
     layers: Sequence[LayerReport]
@@ -42,6 +43,7 @@ class Findings:
     uncovered: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     cost: CostReport | None = None
+    fallback_lr: Mapping[str, float] = field(default_factory=dict)
 
     def step(self, name: str) -> StepReport | None:
         """Return a direction by its name."""

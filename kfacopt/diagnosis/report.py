@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +280,8 @@ class Diagnosis:
         advice: What follows.
         seconds: How long it took.
         cost: What a step costs; `None` without an optimizer, and where it was not measured.
+        fallback_lr: At which AdamW trains those of the uncovered parameters that are the
+            optimizer's.
 
     Example:
         >>> import torch
@@ -306,6 +308,7 @@ class Diagnosis:
     advice: tuple[Advice, ...]
     seconds: float
     cost: CostReport | None = None
+    fallback_lr: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as dictionaries, lists, strings and numbers."""

@@ -16,6 +16,7 @@ from kfacopt.optim.monitoring import Scalars, block_statistics
 from kfacopt.optim.settings import Settings, as_number
 from kfacopt.optim.state.inverses import _factors, bases_of
 from kfacopt.optim.state.running_averages import State, has_weight
+from kfacopt.optim.steps.fallback import rate_of
 from kfacopt.optim.steps.kl_clip import kl_clip_scale
 from kfacopt.optim.steps.trust_region import FIRST_KL_CLIP
 
@@ -46,6 +47,7 @@ class Inspection:
         num_steps: How many steps were made.
         rates: lr of each parameter's group, as it is and as it was at first.
         kl_clip: κ as it is; `None` without a clip.
+        fallback_lr: At which AdamW trains each parameter, if it has no curvature.
     """
 
     settings: Settings
@@ -54,6 +56,7 @@ class Inspection:
     num_steps: int
     rates: dict[Parameter, tuple[float, float]]
     kl_clip: float | None
+    fallback_lr: dict[Parameter, float]
 
     @property
     def kinds(self) -> Kinds:
@@ -99,7 +102,9 @@ def inspect(optimizer: KFACOptimizer) -> Inspection:
     rates = {p: (as_number(g["lr"]), as_number(g["base_lr"])) for g in groups for p in g["params"]}
     clip = optimizer._settings.steps.kl_clip
     kappa = float(groups[0].get("trust_region", FIRST_KL_CLIP)) if clip == "auto" else clip
-    return Inspection(optimizer._settings, damping, blocks, steps, rates, kappa)
+    kinds = (optimizer._connection.vectors, optimizer._settings.steps.vector_lr)
+    fallback = {p: as_number(rate_of(p, g, *kinds)) for g in groups for p in g["params"]}
+    return Inspection(optimizer._settings, damping, blocks, steps, rates, kappa, fallback)
 
 
 def _matrix(own: State, layer_state: State, block: Block) -> KroneckerMatrix | None:
