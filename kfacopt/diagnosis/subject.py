@@ -18,8 +18,8 @@ from kfacopt.diagnosis.plan import MOST_DATA, MOST_OPERATIONS, Plan
 from kfacopt.diagnosis.reductions import Reduced, reduction_by_trial, said_of
 from kfacopt.diagnosis.sample import Sample, cut, divide, read, size_of
 
-# How many data show what a forward pass takes.
-FIRST_LOOK = 4
+# How many data show what a forward pass takes, and whether a loss is a mean or a sum.
+FIRST_LOOK, TRIED = 4, 32
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def take(
     batches = read(data, limits.max_batches + 1)
     most, notes = limits.max_batches, list[str]()
     if plan.reduction is None:
-        found_out = reduction_by_trial(model, loss_func, batches[0])
+        found_out = reduction_by_trial(model, loss_func, _some(batches[0], TRIED))
         notes.append(said_of(found_out))
         if found_out is None:
             most = 1
@@ -126,10 +126,17 @@ def take(
 
 def _affordable(model: nn.Module, plan: Plan, batch: Batch) -> int:
     """Return how many data a forward pass may have."""
-    size = size_of(batch)
-    first = batch if size is None else cut(batch, slice(0, FIRST_LOOK))
+    size, first = size_of(batch), _some(batch, FIRST_LOOK)
     cost = _coverage(model, plan, [first]).operations
     return max(1, min(MOST_DATA, MOST_OPERATIONS * min(size or 1, FIRST_LOOK) // max(cost, 1)))
+
+
+def _some(batch: Batch, count: int) -> Batch:
+    """Return the first data of a batch; all of one that cannot be cut."""
+    if size_of(batch) is None:
+        return batch
+    part: Batch = cut(batch, slice(0, count))
+    return part
 
 
 def _coverage(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> Coverage:
