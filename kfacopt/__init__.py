@@ -34,7 +34,7 @@ from kfacopt.optim.kfac import KFACOptimizer
 from kfacopt.optim.messages import KFACWarning
 from kfacopt.taylor_mode import input_derivatives
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "CGConvergenceWarning",

@@ -20,6 +20,8 @@ FILES = (
     "test_any_loss_ranks",
     "test_products",
     "test_trust_region",
+    "test_intervals",
+    "test_entry_training",
 )
 WORLD = 2
 COLLECTIVE_LIMIT = datetime.timedelta(seconds=60)

@@ -188,33 +188,77 @@ def test_sums_over_sparse_rows_are_those_of_dense_ones(count):
         assert number == expected.shape[1]
 
 
-# What is not covered -----------------------------------------------------------------------------
+# Bags of different sizes, and weights of tokens ---------------------------------------------------
+
+SIZES = torch.tensor([2, 0, 3, 1, 4, 2])
 
 
 class Bag(nn.Module):
-    def __init__(self, **options):
+    """[6, 12] numbers: tokens of bags of different sizes, or of two tokens each with weights."""
+
+    def __init__(self, way, **options):
         super().__init__()
-        self.bag, self.head = nn.EmbeddingBag(V, WIDTH, mode="sum"), nn.Linear(WIDTH, 2)
-        self.options = options
+        self.bag, self.head = nn.EmbeddingBag(V, WIDTH, **options), nn.Linear(WIDTH, 2)
+        self.way = way
 
     def forward(self, x):
-        if "offsets" in self.options:
-            return self.head(self.bag(x.flatten(), x.shape[1] * torch.arange(len(x))))
-        return self.head(self.bag(x, per_sample_weights=torch.rand(x.shape)))
+        ends = SIZES.cumsum(0)
+        starts, weights = ends - SIZES, None
+        tokens = x[0].long()
+        if "weights" in self.way:
+            weights = torch.linspace(-1, 1, len(tokens)).to(x)
+        if "offsets" not in self.way:
+            pairs = tokens.reshape(6, 2)
+            return self.head(self.bag(pairs, per_sample_weights=weights.reshape(6, 2)))
+        offsets = torch.cat([starts, ends[-1:]]) if self.bag.include_last_offset else starts
+        return self.head(self.bag(offsets=offsets, input=tokens, per_sample_weights=weights))
 
 
-@pytest.mark.parametrize("way", ["offsets", "weights"])
-def test_bags_of_other_kinds_are_named_and_trained_by_adamw(way):
-    model, X, y = Bag(**{way: True}), torch.randint(V, (6, 5)), torch.rand(6, 2)
-    options = {"check_deterministic": False}
-    kfac = KFACLinearOperator(model, nn.MSELoss(), [model.bag.weight], [(X, y)], **options)
-    with pytest.raises(NotImplementedError, match=r"model_func uses 'bag\.weight' other than"):
-        kfac.trace()
-    optimizer = KFACOptimizer(model.parameters(), layers=[nn.Linear, nn.EmbeddingBag])
-    F.mse_loss(model(X), y).backward()
-    with pytest.warns(UserWarning, match="'bag': the loss depends on its parameters in other"):
+BAGS = {
+    "sums": ("offsets", {"mode": "sum"}),
+    "means": ("offsets", {}),
+    "means-with-padding": ("offsets", {"padding_idx": 2}),
+    "last-offset": ("offsets", {"include_last_offset": True}),
+    "weights": ("weights", {"mode": "sum"}),
+    "offsets-and-weights": ("offsets, weights", {"mode": "sum", "padding_idx": 1}),
+}
+
+
+def bag_case(name):
+    way, options = BAGS[name]
+    model = Bag(way, **options)
+    nn.init.normal_(model.bag.weight)
+    return model, torch.tensor([[0, 2, 2, 4, 2, 1, 3, 3, 5, 1, 2, 0.0]]).repeat(6, 1)
+
+
+@pytest.mark.parametrize("kind", [KFACLinearOperator, EKFACLinearOperator])
+@pytest.mark.parametrize("name", BAGS)
+def test_bags_of_different_sizes_and_weights_are_exact_token_by_token(name, kind):
+    model, X = bag_case(name)
+    params, loss, data = list(model.parameters()), nn.MSELoss(), [(X, torch.rand(6, 2))]
+    operator = kind(model, loss, params, data, fisher_type="type-2")
+    expected = dense_ggn(model, loss, params, data) * token_mask(params)
+    torch.testing.assert_close(to_dense(operator), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("name", BAGS)
+def test_bags_of_different_sizes_and_weights_train(name, fraction):
+    model, X = bag_case(name)
+    optimizer = KFACOptimizer(
+        model.parameters(),
+        layers=[nn.Linear, nn.EmbeddingBag],
+        factor_update_interval=1,
+        factor_batch_fraction=fraction,
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.mse_loss(model(X), torch.ones(6, 2)).backward()
         optimizer.step()
-    assert optimizer.statistics()["fallback_parameters"] == 1.0
+    assert optimizer.statistics()["fallback_parameters"] == 0.0
+
+
+# What is not covered -----------------------------------------------------------------------------
 
 
 def test_maxima_of_bags_are_no_layer():

@@ -241,6 +241,22 @@ def test_a_hook_that_changes_a_layers_output():
     assert optimizer.factors("0").grad_output_factor.trace() > 0.1 * (ggn @ torch.eye(5)).trace()
 
 
+def test_a_hook_that_comes_later_and_goes_first():
+    """What it puts in the place of a layer's output is not the layer's; ours look at that first."""
+    model = mlp()
+    optimizer = KFACOptimizer(model.parameters(), **PLAIN)
+    handle = model[0].register_forward_hook(lambda m, a, out: 3 * out.flip(-1), prepend=True)
+    model.register_forward_hook(lambda m, a, out: 2 * out, prepend=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), LABELS).backward()
+        wanted = expected(model)
+        optimizer.step()
+        assert_close(optimizer.factors("0"), wanted)
+    handle.remove()
+    assert len(model[0]._forward_hooks) == 1  # ours
+
+
 def test_ambiguous_names():
     one, two = nn.Linear(4, 4), nn.Linear(4, 3)
     optimizer = KFACOptimizer([*one.parameters(), *two.parameters()], **PLAIN)

@@ -22,6 +22,9 @@ NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
 )
 
 
@@ -65,6 +68,17 @@ CASES = {
     "batch-norm-without-moments": (
         lambda: nn.BatchNorm1d(4, track_running_stats=False).eval(),
         (4,),
+    ),
+    "instance-norm": (lambda: nn.InstanceNorm1d(4, affine=True), (4, 3)),
+    "instance-norm-2d": (lambda: nn.InstanceNorm2d(3, affine=True), (3, 2, 4)),
+    "instance-norm-3d": (lambda: nn.InstanceNorm3d(2, affine=True), (2, 2, 3, 2)),
+    "instance-norm-with-moments": (
+        lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+        (3, 2, 4),
+    ),
+    "instance-norm-evaluating": (
+        lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True).eval(),
+        (4, 3),
     ),
     "behind-a-convolution": (
         lambda: nn.Sequential(nn.Conv1d(2, 4, 2), nn.Tanh(), nn.BatchNorm1d(4), nn.Tanh()),
@@ -270,6 +284,25 @@ def test_a_model_in_bfloat16_has_factors_in_float32():
     optimizer.step()
     assert optimizer.factors("9.weight").grad_output_factor.dtype == torch.float32
     assert optimizer.statistics()["fallback_parameters"] == 0.0
+
+
+@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac"])
+def test_an_instance_without_its_axis_takes_the_same_steps(preconditioner):
+    X, results = torch.randn(2, 3, 4), []
+    for x in (X, X.unsqueeze(0)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.InstanceNorm2d(2, affine=True), nn.Flatten(0), nn.Linear(24, 3))
+        options = {"preconditioner": preconditioner, "fisher_type": "empirical"}
+        layers = [nn.InstanceNorm2d]
+        optimizer = KFACOptimizer(model.parameters(), layers=layers, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), torch.ones(3)).backward()
+            optimizer.step()
+        assert optimizer.statistics()["fallback_parameters"] == 2.0  # the linear layer's
+        results.append(list(model.parameters()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("preconditioner", ["kfac", "ekfac"])

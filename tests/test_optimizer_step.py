@@ -349,7 +349,7 @@ def test_the_fallback_learning_rate_follows_from_the_kind_of_a_parameter(setting
     described = dict(zip(model.parameters(), optimizer.describe().parameters, strict=True))
     assert [described[p].fallback_lr for p in (*gentle, *matrices)] == pytest.approx(moved)
     places = next(x for x in str(optimizer.describe()).splitlines() if x.startswith("places"))
-    assert f"AdamW at {rates[1]:g}: in no layer" in places
+    assert f"AdamW at {described[model.places].fallback_lr:g}: " in places
     assert described[model.head.weight].fallback_lr is None
 
 

@@ -143,7 +143,7 @@ OPERATORS = {
     "scaled": (0.5 * OfVectors(), 0.5 * GENERAL),
     "power": (of_vectors() ** 2, GENERAL @ GENERAL),
     "all of it": (
-        (2 * of_vectors().T @ OfVectors() - WithAdjoint() ** 2).T,
+        (2 * of_vectors().T @ OfVectors() - OfVectors() ** 2).T,
         (2 * GENERAL.T @ GENERAL - GENERAL @ GENERAL).T,
     ),
     "ours among SciPy's": (

@@ -26,7 +26,7 @@ def lengths(v, dim):
 
 
 # torch says it where gradcheck needs forward-mode formulas for the first time
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 @pytest.mark.parametrize("dim", AXES)
 @pytest.mark.parametrize("shape", [(3, 4), (3, 2, 2, 2)], ids=str)
 def test_normalized_weight_is_torchs_and_has_derivatives(shape, dim):

@@ -77,7 +77,7 @@ def quiet_vmap() -> Iterator[None]:
         # vmap itself loops over an operation that has no batching rule, and says so.
         warnings.filterwarnings("ignore", "There is a performance drop")
         # Its forward-mode formulas are scripted when they are first needed.
-        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.script")
         yield
 
 

@@ -13,6 +13,7 @@ from kfacopt.argument_checks import checked_output
 from kfacopt.data import Batch, to_device
 from kfacopt.kfac.capture import LayerUse, capture
 from kfacopt.kfac.choice import Choice
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.layers import Block, Kinds, all_kinds, described, families_of, find_layers
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.kfac.operator_layers import layers_of, parameters_of
@@ -53,8 +54,9 @@ class _Uses:
         self._model, self.choice = model, Choice.of(model.modules(), kinds, corrected=False)
         self._layers = find_layers(model.named_modules(), params, separate, kinds)
         self.layer_of = parameters_of(self._layers)
-        matrices = [p for p in params if p.ndim > 1 and p not in self.layer_of and p.numel()]
-        self._free = [p for p in matrices if self.choice.looks_for(p)]
+        others = [p for p in params if p not in self.layer_of and p.numel()]
+        self._free = [p for p in others if p.is_floating_point() and self.choice.looks_for(p)]
+        self.axes = DataAxes()
         own = {id(p) for p in params}
         self._unrolled = [
             m for m in model.modules() if any(id(p) in own for p in m._parameters.values())
@@ -73,7 +75,8 @@ class _Uses:
             output = checked_output(self._model(X))
         edges = edges_of(output)
         free = [p for p in self._free if p not in self.found]
-        past = past_modules(edges, uses, self.layer_of, free)
+        entries = (self.axes, [output]) if self.choice.by_entries else None
+        past = past_modules(edges, uses, self.layer_of, free, entries)
         for p, layout in past.found.items():
             if layout.is_tied:
                 self.tied.add(p)
@@ -145,6 +148,8 @@ def _reason(
         return "an embedding tied to a head, which is not looked at here"
     if p in uses.otherwise:
         return "used in other ways than by calls of its layer, too"
+    if p in uses.axes.reasons:
+        return uses.axes.reasons[p]
     if p in uses.layer_of:
         return "not used for these data"
     if id(p) in uses.choice.left_out:

@@ -46,7 +46,7 @@ class KroneckerBlockLinearOperator(LinearOperator):
             products = block.from_matrix(matrix.apply(stacked.to(factor_dtype(X.dtype))))
             for i, product in zip(where, products, strict=True):
                 pieces[i] = product.to(X.dtype)
-        return torch.cat([piece.flatten(1) for piece in pieces], dim=1).mT
+        return torch.cat([piece.reshape(len(piece), -1) for piece in pieces], dim=1).mT
 
     def trace(self) -> Tensor:
         """Return the trace, a scalar, at the cost of no product."""

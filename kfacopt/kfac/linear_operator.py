@@ -14,6 +14,7 @@ from kfacopt import argument_checks
 from kfacopt.data import Batch, evaluation, iterate, run_determinism_check, some, sum_gradients
 from kfacopt.kfac.block_diagonal import KFACInverseLinearOperator, KroneckerBlockLinearOperator
 from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.factors import (
     FactorForm,
     Factors,
@@ -67,7 +68,9 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             see docs/layers.md. Products with matrices
             past modules' calls (`x @ W`, `F.linear`, `nn.MultiheadAttention`) and lookups
             (`F.embedding`) count as well; a matrix of which the model makes no other use is a layer
-            by the parameter's name. So is an embedding that is tied to the head.
+            by the parameter's name. So is an embedding that is tied to the head, and what
+            multiplies or is added entry by entry, where its data's axis is certain (the exact
+            diagonal of F).
         loss_func: `nn.MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, or `NLLLoss` at
             log-probabilities; or any function or module that maps predictions z and targets to a
             scalar. Of this the positive part of the Hessian at z is the curvature, found exactly
@@ -173,7 +176,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         self._model_func, self._data, self._progressbar = model_func, data, progressbar
         batches = partial(self._batches, "K-FAC layers")
         layers = layers_of(model_func, own, separate_weight_and_bias, batches)
-        self._layers = split(layers, conv_factor)
+        self._layers, self._axes = split(layers, conv_factor), DataAxes()
         if not self._covers_tied:
             refuse_tied(self._layers)
         argument_checks.check_shape(shape, self.shape)
@@ -308,7 +311,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         for X, y in self._batches(description):
             with capture(self._layers) as uses, unrolled(own):
                 output = argument_checks.checked_output(self._model_func(X))
-            past = past_modules(edges_of(output), uses, parameters_of(self._layers), [])
+            entries = (self._axes, [output])
+            past = past_modules(edges_of(output), uses, parameters_of(self._layers), [], entries)
             uses += past.uses
             refuse_unseen_uses(self._model_func, [*past.rest, *past.found], output, uses)
             yield X, y, output, uses, self._gradients(output, X, y, uses, generator)

@@ -10,9 +10,10 @@ from torch.nn import Parameter
 
 from kfacopt.kfac.capture import LayerUse
 from kfacopt.kfac.convolution_uses import convolution_family, convolution_kind
-from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers import Kind, Layer
 from kfacopt.kfac.layers.convolution import Convolution
 from kfacopt.kfac.layers.embedding import Embedding
+from kfacopt.kfac.layers.entries import ENTRIES, Entries, entries_layer
 from kfacopt.kfac.layers.interface import LayerFamily
 from kfacopt.kfac.layers.linear import LinearFamily
 from kfacopt.kfac.layers.matrix import Matrix
@@ -32,7 +33,8 @@ class MatrixLayout:
     """How a matrix that no module's call uses is multiplied.
 
     Attributes:
-        roles: As `MatrixUse` has them; `TIED` for lookups and products.
+        roles: As `MatrixUse` has them; `TIED` for lookups and products, `ENTRIES` for parameters
+            that are multiplied or added entry by entry.
         bias: What all products with it add.
     """
 
@@ -57,6 +59,8 @@ class MatrixLayout:
         """
         if self.roles in (EMBEDDING, TIED):
             return (tied_embedding if self.is_tied else functional_embedding)(name, weight)
+        if self.roles == ENTRIES:
+            return entries_layer(name, weight)
         bias, family = self.bias if has_bias else None, self._family(weight)
         groups = int(self.roles[1:]) if self._is_convolution else 1
         groups = family.matrix_shape(weight.shape, groups)[0]
@@ -76,10 +80,12 @@ class MatrixLayout:
             return convolution_family(self.roles, weight)
         return Matrix(self.roles)
 
-    def kind(self, weight: Parameter) -> type[nn.Module]:
+    def kind(self, weight: Parameter) -> Kind:
         """Return which of torch's modules does the same; of two kinds, what is most of it."""
         if self.roles == EMBEDDING:
             return nn.Embedding
+        if self.roles == ENTRIES:
+            return nn.Parameter
         return convolution_kind(self.roles, weight) if self._is_convolution else nn.Linear
 
 
@@ -88,6 +94,8 @@ def fits(use: MatrixUse, layer: Layer) -> bool:
     if layer.parts:
         return any(fits(use, part) for part in layer.parts)
     family = layer.family
+    if use.roles == ENTRIES:
+        return isinstance(family, Entries)
     if layer.bias is not None and not layer.joint and use.bias is not layer.bias:
         return False
     if use.roles == EMBEDDING:

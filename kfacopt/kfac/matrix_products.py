@@ -22,6 +22,7 @@ from kfacopt.kfac.added_biases import (
     routed_bias,
 )
 from kfacopt.kfac.convolution_uses import CONVOLUTION, ConvolutionCall, convolution_call
+from kfacopt.kfac.layers.entries import EntryCall
 from kfacopt.kfac.layers.matrix import Product, Span, by_axis
 from kfacopt.kfac.layers.patches import Upsampling
 from kfacopt.kfac.layers.tied import Lookup
@@ -36,7 +37,7 @@ from kfacopt.kfac.parameter_views import (
 from kfacopt.kfac.saved_tensors import kept
 
 # Of products L R: the operands' places among the node's inputs, and what has kept them.
-_PRODUCTS = {
+PRODUCTS = {
     "AddmmBackward0": (1, 2, "_saved_mat1", "_saved_mat2"),
     "MmBackward0": (0, 1, "_saved_self", "_saved_mat2"),
     "MvBackward0": (0, 1, "_saved_self", "_saved_vec"),
@@ -56,7 +57,8 @@ class MatrixUse:
         weight: The parameter.
         bias: What is added, if it is a parameter with an entry for each output.
         roles: Of the parameter's axes, see `Matrix`; "c" or "t" and the number of groups for
-            convolutions and transposed ones; `EMBEDDING` for lookups.
+            convolutions and transposed ones; `EMBEDDING` for lookups; `ENTRIES` for what has the
+            parameter's entries, which is in `entry_uses`.
         input: a `[R, d_in]`, or `[B, R, d_in]` for groups; a convolution's input; tokens.
         edge: The gradient edge of the product.
         input_edges: Those of a.
@@ -69,7 +71,7 @@ class MatrixUse:
     input: Tensor
     edge: GradientEdge
     input_edges: tuple[GradientEdge, ...]
-    call: Product | ConvolutionCall | Upsampling | Lookup
+    call: Product | ConvolutionCall | Upsampling | Lookup | EntryCall
 
 
 def products_at(
@@ -100,7 +102,7 @@ def products_at(
     if name == _GROUPED:
         return _grouped(p, view, node, parents) if place == 1 else None
     use = None
-    if name in _PRODUCTS:
+    if name in PRODUCTS:
         use = _product(p, view, node, place, parents)
     elif name == _BILINEAR and place == 1:
         use = _bilinear(p, view, node, parents)
@@ -158,7 +160,7 @@ def _product(
     p: Parameter, view: ParameterView, node: Any, place: int, parents: Parents
 ) -> MatrixUse | None:
     """Return a node as a product L R with a parameter; `None` if it is none that is known."""
-    *places, left_name, right_name = _PRODUCTS[node.name()]
+    *places, left_name, right_name = PRODUCTS[node.name()]
     if place not in places:
         return None
     left = place == places[0]
@@ -252,7 +254,7 @@ def _gathered(
     p: Parameter, view: ParameterView, node: Any, place: int, parents: Parents, index: Tensor
 ) -> list[MatrixUse] | None:
     """Return a product `[S, ., .]` with a matrix for each s: a use for each matrix that has any."""
-    *places, left_name, right_name = _PRODUCTS[node.name()]
+    *places, left_name, right_name = PRODUCTS[node.name()]
     if place not in places or len(view.axes) != 3 or any(stride for _, stride in view.axes[0]):
         return None
     left = place == places[0]

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from kfacopt import argument_checks
 from kfacopt.data import Batch, evaluation
 from kfacopt.kfac.capture import capture
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.layers import Layer, all_kinds, described, find_layers
 from kfacopt.kfac.layers.embedding import Embedding
 from kfacopt.kfac.matrix_layouts import MatrixLayout
@@ -53,9 +54,9 @@ def layers_of(
         if id(p) not in names:
             raise ValueError(f"params[{i}] is not a parameter of model_func.")
     free = [p for p in params if p not in parameters_of(layers)]
-    matrices = [p for p in free if p.ndim > 1 and p.is_floating_point() and p.numel()]
-    looks = matrices or any(type(layer.family) is Embedding for layer, _ in layers)
-    found = _find_products(model, layers, matrices, batches) if looks else {}
+    others = [p for p in free if p.is_floating_point() and p.numel()]
+    looks = others or any(type(layer.family) is Embedding for layer, _ in layers)
+    found = _find_products(model, layers, others, batches) if looks else {}
     if any(p in parameters_of(layers) for p in found):  # embeddings that are heads, too
         untied = [p for p in params if p not in found or not found[p].is_tied]
         layers = find_layers(model.named_modules(), untied, separate)
@@ -80,17 +81,20 @@ def _find_products(
     free: Sequence[Parameter],
     batches: Callable[[], Iterable[Batch]],
 ) -> dict[Parameter, MatrixLayout]:
-    """Return the layouts of matrices that products alone use."""
+    """Return the layouts of parameters that products, or sums and products by entry, alone use."""
     found: dict[Parameter, MatrixLayout] = {}
-    wanted = set(free)
+    axes = DataAxes()
+    wanted = {p for p in free if p.ndim > 1}
     owners = [m for m in model.modules() if not wanted.isdisjoint(m._parameters.values())]
     with evaluation(model):
         for X, _ in batches():
             with capture(layers) as uses, unrolled(owners):
                 output = argument_checks.checked_output(model(X))
             left = [p for p in free if p not in found]
-            found |= past_modules(edges_of(output), uses, parameters_of(layers), left).found
-            if not set(free) - set(found):
+            given = (parameters_of(layers), left, (axes, [output]))
+            found |= past_modules(edges_of(output), uses, *given).found
+            biases = {layout.bias for layout in found.values()}
+            if all(p in found or p in biases for p in free):
                 break
     return found
 

@@ -20,11 +20,15 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from kfacopt.kfac.added_biases import Parents
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.factors import of_all_groups
 from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers.entries import Entries
 from kfacopt.kfac.lookup_uses import TIED
 from kfacopt.kfac.matrix_layouts import MatrixLayout, as_layer_use, becomes_tied, fits
+from kfacopt.kfac.matrix_products import MatrixUse
 from kfacopt.kfac.matrix_uses import graph_parents, matrix_uses, operand_uses
+from kfacopt.kfac.unknown_uses import reasons_against
 
 # Sums of g aᵀ against autograd's, in units of round-off relative to the sums of |g| |a|ᵀ and to √n.
 _ROUND_OFFS = 16
@@ -66,12 +70,14 @@ class PastModules:
         rest: The parameters of layers that are used in ways that products do not explain.
         hidden: Matrices in no layer that are not in the graph, but may be in activation
             checkpointing with reentry, whose parts are not.
+        reasons: Why parameters are none of these, as far as that was asked.
     """
 
     uses: list[LayerUse]
     found: dict[Parameter, MatrixLayout]
     rest: list[Parameter]
     hidden: list[Parameter]
+    reasons: dict[Parameter, str]
 
 
 def past_modules(
@@ -79,6 +85,8 @@ def past_modules(
     uses: Sequence[LayerUse],
     layer_of: Mapping[Parameter, Layer],
     free: Iterable[Parameter],
+    entries: tuple[DataAxes, Sequence[Tensor]] | None = None,
+    unexplained: Iterable[Parameter] = (),
 ) -> PastModules:
     """Return what a graph computes with parameters past the calls of modules.
 
@@ -86,14 +94,22 @@ def past_modules(
         outputs: Gradient edges.
         uses: The uses of layers that were recorded in these graphs.
         layer_of: The parameters of layers.
-        free: Matrices in no layer.
+        free: Matrices in no layer; vectors, too, where uses entry by entry are looked for.
+        entries: Tells of these, with a tensor of the shape and dtype of each output's.
+        unexplained: Those of them of which it shall be said why they are no layers, if so.
     """
     nodes = _nodes_past(outputs, uses)
     unseen = _leaves(nodes, [*layer_of, *free])
     biases = {la.bias for la in layer_of.values()}
     operands = operand_uses(nodes, [p for p in unseen if p in biases])
     further, found, explained = [], {}, set()
-    for p, own in matrix_uses(nodes, unseen).items():
+    own_uses = matrix_uses(nodes, unseen)
+    if entries is not None:
+        axes, values = entries
+        left = _not_multiplied(unseen, own_uses, layer_of)
+        products = [use for found_uses in own_uses.values() for use in found_uses]
+        own_uses |= axes.uses_of(outputs, values, nodes, left, uses, products, layer_of)
+    for p, own in own_uses.items():
         layer = layer_of.get(p)
         if layer is None:
             found[p] = MatrixLayout.of(own)
@@ -119,7 +135,28 @@ def past_modules(
     seen = {id(p) for p in unseen}
     hidden = [p for p in free if id(p) not in seen]
     hidden = hidden if hidden and any(map(_is_reentrant, nodes)) else []
-    return PastModules(further, found, rest, hidden)
+    reasons = _reasons(outputs, nodes, [p for p in unexplained if p not in found], seen)
+    return PastModules(further, found, rest, hidden, reasons)
+
+
+def _reasons(
+    outputs: Sequence[GradientEdge], nodes: Parents, params: Sequence[Parameter], seen: set[int]
+) -> dict[Parameter, str]:
+    """Return why parameters are no layers: those of the graph past recorded uses, and within."""
+    if any(id(p) not in seen for p in params):
+        nodes = graph_parents(outputs, {})
+    return reasons_against(nodes, params)
+
+
+def _not_multiplied(
+    params: Iterable[Parameter],
+    products: Mapping[Parameter, Sequence[MatrixUse]],
+    layer_of: Mapping[Parameter, Layer],
+) -> list[Parameter]:
+    """Return those of some parameters that no product has, and no layer but by their entries."""
+    biases = {MatrixLayout.of(uses).bias for uses in products.values()}
+    others = [p for p in params if p not in products and p not in biases]
+    return [p for p in others if p not in layer_of or isinstance(layer_of[p].family, Entries)]
 
 
 def _is_reentrant(node: Any) -> bool:

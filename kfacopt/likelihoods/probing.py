@@ -105,7 +105,8 @@ class Probing:
     def _groups_of_few(self) -> tuple[list[tuple[int, ...]], list[Tensor], list[Tensor]]:
         everything = range(len(self.gradients))
         us = [self.probe([k]) for k in everything]
-        products = [self.product(u) for u in us]
+        stacked = self.product([torch.stack(list(column)) for column in zip(*us, strict=True)])
+        products = [[x[k] for x in stacked] for k in everything]
         group_of = list(everything)
         sizes = [[_largest(x) for x in own] for own in products]
         for k, i in permutations(everything, 2):

@@ -157,7 +157,10 @@ class LinearOperator(SciPyLinearOperator):
             return ProductLinearOperator(as_operator(x, like=self), self)
         if np.isscalar(x):
             return ScaledLinearOperator(self, x)
-        return super()._rdot(x)
+        theirs = getattr(super(), "rdot", None)
+        return super()._rdot(x) if theirs is None else theirs(x)
+
+    rdot = _rdot  # SciPy's name for it from 1.18 on
 
     def matvec(self, x: Any) -> Any:
         """Multiply onto one vector (array, tensor or list of tensors)."""

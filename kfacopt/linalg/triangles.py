@@ -7,7 +7,8 @@ index for each entry, and needs none.
 
 Of matrices of more than `SQUARES_FROM` rows that are read in each step, squares are kept at the
 end, which takes less time again: 0.63 to 0.69 d² numbers there, 0.56 d² for twice the rows, 0.53 d²
-for four times. Small matrices stay as they are.
+for four times. Small matrices stay as they are, and those that each step multiplies with few
+columns: to write them out would take a third of the time of the product, or more.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ LEAF = 272
 
 SQUARES_FROM = 2 * LEAF
 
+# Up to as many columns; of 64 with d = 129, 513 and 1,001 a product takes 27, 387 and 1,530 µs, and
+# writing out 22, 221 and 439; of 128 columns twice as long, and as long.
+FEW_COLUMNS = 64
+
 # On a GPU calls take longer than what they do: up to here an index for each entry is used.
 GPU_LEAF = 2048
 
 
-def kept_shape(shape: tuple[int, ...], often: bool = False) -> tuple[int, ...]:
+def kept_shape(shape: tuple[int, ...], columns: int | None = None) -> tuple[int, ...]:
     """Return the shape of what `kept_once` makes of matrices, or of diagonals, of a shape."""
     d = shape[-1]
     if len(shape) < 3 or shape[-2] != d or d < LEAST_SIDE:
         return shape
-    return (*shape[:-1], _columns(d, often and d > SQUARES_FROM))
+    if columns is not None and columns <= FEW_COLUMNS:
+        return shape
+    return (*shape[:-1], _columns(d, columns is not None and d > SQUARES_FROM))
 
 
 def whole_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -42,20 +49,32 @@ def whole_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if len(shape) < 3 else (*shape[:-1], shape[-2])
 
 
-def kept_once(x: Tensor, often: bool = False) -> Tensor:
+def kept_once(x: Tensor, columns: int | None = None) -> Tensor:
     """Return what is to be kept of something.
 
     Args:
         x: Symmetric matrices `[..., d, d]`. Small ones, diagonals `[B, d]`, and what is kept
             once already, are returned as they are.
-        often: Whether it is read in each step.
+        columns: With how many columns it is multiplied in each step; `None` if it is seldom read.
     """
-    shape, d = kept_shape(tuple(x.shape), often), x.shape[-1]
+    shape, d = kept_shape(tuple(x.shape), columns), x.shape[-1]
     if shape == x.shape:
         return x
     kept = x.new_zeros(shape)
     _read(x.reshape(-1, d, d), *_numbers(kept))
     return kept
+
+
+def other_shapes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """Return what else may be kept of a matrix: what is kept of it depends on how it is read."""
+    whole = whole_shape(shape)
+    return {whole, kept_shape(whole), kept_shape(whole, whole[-1])}
+
+
+def kept_anew(kept: Tensor, columns: int | None = None) -> Tensor:
+    """Return what `kept_once` makes of the matrices of which something is kept."""
+    fits = kept_shape(whole_shape(tuple(kept.shape)), columns) == tuple(kept.shape)
+    return kept if fits else kept_once(symmetric(kept), columns)
 
 
 class Workspace:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from kfacopt.kfac.choice import Choice
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.layers import Layer, default_kinds, find_layers, split
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.optim.distributed import Ranks
@@ -102,6 +103,7 @@ def connect(
     labels: LabelDraws,
     ranks: Ranks,
     matrices: Mapping[Parameter, MatrixLayout],
+    axes: DataAxes,
 ) -> Connection:
     """Find the layers of parameters, give them to the state, and put hooks on their modules.
 
@@ -113,6 +115,7 @@ def connect(
         labels: Says what labels are drawn from.
         ranks: Is told when a forward pass reaches a layer.
         matrices: Matrices that are multiplied without a module's call, and how.
+        axes: What was found of uses entry by entry.
     """
     refuse_pipeline_stages(module for _, module in modules)
     kinds = default_kinds() if settings.layers is None else settings.layers
@@ -130,7 +133,7 @@ def connect(
     layers = split(layers, settings.conv_factor, form.max_factor_dim)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)
-    others = OtherUses(curvature.layers, params, choice)
+    others = OtherUses(curvature.layers, params, choice, axes)
     statistics = Statistics(curvature.layers, others, settings.curvature, labels, exchange)
     recurrence = RecurrenceWatch(statistics, kinds, settings.curvature.recording)
     own = (settings.curvature, statistics, ranks.wrappers, recurrence)

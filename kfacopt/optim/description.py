@@ -106,6 +106,7 @@ def describe(
     objectives: Mapping[str, str],
     undercounted: set[Layer],
     left_out: Mapping[int, str],
+    reasons: Mapping[Parameter, str],
     rates: Mapping[Parameter, float],
 ) -> Description:
     """Return what an optimizer does with each objective and parameter.
@@ -117,13 +118,14 @@ def describe(
         objectives: Objectives and their curvature.
         undercounted: Layers whose weights are used otherwise, too.
         left_out: Kinds of modules that are not among `layers=`, by the `id`s of their parameters.
+        reasons: Why parameters are no layers by their entries.
         rates: At which AdamW trains those without curvature.
     """
     block_of = {p: block for block in curvature.blocks for p in block.parameters}
     rows = []
     for p in params:
         block, state = block_of.get(p), curvature.entries.get(p, {})
-        text = _curvature(p, block, curvature, undercounted, left_out)
+        text = _curvature(p, block, curvature, undercounted, left_out, reasons.get(p))
         layer = "" if block is None else block.layer.name
         size = sum(_bytes(x) for x in state.values() if isinstance(x, Tensor))
         active = not text.startswith("AdamW")
@@ -152,13 +154,18 @@ def _curvature(
     curvature: CurvatureState,
     undercounted: set[Layer],
     left_out: Mapping[int, str],
+    reason: str | None,
 ) -> str:
     if not p.requires_grad:
         return "AdamW: frozen"
     if block is None and id(p) in left_out:
         return f"AdamW: {left_out[id(p)]} is not among layers="
     if block is None:
-        return "AdamW: in no layer that K-FAC knows"
+        past = "past the layers' modules; nn.Parameter among layers= may have it"
+        unknown = past if p.ndim < 2 else "in no layer that K-FAC knows"
+        return f"AdamW: {reason or unknown}"
+    if block.layer in undercounted and reason is not None:
+        return f"AdamW: {reason}"
     if block.layer in undercounted:
         return "AdamW: used in other ways than by calls of its module, too"
     if not curvature.has_statistics(block.layer):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfacopt.argument_checks import check_range
+from kfacopt.argument_checks import check_flag, check_range
 from kfacopt.optim.settings import GROUP_SETTINGS, WHOLE_SETTINGS, as_number
 
 # Flags of torch.optim that a group may have, but not set.
@@ -68,6 +68,7 @@ def check_group(group: Mapping[str, Any], where: str = "", tuned: bool = False) 
     for name, check in (*GROUP_SETTINGS.items(), ("base_lr", GROUP_SETTINGS["lr"])):
         check(f"{where}{name}", group[name])
     check_range(f"{where}trust_region", group.get("trust_region", 1.0), 0, lower_open=True)
+    check_flag(f"{where}searched", group.get("searched", False))
     steps = group["num_steps"]
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"{where}num_steps must be an integer of at least 0, got {steps!r}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer
 
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.factors import Factors
-from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Layer
+from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Kind, Layer
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
@@ -136,11 +138,13 @@ class KFACOptimizer(Optimizer):
             over, drawn anew for each backward pass; the estimates stay unbiased. It spares products
             of the factors, not the backward pass of `fisher_type="mc"`.
         factor_update_interval: Steps between updates of Ā and Ḡ. Between them there are no hooks.
-            10, or 1 for `lr="auto"`.
-        inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`.
+            10, or 1 for `lr="auto"`; 30 as long as the loss is not known by its call, so that its
+            curvature is looked for in each update.
+        inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`; 60
+            where the interval of the factors is 30 so.
         kl_clip: κ > 0, about twice the KL divergence by which a step without momentum may move the
             model's predictions at the initial lr; such steps are as long as √κ. `"auto"` starts
-            with 5e-5 and follows the data: every 30 steps the loss of the same batch is evaluated
+            with 5e-5 and follows the data: every 40 steps the loss of the same batch is evaluated
             again at both ends of the step, and κ is doubled or halved, between 1e-8 and 1e-3 (see
             `kfacopt.optim.steps.trust_region`). With `loss_func=` it stays at 5e-5. `None`
             switches the clip off.
@@ -149,7 +153,8 @@ class KFACOptimizer(Optimizer):
             docs/layers.md and those given to `kfacopt.register_layer`; AdamW trains what is in
             others. `None`: `kfacopt.default_layers()`. With `nn.Linear` and `nn.Embedding` an
             embedding that is tied to the head is a layer (not for EKFAC); `nn.LSTM` and the like
-            name the products in them.
+            name the products in them; `nn.Parameter` names what multiplies or is added past
+            modules.
         max_factor_dim: A side of a layer wider than that gets a diagonal factor.
         conv_factor: How A of convolutions is kept: `"full"`; `"channels"`, by channels C and
             positions K of the kernel, which takes (K + 1) C² / 2 numbers with its inverse instead
@@ -232,7 +237,7 @@ class KFACOptimizer(Optimizer):
         inverse_update_interval: int | None = None,
         kl_clip: float | Literal["auto"] | None = "auto",
         separate_weight_and_bias: bool = False,
-        layers: Collection[type[nn.Module]] | None = None,
+        layers: Collection[Kind] | None = None,
         max_factor_dim: int | None = 8192,
         conv_factor: ConvFactor = "auto",
         factor_dtype: torch.dtype | None = None,
@@ -267,6 +272,7 @@ class KFACOptimizer(Optimizer):
         self._checked_settings: list[tuple[Any, ...]] = []
         self._skipped_steps = self._num_fallback = 0
         self._matrices: dict[Parameter, MatrixLayout] = {}
+        self._axes = DataAxes()
         self._labels_before: Tensor | None = None
 
     # Steps -------------------------------------------------------------------------------------
@@ -332,6 +338,7 @@ class KFACOptimizer(Optimizer):
     def _collect_and_fold(self) -> dict[Layer, Moments]:
         """Move the running factors to include the statistics; return what still lacks a basis."""
         bases, step = self._statistics.bases, self._num_steps
+        searched = self._statistics.searched
         pending = take_pending(
             self._connection,
             self._curvature,
@@ -341,7 +348,25 @@ class KFACOptimizer(Optimizer):
             self._ranks,
             self._notices,
         )
+        if pending and self._settings.schedule.factors_due(step):
+            self._follow_loss(searched)
         return self._curvature.fold(pending, bases, step, self._group)
+
+    def _follow_loss(self, searched: bool) -> None:
+        """Take the intervals for a loss whose curvature was looked for, or for a known one."""
+        schedule = self._settings.schedule
+        if schedule.known == schedule.searched:
+            return
+        own = torch.tensor(float(searched), device=self._device)
+        searched = bool(mean_over_ranks(own, self._group) > 0)
+        for group in self.param_groups:
+            group["searched"] = searched
+        self._set_schedule()
+
+    def _set_schedule(self) -> None:
+        schedule = replace(self._settings.schedule, is_searched=self.param_groups[0]["searched"])
+        self._settings = replace(self._settings, schedule=schedule)
+        self._curvature.schedule = schedule
 
     def _report_without_inverse(self, waiting: bool, block: Block) -> None:
         if waiting or block.layer.weight in self._statistics.others.found:
@@ -477,6 +502,7 @@ class KFACOptimizer(Optimizer):
             group.setdefault(
                 "trust_region", self.param_groups[0].get("trust_region", FIRST_KL_CLIP)
             )
+            group.setdefault("searched", self.param_groups[0].get("searched", False))
             group.setdefault("num_steps", self.param_groups[0].get("num_steps", 0))
             check_group(group, tuned=tuned)
             if self._connected:
@@ -491,8 +517,8 @@ class KFACOptimizer(Optimizer):
         if modules is None:  # of a group that is empty so far there are none
             model = None if self._model is None else self._model()
             modules = find_modules(params, model) if params else []
-        given = (self._settings, self._curvature, self._labels, self._ranks, self._matrices)
-        connection = connect(params, modules, *given)
+        given = (self._settings, self._curvature, self._labels, self._ranks)
+        connection = connect(params, modules, *given, self._matrices, self._axes)
         if self._connected:
             self._watch.active = False
         self._connection, self._connected = connection, True
@@ -590,10 +616,11 @@ class KFACOptimizer(Optimizer):
         own = (self._parameters(), self._connection.names, self._curvature)
         seen = self._statistics
         left_out = self._connection.left_out
-        kinds = (self._connection.vectors, self._settings.steps.vector_lr)
         groups = self.param_groups
+        kinds = (self._connection.vectors, self._settings.steps.vector_lr)
         rates = {p: as_number(rate_of(p, g, *kinds)) for g in groups for p in g["params"]}
-        return describe(*own, seen.objectives.curvature, seen.undercounted, left_out, rates)
+        found, reasons = seen.objectives.curvature, seen.others.reasons
+        return describe(*own, found, seen.undercounted, left_out, reasons, rates)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.
@@ -632,6 +659,9 @@ class KFACOptimizer(Optimizer):
         store_generator(self.state, self._curvature.layers, self._labels.common)
 
     def _resume(self) -> None:
+        for group in self.param_groups:
+            group.setdefault("searched", False)  # states of development versions had none
+        self._set_schedule()
         self._matrices |= kept_layouts(self.state, self._parameters())
         if self._matrices:
             self._connect(self._watch.living_modules())

@@ -7,7 +7,9 @@ from kfacopt.kfac.layers.interface import KFAC_APPROXES as KFAC_APPROXES
 from kfacopt.kfac.layers.interface import KFACApprox as KFACApprox
 from kfacopt.kfac.layers.interface import LayerFamily as LayerFamily
 from kfacopt.kfac.layers.linear import LinearFamily as LinearFamily
+from kfacopt.kfac.layers.registry import ENTRYWISE as ENTRYWISE
 from kfacopt.kfac.layers.registry import RECURRENT as RECURRENT
+from kfacopt.kfac.layers.registry import Kind as Kind
 from kfacopt.kfac.layers.registry import Kinds as Kinds
 from kfacopt.kfac.layers.registry import all_kinds as all_kinds
 from kfacopt.kfac.layers.registry import default_kinds as default_kinds

@@ -172,4 +172,4 @@ class LayerFamily(ABC):
 
     def from_matrix(self, matrix: Tensor, shape: Size) -> Tensor:
         """Invert `to_matrix`."""
-        return matrix.reshape(*matrix.shape[:-3], *shape)
+        return matrix.reshape((*matrix.shape[:-3], *shape))

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from kfacopt.kfac.layers.interface import LayerFamily, first_argument
 
@@ -41,6 +42,15 @@ def batch_normalized(module: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, mean, variance, eps=module.eps)
 
 
+def instance_normalized(module: Any, x: Tensor) -> Tensor:
+    """Return x̂ of `nn.InstanceNorm1d` to `3d`, by a datum's moments or by the running ones."""
+    batch = x.unsqueeze(0) if x.ndim == module._get_no_batch_dim() else x
+    if module.training or module.running_mean is None:
+        return F.instance_norm(batch, eps=module.eps).reshape(x.shape)
+    moments = module.running_mean, module.running_var
+    return F.batch_norm(batch, *moments, eps=module.eps).reshape(x.shape)
+
+
 class Scale(LayerFamily):
     """The weight of a normalisation, B = its entries.
 
@@ -56,8 +66,10 @@ class Scale(LayerFamily):
         self._normalized, self._channels_last = normalized, channels_last
 
     def is_single(self, module: Any, x: Tensor) -> bool:
-        """Tell whether there is no axis but those that are normalised."""
-        return self._channels_last and x.ndim == len(module.normalized_shape)
+        """Tell whether there is no axis but those of a single datum."""
+        if self._channels_last:
+            return x.ndim == len(module.normalized_shape)
+        return isinstance(module, _InstanceNorm) and x.ndim == module._get_no_batch_dim()
 
     def record(
         self, module: Any, args: Sequence[Any], kwargs: dict[str, Any], output: Tensor
@@ -77,10 +89,10 @@ class Scale(LayerFamily):
     def _entries(self, module: Any, x: Tensor) -> Tensor:
         """Bring `[N, *positions, *entries]`, or `[N, entries, *positions]`, to `[B, N, S, 1]`."""
         B = self.groups(module)
-        if not self._channels_last:
-            return x.reshape(x.shape[0], B, x.shape[2:].numel()).transpose(0, 1).unsqueeze(3)
         if self.is_single(module, x):
             x = x.unsqueeze(0)
+        if not self._channels_last:
+            return x.reshape(x.shape[0], B, x.shape[2:].numel()).transpose(0, 1).unsqueeze(3)
         positions = x.shape[1 : x.ndim - len(module.normalized_shape)].numel()
         return x.reshape(x.shape[0], positions, B).permute(2, 0, 1).unsqueeze(3)
 

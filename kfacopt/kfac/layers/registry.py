@@ -15,12 +15,14 @@ from kfacopt.kfac.layers.normalization import (
     Shift,
     batch_normalized,
     group_normalized,
+    instance_normalized,
     layer_normalized,
     rms_normalized,
 )
 from kfacopt.kfac.layers.transposed_convolution import TransposedConvolution
 
-Kinds = tuple[type[nn.Module], ...]
+Kind = type[nn.Module] | type[nn.Parameter]
+Kinds = tuple[Kind, ...]
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,24 @@ ENTRIES: list[Entry] = [
 
 # Without a family: the products in them are found in the graph, see `kfac/unrolled.py`. Options,
 # since an LSTM's curvature was not worth its time (docs/layers.md).
-RECURRENT: Kinds = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+RECURRENT: tuple[type[nn.Module], ...] = (
+    nn.LSTM,
+    nn.GRU,
+    nn.RNN,
+    nn.LSTMCell,
+    nn.GRUCell,
+    nn.RNNCell,
+)
+
+# Parameters by their entries, past modules: `kfac/entry_uses.py`. An option, as normalisations are.
+ENTRYWISE: Kinds = (nn.Parameter,)
 
 for _normalized, _channels_last, _kinds in (
     (layer_normalized, True, (nn.LayerNorm,)),
     (rms_normalized, True, (nn.RMSNorm,)),
     (group_normalized, False, (nn.GroupNorm,)),
     (batch_normalized, False, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
+    (instance_normalized, False, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)),
 ):
     for _family in (Scale(_normalized, _channels_last), Shift(_normalized, _channels_last)):
         ENTRIES += [Entry(_kind, _family, default=False) for _kind in _kinds]

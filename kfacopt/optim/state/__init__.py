@@ -15,5 +15,5 @@ What is in a checkpoint, by parameter; "anchor" is a layer's or block's first tr
 - of a parameter in a layer: `momentum_buffer`, if its group has momentum; for `lr="auto"` instead
   `previous_parameter`, `has_previous_parameter`
 - of a parameter outside of layers, or that AdamW ever trained: `exp_avg`, `exp_avg_sq`, `step`
-- of a group: `settings.GROUP_SETTINGS`, `base_lr`, `num_steps`, `trust_region`
+- of a group: `settings.GROUP_SETTINGS`, `base_lr`, `num_steps`, `trust_region`, `searched`
 """

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
-from kfacopt.linalg.triangles import symmetric, whole_shape
+from kfacopt.linalg.triangles import other_shapes, symmetric
 from kfacopt.optim.group_settings import check_group
 from kfacopt.optim.settings import Groups
 from kfacopt.optim.state.conversions import was_not_saved
@@ -198,8 +198,8 @@ def _check_entry(
         shape = ()
     if shape is None:
         return
-    older = whole_shape(shape) if name in (*FACTORS, *INVERSES) else shape  # kept whole
-    if not isinstance(value, Tensor) or tuple(value.shape) not in (shape, older):
+    others = other_shapes(shape) if name in (*FACTORS, *INVERSES) else ()
+    if not isinstance(value, Tensor) or tuple(value.shape) not in (shape, *others):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"{where} must be a tensor of shape {shape}, got {got}. Use the same model, "

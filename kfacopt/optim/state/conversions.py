@@ -12,9 +12,14 @@ from torch import Generator, Tensor
 
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Layer
-from kfacopt.linalg.triangles import kept_once
+from kfacopt.linalg.triangles import kept_anew
 from kfacopt.optim.settings import Groups, Settings
-from kfacopt.optim.state.inverses import INVERSE_KEYS, INVERSE_SIDES, INVERSES
+from kfacopt.optim.state.inverses import (
+    INVERSE_KEYS,
+    INVERSE_SIDES,
+    INVERSES,
+    columns_beside,
+)
 from kfacopt.optim.state.running_averages import FACTORS, RECORDS, REST, States
 
 logger = logging.getLogger("kfacopt")
@@ -42,13 +47,15 @@ def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, A
                 "data, before torch.distributed.checkpoint loads into the optimizer",
                 number,
             )
-        for name, value in state_dict["state"].get(key, {}).items():
+        entries = state_dict["state"].get(key, {})
+        for name, value in entries.items():
             if was_not_saved(value):
                 states[p].pop(name, None)
             elif name in _OWN_DTYPE and isinstance(value, Tensor):
                 own = value.detach().to(p.device, copy=True)
-                if name in (*FACTORS, *INVERSES):  # which older versions saved whole
-                    own = kept_once(own, often=name in INVERSES)
+                if name in (*FACTORS, *INVERSES):  # another version may keep other parts
+                    columns = columns_beside(entries, name) if name in INVERSES else None
+                    own = kept_anew(own, columns)
                 states[p][name] = own
             elif name == _GENERATOR:
                 states[p][name] = value.detach().to("cpu", copy=True)

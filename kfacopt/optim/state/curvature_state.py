@@ -43,12 +43,13 @@ class CurvatureState:
 
     Attributes:
         entries: The optimizer's `state`, which loading replaces.
+        schedule: When factors and inverses are due.
         layers: The layers.
         blocks: Their blocks.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._schedule = settings, settings.schedule
+        self._settings, self.schedule = settings, settings.schedule
         self._form, self._inverse = settings.curvature.form, settings.inverse
         self.entries: States = {}
         self.layers: list[Layer] = []
@@ -68,7 +69,7 @@ class CurvatureState:
             before: The layers until now.
             step: The number of the next step.
         """
-        anchors, due = {layer.anchor for layer in before}, self._schedule.factors_due
+        anchors, due = {layer.anchor for layer in before}, self.schedule.factors_due
         for layer in self.layers:
             if layer.anchor not in anchors and self.has_statistics(layer):
                 last = int(self.entries[layer.anchor]["factor_step"])
@@ -136,7 +137,7 @@ class CurvatureState:
         """
         for layer, moments in pending.items():
             state = self.entries[layer.anchor]
-            fold_factors(state, layer, moments, self._form, self._schedule.ema_decay, step)
+            fold_factors(state, layer, moments, self._form, self.schedule.ema_decay, step)
         if not self._inverse.corrected:
             return {}
         new = dict.fromkeys(b.layer for b in self.blocks if b not in bases)
@@ -166,14 +167,14 @@ class CurvatureState:
         for block in blocks:
             moments = pending.get(block.layer)
             if moments is not None and block in values:
-                state, decay = self.entries[block.anchor], self._schedule.ema_decay
+                state, decay = self.entries[block.anchor], self.schedule.ema_decay
                 weight = moments.rows if block.layer.family.routed else moments.terms
                 value = inverses.averaged_moments(state, values[block])
                 fold_second_moments(state, value, weight, decay)
 
     def due_inverses(self, step: int) -> list[Block]:
         """Return the blocks to invert in a step: all where it is time, else those without one."""
-        if self._schedule.inverses_due(step):
+        if self.schedule.inverses_due(step):
             return self.blocks
         fresh = [b for b in self.blocks if not inverses.has_inverse(self.entries[b.anchor])]
         return [block for block in fresh if self.has_statistics(block.layer)]

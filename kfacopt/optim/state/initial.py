@@ -117,15 +117,15 @@ def state_shapes(
             entries: dict[str, tuple[int, ...]] = {"second_moment_weight": form.count_shape(layer)}
             for name in ("inverse_eigenvalues", "second_moments"):
                 entries[name] = (layer.groups, layer.d_out, block.d_in)
-            for side, shape in sides.items():
+            for (side, shape), other in zip(sides.items(), (*sides.values(),)[::-1], strict=True):
                 entries |= {
-                    f"{side}_inverse": kept_shape(shape, often=True),
+                    f"{side}_inverse": kept_shape(shape, other[-1]),
                     f"{side}_basis": shape,
                     f"{side}_levels": shape[:2],
                 }
             if is_split:
                 B, K, C = layer.groups, layer.positions, layer.channels
-                entries |= {INVERSES[1]: kept_shape((B, K, C, C), often=True), BASES[1]: (B, C, C)}
+                entries |= {INVERSES[1]: kept_shape((B, K, C, C), layer.d_out), BASES[1]: (B, C, C)}
                 entries |= {INPUT_UPDATE: (B, layer.d_in + 1), POSITION_BASIS: (B, K, K)}
                 entries |= {LEVELS[1]: (B, C), LEVELS[2]: (B, K)}
             shapes[block.anchor] |= entries

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from kfacopt.linalg.kronecker import (
     trace,
 )
 from kfacopt.linalg.split_factors import SplitBasis, SplitInverse
-from kfacopt.linalg.triangles import Workspace, kept_once
+from kfacopt.linalg.triangles import Workspace, kept_once, whole_shape
 from kfacopt.optim.settings import InverseForm
 from kfacopt.optim.state.running_averages import (
     FACTORS,
@@ -224,14 +224,14 @@ def refresh_inverse(
 def _store_inverse(state: State, inverse: KroneckerMatrix, form: InverseForm) -> None:
     stored = form.stored_dtype or inverse.dtype
     if isinstance(inverse, KroneckerProduct):
-        A = inverse.input_factor
-        entries = {INVERSES[0]: kept_once(inverse.grad_output_factor.to(stored), often=True)}
+        A, G = inverse.input_factor, inverse.grad_output_factor
+        entries = {INVERSES[0]: kept_once(G.to(stored), A.shape[-1])}
         if isinstance(A, SplitInverse):
             A = A.rounded(stored)
-            entries |= {INVERSES[1]: kept_once(A.blocks, often=True), INPUT_UPDATE: A.update}
+            entries |= {INVERSES[1]: kept_once(A.blocks, G.shape[-1]), INPUT_UPDATE: A.update}
         else:
             assert isinstance(A, Tensor)
-            entries[INVERSES[1]] = kept_once(A.to(stored), often=True)
+            entries[INVERSES[1]] = kept_once(A.to(stored), G.shape[-1])
     else:
         bases = (inverse.grad_output_basis, inverse.input_basis)
         entries = _basis_entries(bases, stored)
@@ -294,6 +294,14 @@ def levels_in(state: State) -> tuple[Levels, Levels]:
 def averaged_moments(state: State, value: Tensor) -> Tensor:
     """Return second moments in a block's bases, averaged where rounding alone chose these."""
     return averaged(value, levels_in(state), look=is_free_to_read(value))
+
+
+def columns_beside(entries: Mapping[str, Any], name: str) -> int:
+    """Return with how many columns one side's inverse is multiplied: the other side's width."""
+    if name == INVERSES[0] and INPUT_UPDATE in entries:
+        return int(entries[INPUT_UPDATE].shape[-1]) - 1
+    other = entries[INVERSES[1 if name == INVERSES[0] else 0]]
+    return whole_shape(tuple(other.shape))[-1]
 
 
 def has_inverse(state: State) -> bool:

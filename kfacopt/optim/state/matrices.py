@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch.nn import Parameter
 
 from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.layers.entries import ENTRIES
 from kfacopt.kfac.layers.tied import tied_embedding
 from kfacopt.kfac.lookup_uses import EMBEDDING, TIED
 from kfacopt.kfac.matrix_layouts import MatrixLayout
@@ -24,6 +25,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 ROLES, BIAS = "matrix_roles", "matrix_bias"
 _LETTERS, _CONVOLUTIONS, _LOOKUPS = "goi", "ct", EMBEDDING + TIED
 _MANY = 2**40
+_BY_ENTRIES = 2 * 3**20  # more than any with fewer axes
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -99,7 +101,7 @@ def kept_layouts(states: States, params: Sequence[Parameter]) -> dict[Parameter,
     found = {}
     for p in params:
         entries = states.get(p, {})
-        if ROLES in entries and p.ndim > 1:
+        if ROLES in entries and (p.ndim > 1 or entries[ROLES] == _BY_ENTRIES):
             number = int(entries.get(BIAS, -1))
             bias = params[number] if 0 <= number < len(params) else None
             found[p] = MatrixLayout(_roles(int(entries[ROLES]), p.ndim), bias)
@@ -109,8 +111,11 @@ def kept_layouts(states: States, params: Sequence[Parameter]) -> dict[Parameter,
 def _number(roles: str) -> int:
     """Return roles as a number, as states have numbers alone: an even one for digits to the base 3.
 
-    An odd one is for convolutions, with their number of groups, or, as if of none, for lookups.
+    An odd one is for convolutions, with their number of groups, or, as if of none, for lookups; one
+    is for parameters by their entries.
     """
+    if roles == ENTRIES:
+        return _BY_ENTRIES
     if roles in _LOOKUPS:
         return 1 + 2 * _LOOKUPS.index(roles)
     if roles[0] in _CONVOLUTIONS:
@@ -120,6 +125,8 @@ def _number(roles: str) -> int:
 
 
 def _roles(number: int, axes: int) -> str:
+    if number == _BY_ENTRIES:
+        return ENTRIES
     if number % 2 and number < 4:
         return _LOOKUPS[number // 2]
     if number % 2:

@@ -55,6 +55,7 @@ class Statistics:
         undercounted: The layers whose parameters a loss of the last step with statistics depends on
             in other ways, too, than by calls of their modules. They got no statistics from it.
         objectives: What was differentiated so far, and which curvature was used for it.
+        searched: Whether curvature was looked for since the last step, beside that of known losses.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Statistics:
         rewind(self._labels_of_step)
         self._labels_of_step = None
         self._pending = WaitingMoments()
-        self._num_objectives = 0
+        self._num_objectives, self.searched = 0, False
         self.reached: set[Layer] = set()
         self.others.finish()
         self._objective: list[Term] = []
@@ -168,6 +169,7 @@ class Statistics:
         if found.piece.derived:
             self.objectives.note_derived(found)
         if found.parts and passes:
+            self.searched = True
             self.others.look(found.edges, found.gradients, passes)
             where, told = (self._candidates, self._candidate_squares), set[Layer]()
             for ignored in found.piece.ignored:
@@ -189,6 +191,7 @@ class Statistics:
             self._begin_task()
             self._unseen = True
         if self._unseen and self.collecting:
+            self.searched = True
             self.objectives.note_unseen(value)
             self.others.look([behind], [value], passes)
             self._empirical.add_unseen(value, passes)

@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
 from kfacopt.kfac.choice import Choice
+from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.kfac.unseen_uses import is_undercounted, past_modules
@@ -24,32 +25,42 @@ class OtherUses:
         layers: The layers.
         params: All parameters.
         choice: Which of them may be layers.
+        axes: Which of them have data known where they are multiplied or added entry by entry.
 
     Attributes:
-        found: Matrices that products and lookups alone use, and how: those in no layer, and those
+        found: Parameters that products and lookups alone use, and how: those in no layer, and those
             whose layer has to be another.
-        free: The matrices in no layer that are looked for.
-        candidates: The matrices that may be among the found ones.
+        free: The parameters in no layer that are looked for: matrices, and vectors as an option.
+        candidates: The parameters that may be among the found ones.
         undercounted: The layers that are used in other ways, too, of which K-FAC knows nothing;
             since the last call of `finish`.
         hidden: Those of the last loss whose graph has none of them, but reentrant activation
             checkpointing, which may hide them.
+        reasons: Why parameters that are looked for are no layers, in words.
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], params: Sequence[Parameter], choice: Choice
+        self,
+        layers: Sequence[Layer],
+        params: Sequence[Parameter],
+        choice: Choice,
+        axes: DataAxes,
     ) -> None:
         self._choice = choice
         self._layer_of = {p: la for la in layers for p in (la.weight, la.bias) if p is not None}
-        own = [p for p in params if p.ndim > 1 and p.requires_grad and p.is_floating_point()]
-        own = [p for p in own if p.numel()]
+        own = [p for p in params if p.requires_grad and p.is_floating_point() and p.numel()]
         self.free = [p for p in own if p not in self._layer_of and choice.looks_for(p)]
-        self.candidates = [p for p in own if p in self._layer_of] if choice.ties else []
+        self.candidates = (
+            [p for p in own if p in self._layer_of and p.ndim > 1] if choice.ties else []
+        )
         self.candidates += self.free
         self.found: dict[Parameter, MatrixLayout] = {}
         self.undercounted: set[Layer] = set()
         self.hidden: set[Parameter] = set()
+        self._axes = axes
+        self.reasons: dict[Parameter, str] = {}
+        self._unexplained = [] if choice.by_entries else self.free
         self.looks_on = bool(self.free or self._layer_of)
 
     def finish(self) -> set[Layer]:
@@ -68,7 +79,11 @@ class OtherUses:
             passes: The forward passes that z depends on.
         """
         uses = [use for p in passes for use in p.uses]
-        past = past_modules(edges, uses, self._layer_of, self.free)
+        entries = (self._axes, values) if self._choice.by_entries else None
+        with nullcontext() if entries is None else bookkeeping_kept(edges):
+            new, self._unexplained = self._unexplained, []
+            past = past_modules(edges, uses, self._layer_of, self.free, entries, new)
+        self.reasons |= past.reasons | self._axes.reasons
         self.hidden, rest = set(past.hidden), list(past.rest)
         for p, layout in past.found.items():
             layer = self._layer_of.get(p)
@@ -77,6 +92,8 @@ class OtherUses:
                 self.undercounted |= set() if layer is None else {layer}
             elif layer is not None:
                 rest.append(p)
+            else:
+                self.reasons[p] = self._choice.leaves_out(p, layout)
         if passes:
             passes[-1].uses += past.uses
         uses = [*uses, *past.uses]

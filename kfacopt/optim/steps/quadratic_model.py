@@ -220,7 +220,7 @@ def _along(terms: Sequence[Term], direction: Direction) -> list[tuple[_DerivedTe
     """Return the terms, and the derivatives of their tensors z along a direction."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         # torch's own forward-mode formulas are scripted when they are first needed.
-        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.script")
         duals = {
             id(p): forward_ad.make_dual(p.detach(), tangent.to(p.dtype))
             for p, tangent in direction.items()

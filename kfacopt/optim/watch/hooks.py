@@ -90,6 +90,19 @@ def _hide_hooks(module: nn.Module) -> None:
                     vars(entries).pop(key, None)
 
 
+def come_first(module: nn.Module) -> None:
+    """Let our hooks behind a module's forward pass come before those of others.
+
+    One that was registered later with `prepend=True` may have put another tensor in the place of
+    the output: the layer's would not be seen.
+    """
+    hooks: Any = module._forward_hooks
+    own = [key for key, hook in hooks.items() if isinstance(hook, _Hook)]
+    if own and own[0] != next(iter(hooks)):
+        for key in reversed(own):
+            hooks.move_to_end(key, last=False)
+
+
 def module_hooks(
     modules: Iterable[nn.Module],
     enter: Callable[..., Any],

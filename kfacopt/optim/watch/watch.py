@@ -29,7 +29,7 @@ from kfacopt.optim.watch.compilation import (
     run_uncompiled,
 )
 from kfacopt.optim.watch.forward_pass import ForwardPass, note_loss
-from kfacopt.optim.watch.hooks import gradient_hooks, module_hooks, remove_hooks
+from kfacopt.optim.watch.hooks import come_first, gradient_hooks, module_hooks, remove_hooks
 from kfacopt.optim.watch.loss_calls import LossCall
 from kfacopt.optim.watch.objectives import Objective
 from kfacopt.optim.watch.probed_tensors import (
@@ -188,6 +188,7 @@ class Watch:
             self._end_pass()  # it was left by an exception that runs no hooks, as Ctrl-C does
         if run_uncompiled() and self._outermost is None:
             self.uncompiled = type(module)
+        come_first(module)
         if self._outermost is not None or not torch.is_grad_enabled():
             return None
         self.transformed |= _is_transformed()
