@@ -50,7 +50,7 @@ def test_candidates_start_with_the_defaults_and_are_settings_of_the_optimizer():
     written_out = KFACOptimizer(layer.parameters(), **current().settings)
     plain = KFACOptimizer(layer.parameters())
     assert written_out.defaults == plain.defaults
-    intervals = replace(written_out._settings.schedule, searched=SEARCHED_INTERVALS)
+    intervals = replace(written_out._settings.schedule, searched=SEARCHED_INTERVALS, starts=True)
     assert replace(written_out._settings, schedule=intervals) == plain._settings
     given = set(current().settings)
     assert given == set(found[1].settings) == set(found[-1].settings), "all that is chosen"

@@ -22,7 +22,7 @@ from kfacopt.kfac.layers.entries import ENTRIES, EntryCall
 from kfacopt.kfac.lookup_uses import LOOKUP
 from kfacopt.kfac.matrix_products import PRODUCTS, MatrixUse
 from kfacopt.kfac.parameter_views import ParameterView, is_view, view_at
-from kfacopt.kfac.saved_tensors import kept
+from kfacopt.kfac.saved_tensors import kept, where_it_can_be_read
 
 NO_AXIS = "no data axis is known where it is multiplied or added"
 
@@ -244,6 +244,29 @@ class EntryUses:
             seen.update(new)
         self._without |= seen
         return False
+
+
+def entrywise(
+    parents: Parents, params: Iterable[Parameter], known: Iterable[Any]
+) -> list[Parameter]:
+    """Return the parameters that are multiplied with data, or added to data, entry by entry.
+
+    Which axis the data's is is not looked at.
+
+    Args:
+        parents: The graph.
+        params: The parameters to look for.
+        known: As for `EntryUses`.
+    """
+    leaves = {id(n.variable): n for n in parents if hasattr(n, "variable")}
+    wanted = {p: leaves[id(p)] for p in params if id(p) in leaves}
+
+    def look() -> list[Parameter]:
+        own = EntryUses(parents, known, ())
+        found = [(p, own.of(p, leaf)) for p, leaf in wanted.items()]
+        return [p for p, uses in found if uses and not isinstance(uses, str)]
+
+    return where_it_can_be_read(look)
 
 
 def _multiplies_a_constant(node: Any) -> bool:

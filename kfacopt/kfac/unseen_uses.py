@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from kfacopt.kfac.added_biases import Parents
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
 from kfacopt.kfac.data_axes import DataAxes
+from kfacopt.kfac.entry_uses import entrywise
 from kfacopt.kfac.factors import of_all_groups
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.entries import Entries
@@ -71,6 +72,7 @@ class PastModules:
         hidden: Matrices in no layer that are not in the graph, but may be in activation
             checkpointing with reentry, whose parts are not.
         reasons: Why parameters are none of these, as far as that was asked.
+        by_entries: Those of them that are multiplied with data, or added to data, entry by entry.
     """
 
     uses: list[LayerUse]
@@ -78,6 +80,7 @@ class PastModules:
     rest: list[Parameter]
     hidden: list[Parameter]
     reasons: dict[Parameter, str]
+    by_entries: list[Parameter]
 
 
 def past_modules(
@@ -135,17 +138,13 @@ def past_modules(
     seen = {id(p) for p in unseen}
     hidden = [p for p in free if id(p) not in seen]
     hidden = hidden if hidden and any(map(_is_reentrant, nodes)) else []
-    reasons = _reasons(outputs, nodes, [p for p in unexplained if p not in found], seen)
-    return PastModules(further, found, rest, hidden, reasons)
-
-
-def _reasons(
-    outputs: Sequence[GradientEdge], nodes: Parents, params: Sequence[Parameter], seen: set[int]
-) -> dict[Parameter, str]:
-    """Return why parameters are no layers: those of the graph past recorded uses, and within."""
-    if any(id(p) not in seen for p in params):
+    asked = [p for p in unexplained if p not in found]
+    if any(id(p) not in seen for p in asked):  # within recorded uses
         nodes = graph_parents(outputs, {})
-    return reasons_against(nodes, params)
+    known = [use.edge.node for use in uses]
+    known += [use.edge.node for own in own_uses.values() for use in own]
+    by_entries = entrywise(nodes, asked, known) if asked else []
+    return PastModules(further, found, rest, hidden, reasons_against(nodes, asked), by_entries)
 
 
 def _not_multiplied(

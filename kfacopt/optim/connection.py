@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from kfacopt.kfac.choice import Choice
 from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.layers import Layer, default_kinds, find_layers, split
+from kfacopt.kfac.layers.entries import ENTRIES
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.optim.distributed import Ranks
 from kfacopt.optim.messages import log_layers
@@ -124,6 +125,7 @@ def connect(
     # In the parameters' order, whatever was found first: sums over layers depend on it. A state may
     # have been saved with other settings.
     ordered = {p: matrices[p] for p in params if p in matrices}
+    by_entries = {id(p) for p, layout in ordered.items() if layout.roles == ENTRIES}
     matrices = {p: layout for p, layout in ordered.items() if choice.makes_layer(p, layout)}
     untied = [p for p in params if p not in matrices or not matrices[p].is_tied]
     layers = find_layers(modules, untied, settings.separate_weight_and_bias, kinds)
@@ -142,7 +144,7 @@ def connect(
     rest = [names[id(p)] for p in params if id(p) not in covered]
     log_layers(curvature.layers, rest, form)
     trained, placement = [p.requires_grad for p in params], placement_of(params)
-    vectors = at_rate_of_vectors(own_modules)
+    vectors = at_rate_of_vectors(own_modules) | by_entries
     return Connection(watch, statistics, names, choice.left_out, vectors, trained, placement)
 
 

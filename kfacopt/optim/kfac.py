@@ -138,10 +138,11 @@ class KFACOptimizer(Optimizer):
             over, drawn anew for each backward pass; the estimates stay unbiased. It spares products
             of the factors, not the backward pass of `fisher_type="mc"`.
         factor_update_interval: Steps between updates of Ā and Ḡ. Between them there are no hooks.
-            10, or 1 for `lr="auto"`; 30 as long as the loss is not known by its call, so that its
-            curvature is looked for in each update.
-        inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`; 60
-            where the interval of the factors is 30 so.
+            10, or 1 for `lr="auto"`; as long as the loss is not known by its call, so that its
+            curvature is looked for in each update, steps 1, 2, 5, 10, 20, and each 30th.
+        inverse_update_interval: Steps between updates of the inverses. 50, or 5 for `lr="auto"`, or
+            60 for losses whose curvature is looked for; before the first of them is over, each
+            update of the factors is followed by one of the inverses.
         kl_clip: κ > 0, about twice the KL divergence by which a step without momentum may move the
             model's predictions at the initial lr; such steps are as long as √κ. `"auto"` starts
             with 5e-5 and follows the data: every 40 steps the loss of the same batch is evaluated
@@ -165,9 +166,10 @@ class KFACOptimizer(Optimizer):
         inverse_dtype: The dtype that inverses and bases are kept in; `None` is the factors', at
             least float32. They are multiplied in that, but at least float32.
         fallback_lr: AdamW's learning rate for all other parameters; it follows the ratio of the
-            group's current to its initial `lr`. `None`: 0.015 for vectors, embeddings and
-            recurrent modules, and AdamW's usual 1e-3 for other tensors (positions, matrices that
-            are scaled), and for all with `lr="auto"`.
+            group's current to its initial `lr`. `None`: 0.015 for vectors, embeddings,
+            recurrent modules and what is added to data or multiplies it entry by entry
+            (positions, class tokens), and AdamW's usual 1e-3 for other tensors (matrices that are
+            scaled), and for all with `lr="auto"`.
         loss_func: The loss at the model's output (an `nn` loss), where it is computed in a way
             that is not recognised; the curvature is then taken at the output of the outermost
             module. Its targets are unknown: no class weights, no ignored targets. A factor on it
@@ -545,7 +547,14 @@ class KFACOptimizer(Optimizer):
         if not self._statistics.collecting:
             return False
         others, params = self._statistics.others, self._parameters()
-        found = agreed_layouts(others.found, others.candidates, params, self._group)
+        own = others.by_entries | others.found
+        found = agreed_layouts(own, others.candidates, params, self._group)
+        found = {p: layout for p, layout in found.items() if self._matrices.get(p) != layout}
+        self._matrices |= found
+        keep_layouts(self.state, found, params)
+        by_entries = {p for p in found if p in others.by_entries}
+        self._connection.vectors |= {id(p) for p in by_entries}
+        found = {p: layout for p, layout in found.items() if p not in by_entries}
         hidden = [p for p in params if p in others.hidden and p.grad is not None]
         if hidden:
             names = [self._connection.names[id(p)] for p in hidden]
@@ -554,8 +563,6 @@ class KFACOptimizer(Optimizer):
             self._warn_without_layers()
         if not found:
             return False
-        self._matrices |= found
-        keep_layouts(self.state, found, params)
         self._connect(self._watch.living_modules())
         self._curvature.complete(self.param_groups)  # checkpoints are loaded into what is there
         return True

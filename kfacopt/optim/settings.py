@@ -43,6 +43,9 @@ PRECONDITIONERS: tuple[PreconditionerKind, ...] = ("kfac", "ekfac")
 # fourteen of eighteen small networks the objective was lower after the same time (docs/losses.md).
 SEARCHED_INTERVALS = (30, 60)
 
+# Steps at which factors are updated besides at first, where curvature is looked for.
+FIRST_STEPS = (1, 2, 5, 10, 20)
+
 # Steps between measurements of steps, at least: one costs three forward passes.
 MEASUREMENT_INTERVAL = 40
 
@@ -114,12 +117,16 @@ class Schedule:
         known: Steps between updates of the factors, and of the inverses.
         searched: The same where the loss is not known by its call, so that its curvature has to be
             looked for in each update.
-        is_searched: Whether that is so for now.
+        starts: Whether there are more updates at first, when a network changes fast: of inverses
+            with each update of the factors until their interval is over, and where curvature is
+            looked for, of factors at `FIRST_STEPS`.
+        is_searched: Whether curvature is looked for now.
     """
 
     ema_decay: float
     known: tuple[int, int]
     searched: tuple[int, int]
+    starts: bool = False
     is_searched: bool = False
 
     @property
@@ -134,11 +141,13 @@ class Schedule:
 
     def factors_due(self, step: int) -> bool:
         """Tell whether factors are updated in a step, counted from 0."""
-        return step % self.factor_update_interval == 0
+        early = self.starts and self.is_searched and step in FIRST_STEPS
+        return early or step % self.factor_update_interval == 0
 
     def inverses_due(self, step: int) -> bool:
         """Tell whether inverses are updated in a step, counted from 0."""
-        return step % self.inverse_update_interval == 0
+        early = self.starts and step < self.inverse_update_interval and self.factors_due(step)
+        return early or step % self.inverse_update_interval == 0
 
     def measurement_due(self, step: int) -> bool:
         """Tell whether a step is measured: where factors are updated, and not too often."""
@@ -346,7 +355,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
     settings = Settings(
         curvature,
         InverseForm(kind, values["damping_method"], values["inverse_dtype"]),
-        Schedule(float(values["ema_decay"]), known, searched),
+        Schedule(float(values["ema_decay"]), known, searched, not (tuned or factors or inverses)),
         StepSettings(tuned, values["kl_clip"], defaults.fallback_lr, measured),
         values["separate_weight_and_bias"],
         None if values["layers"] is None else tuple(values["layers"]),

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from kfacopt.kfac.choice import Choice
 from kfacopt.kfac.data_axes import DataAxes
 from kfacopt.kfac.layers import Layer
+from kfacopt.kfac.layers.entries import ENTRIES
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.kfac.unseen_uses import is_undercounted, past_modules
 from kfacopt.optim.watch.forward_pass import ForwardPass
@@ -37,6 +38,8 @@ class OtherUses:
         hidden: Those of the last loss whose graph has none of them, but reentrant activation
             checkpointing, which may hide them.
         reasons: Why parameters that are looked for are no layers, in words.
+        by_entries: Parameters that multiply data, or are added to data, entry by entry, where these
+            are no layers.
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
@@ -58,6 +61,7 @@ class OtherUses:
         self.found: dict[Parameter, MatrixLayout] = {}
         self.undercounted: set[Layer] = set()
         self.hidden: set[Parameter] = set()
+        self.by_entries: dict[Parameter, MatrixLayout] = {}
         self._axes = axes
         self.reasons: dict[Parameter, str] = {}
         self._unexplained = [] if choice.by_entries else self.free
@@ -84,6 +88,7 @@ class OtherUses:
             new, self._unexplained = self._unexplained, []
             past = past_modules(edges, uses, self._layer_of, self.free, entries, new)
         self.reasons |= past.reasons | self._axes.reasons
+        self.by_entries |= dict.fromkeys(past.by_entries, MatrixLayout(ENTRIES, None))
         self.hidden, rest = set(past.hidden), list(past.rest)
         for p, layout in past.found.items():
             layer = self._layer_of.get(p)
