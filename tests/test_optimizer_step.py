@@ -347,6 +347,11 @@ def test_the_fallback_learning_rate_follows_from_the_kind_of_a_parameter(setting
     moved = [float((b - a).mean()) for b, a in zip(before, after, strict=True)]
     rates = {"default": (0.015, 1e-3), "auto": (1e-3, 1e-3)}.get(setting, (0.1, 0.1))
     assert moved == pytest.approx([rates[0]] * len(gentle) + [rates[1]] * len(matrices), rel=1e-6)
+    described = dict(zip(model.parameters(), optimizer.describe().parameters, strict=True))
+    assert [described[p].fallback_lr for p in (*gentle, *matrices)] == pytest.approx(moved)
+    places = next(x for x in str(optimizer.describe()).splitlines() if x.startswith("places"))
+    assert f"AdamW at {described[model.places].fallback_lr:g}: " in places
+    assert described[model.head.weight].fallback_lr is None
 
 
 def test_fallback_learning_rate_follows_the_schedule():

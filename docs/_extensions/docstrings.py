@@ -30,6 +30,8 @@ ELSEWHERE = {
     "Factors": "kfacopt.kfac.factors",
     "UnsupportedLossError": "kfacopt.likelihoods.interface",
     "DecompositionError": "kfacopt.linalg.kronecker",
+    "TrustStatistics": "kfacopt.optim.steps.trust_region",
+    "block_statistics": "kfacopt.optim.monitoring",
 }
 
 

@@ -3,106 +3,88 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from kfacopt.diagnosis.report import (
-    BLOCKS,
-    EKFAC,
-    GRADIENT,
-    KFAC,
-    OPTIMIZER,
-    Advice,
-    FactorReport,
-    LayerReport,
-    OutsideReport,
-    StepReport,
-)
+from kfacopt.diagnosis.advice_on_damping import is_noisy, on_damping
+from kfacopt.diagnosis.advice_on_ranks import on_ranks
+from kfacopt.diagnosis.findings import Findings
+from kfacopt.diagnosis.report import BLOCKS, EKFAC, GRADIENT, KFAC, OPTIMIZER, Advice
 from kfacopt.diagnosis.text import listed
 
-# The thresholds of Levenberg and Marquardt's rule for a model's reduction ratio.
-TOO_FAR, SAFE = 0.25, 0.75
 # What counts as a difference: of distances, and of cosines.
 CLOSER, BETTER = 0.95, 0.03
 FAR = 1.0
 MUCH_OUTSIDE = 0.5
 MUCH_DRIFT = 0.5
-MUCH_UNCOVERED = 0.2
-# Softmax takes one direction of a last layer's G, which is no matter of the data.
-FULL = 0.9
+MUCH_UNCOVERED, SOME_UNCOVERED = 0.2, 0.05
+# Of a step, in those of AdamW; and of a pass, in seconds, below which calls are most of it.
+EXPENSIVE, SHORT = 1.2, 5e-4
 
-
-@dataclass(frozen=True)
-class Findings:
-    """What advice follows from.
-
-    Attributes:
-        layers: The blocks.
-        steps: Directions, if they were compared.
-        outside: The share of curvature outside of the blocks, if it was measured.
-        other_approx: The name of K-FAC with the other of expand and reduce, if it differs.
-        approx: The one in use.
-        uncovered_share: The share of trained entries that are not covered.
-        num_data: How many data were looked at.
-    """
-
-    layers: Sequence[LayerReport]
-    steps: Sequence[StepReport]
-    outside: OutsideReport | None
-    other_approx: str | None
-    approx: str
-    uncovered_share: float
-    num_data: int | None
-
-    def step(self, name: str) -> StepReport | None:
-        """Return a direction by its name."""
-        return next((x for x in self.steps if x.step == name), None)
-
-    def mean_distance(self, name: str) -> float | None:
-        """Return the root of the mean squared relative distance over blocks that have it."""
-        known = [x.distance[name] for x in self.layers if name in x.distance]
-        known = [d for d in known if math.isfinite(d)]
-        return math.sqrt(sum(d * d for d in known) / len(known)) if known else None
+# By the words in the reason that `coverage` gives: what can be done.
+_CURES = {
+    "which layers= does not name": (
+        "layers=[*kfacopt.default_layers(), {kind}] gives them curvature, and docs/layers.md has "
+        "measured whether that gains anything; else tune fallback_lr, at which AdamW trains them"
+    ),
+    "in no layer": (
+        "kfacopt.register_layer makes a layer of yours known (docs/layers.md, ten lines), and a "
+        "weight that is used as it is in F.linear or @ is found: scale the output, not the weight; "
+        "else tune fallback_lr"
+    ),
+    "not one of the optimizer's": "give them to KFACOptimizer, if it should train them",
+    "in other ways": "use them by calls of their layer alone",
+    "tied to a head": "the optimizer looks at them",
+    "not used": "other data may use them",
+    "shared": "call one module twice instead of sharing its weight",
+}
 
 
 def advice_of(findings: Findings) -> tuple[Advice, ...]:
-    """Return what follows, the most urgent first."""
-    rules = (_damping, _steps, _outside, _far_blocks, _ranks, _overdamped)
-    further = (_approximations, _running, _uncovered)
+    """Return what follows, the most important first."""
+    rules = (_uncovered, on_damping, _cost, _fallback, _steps, _outside, _far_blocks, _running)
+    further = (_closer_blocks, _approximations, on_ranks)
     return tuple(advice for rule in (*rules, *further) for advice in rule(findings))
 
 
-def _damping(x: Findings) -> Iterator[Advice]:
-    step = x.step(OPTIMIZER) or x.step(KFAC)
-    if step is None or math.isnan(step.ratio):
+def _uncovered(x: Findings) -> Iterator[Advice]:
+    if x.uncovered_share <= MUCH_UNCOVERED:
         return
-    data = "the data" if x.num_data is None else f"the {x.num_data} data"
-    name = "K-FAC's step" if step.step == KFAC else "the optimizer's direction"
-    if step.ratio < TOO_FAR:
-        yield Advice(
-            "damping",
-            f"it is too small for this batch: {name}, at the length that the quadratic model likes "
-            f"best, changes the loss of {data} by {step.ratio:.2f} of what the model says (below "
-            f"{TOO_FAR}). Raise it, or take more data.",
-            step.ratio,
+    shares = sorted(x.uncovered.items(), key=lambda item: -item[1])
+    largest = [(why, share) for why, share in shares if share > SOME_UNCOVERED] or shares[:1]
+    parts = []
+    for reason, share in largest:
+        cure = next((text for words, text in _CURES.items() if words in reason), "")
+        cure = cure.format(kind=reason.removeprefix("in ").split(",")[0])
+        parts.append(f"{share:.0%} {reason}" + (f" ({cure})" if cure else ""))
+    yield Advice(
+        "coverage",
+        f"{x.uncovered_share:.0%} of the trained parameters are not looked at here, and all that "
+        f"follows is of the other {1 - x.uncovered_share:.0%}: {'; '.join(parts)}.",
+        x.uncovered_share,
+    )
+
+
+def _cost(x: Findings) -> Iterator[Advice]:
+    cost = x.cost
+    if cost is None or cost.step < EXPENSIVE * cost.adamw:
+        return
+    ratio = cost.step / cost.adamw
+    sentence = (
+        f"a step takes {ratio:.1f} times as long as one of AdamW: K-FAC is faster only where it "
+        f"needs {ratio:.1f} times fewer steps."
+    )
+    if cost.pass_seconds < SHORT:
+        sentence += (
+            f" A forward and a backward pass take {1000 * cost.pass_seconds:.2g} ms here, most of "
+            "the work is in the calls: larger batches make it matter less."
         )
-    elif step.held_out_ratio is not None and step.held_out_ratio <= 0:
-        yield Advice(
-            "damping",
-            f"it is too small for this batch: {name} lowers the loss of {data} by {step.ratio:.2f} "
-            f"of what the model says, and raises that of the data that follow "
-            f"({step.held_out_ratio:.2f}). Raise it, or take more data.",
-            step.held_out_ratio,
+    elif cost.plain is not None and cost.step > EXPENSIVE * cost.plain and not _lags(x):
+        sentence += (
+            " Steps in which nothing is due take "
+            f"{cost.plain / cost.adamw:.1f}: longer factor_update_interval and "
+            "inverse_update_interval save the rest."
         )
-    elif step.ratio > SAFE and (step.held_out_ratio is None or step.held_out_ratio > SAFE):
-        held = step.held_out_ratio
-        further = "" if held is None else f", and {held:.2f} on the data that follow"
-        yield Advice(
-            "damping",
-            f"a smaller one may do: the loss of {data} follows the model for {name}, true change "
-            f"over predicted {step.ratio:.2f}{further} (above {SAFE}).",
-            step.ratio,
-        )
+    yield Advice("cost", sentence, ratio)
 
 
 def _steps(x: Findings) -> Iterator[Advice]:
@@ -120,15 +102,18 @@ def _steps(x: Findings) -> Iterator[Advice]:
         yield Advice(
             "EKFAC",
             f"its step is closer to the exact one: cosine {ekfac.cosine:.2f}, K-FAC's "
-            f'{kfac.cosine:.2f}. Try preconditioner="ekfac".',
+            f'{kfac.cosine:.2f}. Try preconditioner="ekfac", whose steps cost more.',
             ekfac.cosine - kfac.cosine,
         )
+
+
+def _closer_blocks(x: Findings) -> Iterator[Advice]:
     exact, kf = x.mean_distance(EKFAC), x.mean_distance(KFAC)
     if exact is not None and kf is not None and exact < CLOSER * kf:
         yield Advice(
             "EKFAC",
-            f"its blocks are closer to the exact ones: mean relative distance {exact:.2f}, K-FAC's "
-            f"{kf:.2f}.",
+            f"its blocks are closer to the exact ones: mean relative distance{x.of_which} "
+            f"{exact:.2f}, K-FAC's {kf:.2f}.",
             exact / kf,
         )
 
@@ -136,9 +121,10 @@ def _steps(x: Findings) -> Iterator[Advice]:
 def _outside(x: Findings) -> Iterator[Advice]:
     blocks, kfac = x.step(BLOCKS), x.step(KFAC)
     if x.outside is not None and x.outside.share > MUCH_OUTSIDE:
-        limit = (
-            "" if blocks is None else f" The exact blocks' step has the cosine {blocks.cosine:.2f}."
-        )
+        known = blocks is not None and not math.isnan(blocks.cosine)
+        limit = ""
+        if blocks is not None and known:
+            limit = f" The exact blocks' step has the cosine {blocks.cosine:.2f}."
         yield Advice(
             "between layers",
             f"{x.outside.share:.0%} of the squared curvature is outside of the diagonal blocks, "
@@ -162,60 +148,10 @@ def _far_blocks(x: Findings) -> Iterator[Advice]:
         worst = max(far, key=far.__getitem__)
         yield Advice(
             "K-FAC's blocks",
-            f"of {_count(len(far), x)} K-FAC's block is farther from the exact one than 0 is, the "
-            f"farthest {worst} ({far[worst]:.2f}): {listed(list(far))}.",
+            "K-FAC's block is farther from the exact one than 0 is: that "
+            f"{x.which(list(far), worst, f'distance {far[worst]:.2f}')}.",
             far[worst],
             tuple(far),
-        )
-
-
-def _factor(block: LayerReport, side: str) -> FactorReport:
-    """Return a factor, of an optimizer the one that it keeps."""
-    running = None if block.running is None else getattr(block.running, side)
-    found: FactorReport = getattr(block, side) if running is None else running
-    return found
-
-
-def _ranks(x: Findings) -> Iterator[Advice]:
-    for side in ("input_factor", "grad_output_factor"):
-        low = [
-            (b.layer, f.rank, f.full_rank)
-            for b in x.layers
-            if (f := _factor(b, side)).rank is not None and f.rank < FULL * f.full_rank
-        ]
-        if not low:
-            continue
-        name, rank, full = min(low, key=lambda entry: entry[1] / entry[2])
-        kept = "" if x.num_data is None else f" ({x.num_data} data)"
-        if any(b.running is not None for b in x.layers):
-            kept = " (running factors)"
-        title = "A" if side == "input_factor" else "G"
-        yield Advice(
-            "rank",
-            f"{title} of {_count(len(low), x)} is rank deficient, {name} the most ({rank} of "
-            f"{full}): {listed([entry[0] for entry in low])}. In the other directions damping "
-            f"alone decides on the step's length{kept}; more data, or a longer average, fill them.",
-            rank / full,
-            tuple(entry[0] for entry in low),
-        )
-
-
-def _overdamped(x: Findings) -> Iterator[Advice]:
-    def largest(b: LayerReport) -> float:
-        sides = (b.input_factor.largest, b.grad_output_factor.largest)
-        return math.inf if None in sides else math.prod(s for s in sides if s is not None)
-
-    flat = {b.layer: b.damping.damping / largest(b) for b in x.layers if largest(b) > 0}
-    flat = {name: ratio for name, ratio in flat.items() if ratio > 1}
-    if flat:
-        most = max(flat, key=flat.__getitem__)
-        yield Advice(
-            "damping",
-            f"it is above all curvature of {_count(len(flat), x)}, {flat[most]:.3g} times the "
-            f"largest eigenvalue in {most}: {listed(list(flat))}. There the step is the "
-            "gradient's, scaled.",
-            flat[most],
-            tuple(flat),
         )
 
 
@@ -227,10 +163,13 @@ def _approximations(x: Findings) -> Iterator[Advice]:
     if own is None or other is None:
         return
     name = "reduce" if x.approx == "expand" else "expand"
-    numbers = f"mean relative distance {other:.2f} ({name}) and {own:.2f} ({x.approx})"
-    if kfac is not None and step is not None:
+    numbers = f"mean relative distance{x.of_which} {other:.2f} ({name}) and {own:.2f} ({x.approx})"
+    known = kfac is not None and step is not None and not math.isnan(step.cosine - kfac.cosine)
+    if kfac is not None and step is not None and known:
         numbers += f", cosines of the steps {step.cosine:.2f} and {kfac.cosine:.2f}"
-    gain = step.cosine - kfac.cosine if kfac is not None and step is not None else 0.0
+    gain = 0.0
+    if kfac is not None and step is not None and known:
+        gain = step.cosine - kfac.cosine
     if other < CLOSER * own:
         further = f'Try kfac_approx="{name}".' if gain > -BETTER else "Its step is farther, though."
         sentence = f"{name}'s blocks are closer than those of {x.approx}: {numbers}. {further}"
@@ -244,16 +183,35 @@ def _approximations(x: Findings) -> Iterator[Advice]:
     yield Advice("expand or reduce", sentence, other / own if own else math.nan)
 
 
+def _fallback(x: Findings) -> Iterator[Advice]:
+    by_rate: dict[float, list[str]] = {}
+    for name, rate in x.fallback_lr.items():
+        by_rate.setdefault(rate, []).append(name)
+    if by_rate:
+        parts = [f"{listed(names)} at {rate:g}" for rate, names in by_rate.items()]
+        yield Advice(
+            "fallback_lr",
+            f"AdamW trains {', '.join(parts)}. Steps of K-FAC do not make up for a rate that does "
+            "not suit these: try fallback_lr=3e-3 and 0.01, or AdamW's best.",
+            max(by_rate),
+        )
+
+
+def _lags(x: Findings) -> bool:
+    """Tell whether the optimizer's direction is worse than that of the sample's own factors."""
+    own, fresh = x.step(OPTIMIZER), x.step(KFAC)
+    return own is not None and fresh is not None and own.cosine < fresh.cosine - BETTER
+
+
 def _running(x: Findings) -> Iterator[Advice]:
     own, fresh = x.step(OPTIMIZER), x.step(KFAC)
-    if own is not None and fresh is not None and own.cosine < fresh.cosine - BETTER:
+    if own is not None and fresh is not None and _lags(x):
         ages = [b.running.inverse_age for b in x.layers if b.running is not None]
         yield Advice(
             "running factors",
             f"the optimizer's direction has the cosine {own.cosine:.2f}, K-FAC's with factors of "
             f"this sample {fresh.cosine:.2f}; its inverses are up to {max(ages, default=0):.0f} "
-            "steps old. Shorter factor_update_interval and inverse_update_interval, or a smaller "
-            "ema_decay, follow faster.",
+            f"steps old. {_following(x)}",
             fresh.cosine - own.cosine,
         )
     drifts = {
@@ -263,25 +221,25 @@ def _running(x: Findings) -> Iterator[Advice]:
     }
     if drifts:
         most = max(drifts, key=drifts.__getitem__)
+        number = f"relative distance {drifts[most]:.2f}"
         yield Advice(
             "running factors",
-            f"those of {_count(len(drifts), x)} are far from this sample's, {most} the farthest "
-            f"(relative distance {drifts[most]:.2f}): they lag, the samples are small, or the "
-            "objective was another one (a factor on the loss).",
+            f"those {x.which(list(drifts), most, number)} are far from this sample's: they lag, "
+            "the samples are small, or the objective was another one (a factor on the loss).",
             drifts[most],
             tuple(drifts),
         )
 
 
-def _uncovered(x: Findings) -> Iterator[Advice]:
-    if x.uncovered_share > MUCH_UNCOVERED:
-        yield Advice(
-            "coverage",
-            f"{x.uncovered_share:.0%} of the trained parameters have no curvature and are not "
-            "looked at here; layers= adds embeddings and normalisations.",
-            x.uncovered_share,
-        )
-
-
-def _count(number: int, x: Findings) -> str:
-    return f"{number} of {len(x.layers)} blocks"
+def _following(x: Findings) -> str:
+    """Say whether factors should follow faster."""
+    average = f"They are averages over steps (ema_decay {x.settings.get('ema_decay', 0.9):g})"
+    if is_noisy(x):
+        return f"{average}, which is as it should be where gradients are noise."
+    if x.settings.get("factor_update_interval") == 1 or x.settings.get("lr") == "auto":
+        return f"{average}, updated in every one, so that other batches and parameters are in them."
+    cost = "" if x.cost is None else f" (one with both costs {x.cost.inverses:.1f} passes)"
+    return (
+        "Shorter factor_update_interval and inverse_update_interval follow faster, and cost "
+        f"time{cost}."
+    )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
 from kfacopt.diagnosis import exact
-from kfacopt.diagnosis.advice import Findings, advice_of
+from kfacopt.diagnosis.advice import advice_of
 from kfacopt.diagnosis.candidates import Candidate
 from kfacopt.diagnosis.distances import product_distance
+from kfacopt.diagnosis.findings import Findings
 from kfacopt.diagnosis.measurement import (
     Blocks,
     Parts,
@@ -24,8 +25,11 @@ from kfacopt.diagnosis.measurement import (
     measure_outside,
     whole_matrix,
 )
+from kfacopt.diagnosis.ranks import with_ranks_of_half
 from kfacopt.diagnosis.report import (
+    CLIPPED,
     KFAC,
+    CostReport,
     Diagnosis,
     LayerReport,
     RunningReport,
@@ -36,7 +40,7 @@ from kfacopt.diagnosis.report import (
 from kfacopt.diagnosis.spectra import describe_damping
 from kfacopt.diagnosis.steps import cosine
 from kfacopt.diagnosis.subject import Subject
-from kfacopt.diagnosis.text import listed
+from kfacopt.diagnosis.text import listed, two_digits
 from kfacopt.linalg.kronecker import KroneckerProduct
 
 # What is measured beside the blocks: steps of the progress bar.
@@ -44,13 +48,18 @@ OTHER_STEPS = 7
 # Iterations that did not reach the tolerance are no matter where this was the cosine halfway.
 SETTLED = 0.999
 
+WITHOUT_CURVATURE = (
+    "The exact GGN times the gradient is 0: the loss has no curvature in the model's predictions. "
+    "K-FAC has the empirical Fisher, which is none, and there is nothing to compare it with."
+)
 
-def report_of(subject: Subject, in_training: bool) -> Diagnosis:
-    """Measure, and return what was found.
+
+def report_of(subject: Subject, changed: Sequence[str]) -> Diagnosis:
+    """Measure, and return what was found, so far without cost and advice; see `complete`.
 
     Args:
         subject: What is examined.
-        in_training: Whether the model was in a training mode that computes something else.
+        changed: What evaluation mode changed of what the model computes.
     """
     clock, own = subject.clock, subject.partition
     clock.expect(len(own.blocks) + OTHER_STEPS)
@@ -66,21 +75,22 @@ def report_of(subject: Subject, in_training: bool) -> Diagnosis:
     candidates = candidates_of(subject)
     clock.begin("exact step")
     matrix = whole_matrix(subject, ggn)
-    solved = exact_step(subject, ggn, matrix, gradient, candidates[0])
+    has_curvature = bool((ggn @ gradient).any()) or not bool(gradient.any())
+    solved = exact_step(subject, ggn, matrix, gradient, candidates[0]) if has_curvature else None
+    if not has_curvature:
+        subject.notes.append(WITHOUT_CURVATURE)
     blocks = measure_blocks(subject, candidates, own.split(gradient), matrix)
     clock.begin("outside of blocks")
     outside = measure_outside(subject, ggn, matrix, blocks)
     clock.begin("comparison")
     steps = directions_of(subject, candidates, blocks, gradient)
     compared: tuple[StepReport, ...] = ()
+    best = solved[0] if solved is not None and solved[1].is_near else None
     if solved is not None and bool(gradient.any()):
-        compared = compare_directions(subject, steps, solved[0], gradient, ggn)
-    layers = _layers(subject, candidates[0], blocks, steps, solved, gradient)
+        compared = compare_directions(subject, steps, best, gradient, ggn)
+    layers = _layers(subject, candidates[0], blocks, steps, best, gradient)
+    layers = with_ranks_of_half(subject, layers)
     trained = sum(p.numel() for p in subject.model.parameters() if p.requires_grad)
-    share = 1 - sum(own.sizes) / trained
-    other = next((c.name for c in candidates if c.name.startswith(f"{KFAC} ")), None)
-    approx, count = subject.options.approx, subject.sample.num_data
-    findings = Findings(layers, compared, outside, other, approx, share, count)
     return Diagnosis(
         float(loss),
         float(gradient.norm()),
@@ -91,11 +101,53 @@ def report_of(subject: Subject, in_training: bool) -> Diagnosis:
         layers,
         outside,
         subject.coverage.uncovered,
-        share,
-        tuple(_notes(subject, in_training, solved, blocks, bool(gradient.any()))),
-        advice_of(findings),
+        1 - sum(own.sizes) / trained,
+        tuple(_notes(subject, changed, solved, blocks, bool(gradient.any()))),
+        (),
         clock.seconds,
+        fallback_lr=_fallback(subject),
     )
+
+
+def _fallback(subject: Subject) -> dict[str, float]:
+    """Return at which rates AdamW trains what is not covered."""
+    seen, named = subject.plan.inspection, dict(subject.model.named_parameters())
+    rates = {} if seen is None else seen.fallback_lr
+    uncovered = subject.coverage.uncovered
+    return {name: rates[named[name]] for name in uncovered if named[name] in rates}
+
+
+def complete(
+    report: Diagnosis, subject: Subject, cost: CostReport | None, no_cost: str | None
+) -> Diagnosis:
+    """Return a report with what a step costs, or why not, and the advice that follows from all."""
+    names = [name for layer in report.layers for name in layer.distance]
+    names += [step.step for step in report.steps]
+    findings = Findings(
+        report.layers,
+        report.steps,
+        report.outside,
+        next((name for name in names if name.startswith(f"{KFAC} ")), None),
+        subject.options.approx,
+        report.uncovered_share,
+        report.sample.num_data,
+        _by_reason(subject),
+        report.settings,
+        cost,
+        report.fallback_lr,
+    )
+    notes, seconds = report.notes + (() if no_cost is None else (no_cost,)), subject.clock.seconds
+    advice = advice_of(findings)
+    return replace(report, cost=cost, notes=notes, advice=advice, seconds=seconds)
+
+
+def _by_reason(subject: Subject) -> dict[str, float]:
+    """Return by reason the share of trained entries that are not covered for it."""
+    sizes = {name: p.numel() for name, p in subject.model.named_parameters() if p.requires_grad}
+    shares: dict[str, float] = {}
+    for name, reason in subject.coverage.uncovered.items():
+        shares[reason] = shares.get(reason, 0.0) + sizes[name] / sum(sizes.values())
+    return shares
 
 
 def _solve(solve: exact.Solve | None) -> SolveReport | None:
@@ -107,11 +159,11 @@ def _layers(
     kfac: Candidate,
     found: Blocks,
     steps: Parts,
-    solved: Solved | None,
+    exact_step: Tensor | None,
     gradient: Tensor,
 ) -> tuple[LayerReport, ...]:
     own, squared = subject.partition, float(gradient.double().square().sum())
-    best = None if solved is None or not squared else own.split(solved[0])
+    best = None if exact_step is None or not squared else own.split(exact_step)
     layers = []
     for i, (name, g) in enumerate(zip(own.names, own.split(gradient), strict=True)):
         matrix = kfac.matrices[i]
@@ -120,7 +172,7 @@ def _layers(
         cosines = {}
         for step, parts in steps.items():
             part = parts[i]
-            if best is not None and part is not None:
+            if best is not None and part is not None and step != CLIPPED:
                 cosines[step] = cosine(part, best[i])
         layer = LayerReport(
             name,
@@ -170,7 +222,7 @@ def _sample(subject: Subject) -> SampleReport:
 
 def _notes(
     subject: Subject,
-    in_training: bool,
+    changed: Sequence[str],
     solved: Solved | None,
     blocks: Blocks,
     has_gradient: bool,
@@ -179,28 +231,42 @@ def _notes(
     if subject.clock.cut:
         seconds, what = subject.limits.max_seconds, listed(subject.clock.cut)
         notes.append(f"Time ran out (max_seconds={seconds:g}); not measured: {what}.")
-    if in_training:
+    if changed:
         notes.append(
-            "The model was in training mode; it is looked at in evaluation mode: without "
-            "dropout, and with batch norm's running statistics."
+            f"The model was in training mode; it is looked at in evaluation mode: "
+            f"{' and '.join(changed)}."
         )
-    if solved is None:
+    if solved is None and WITHOUT_CURVATURE not in notes:
         notes.append(
             "There is no exact step: the loss is not convex in the predictions, so that the "
             "damped GGN is not positive definite; K-FAC has the positive part."
         )
-    elif not solved[1].converged and solved[1].halfway < SETTLED:
-        notes.append(
-            f"Conjugate gradients stopped at the relative residual {solved[1].residual:.1e}. "
-            "Cosines are to where they came, to which the iterate at about half the iterations "
-            f"has the cosine {solved[1].halfway:.2f}. More damping or fewer data help."
-        )
+    elif solved is not None and not solved[1].converged and solved[1].halfway < SETTLED:
+        notes.append(_of_exact_step(solved[1], subject.limits.max_seconds))
     notes += _of_blocks(blocks.solve)
     if not has_gradient:
         notes.append("The gradient is 0: there are no steps to compare.")
-    if subject.plan.reduction is None:
-        notes.append("The loss has no `reduction`, so that a single batch is looked at.")
     return notes
+
+
+def _of_exact_step(solve: exact.Solve, max_seconds: float) -> str:
+    """Say how far the iterations came, and what helps."""
+    cure = "More damping or fewer data help."
+    if solve.enough_seconds is not None:
+        enough = two_digits(solve.enough_seconds)
+        cure = f"Time was too short (max_seconds={max_seconds:g}): max_seconds={enough} is enough "
+        cure += "for all iterations that are allowed; more damping or fewer data help, too."
+    count = "1 iteration" if solve.iterations == 1 else f"{solve.iterations} iterations"
+    begin = f"Conjugate gradients stopped at the relative residual {solve.residual:.1e}"
+    if not solve.is_near:
+        return (
+            f"{begin} after {count}, so that the exact step is not known, and nothing is "
+            f"compared with it. {cure}"
+        )
+    return (
+        f"{begin}. Cosines are to where they came, to which the iterate at about half the "
+        f"iterations has the cosine {solve.halfway:.2f}. {cure}"
+    )
 
 
 def _of_blocks(solves: Sequence[exact.Solve | None]) -> list[str]:

@@ -118,6 +118,19 @@ class Options:
     operator: Mapping[str, Any]
 
 
+def factors_of(
+    approx: KFACApprox, partition: Partition, given: Sequence[Any], options: Options
+) -> list[KroneckerProduct]:
+    """Return G ⊗ A of each block, by K-FAC; see `kfac_candidate`."""
+    model, loss_func, batches = given
+    params = partition.params
+    operator = KFACLinearOperator(
+        model, loss_func, params, batches, kfac_approx=approx, **options.operator
+    )
+    # Blocks of this operator's own, in the partition's order, as these follow from the model.
+    return [m for _, m in operator._kronecker_blocks() if isinstance(m, KroneckerProduct)]
+
+
 def kfac_candidate(
     name: str, approx: KFACApprox, partition: Partition, given: Sequence[Any], options: Options
 ) -> Candidate:
@@ -130,18 +143,10 @@ def kfac_candidate(
         given: Model and loss, and the data.
         options: How factors are formed.
     """
-    model, loss_func, batches = given
-    params = partition.params
-    operator = KFACLinearOperator(
-        model, loss_func, params, batches, kfac_approx=approx, **options.operator
-    )
-    # Blocks of this operator's own, in the partition's order, as these follow from the model.
-    matrices: list[KroneckerMatrix | None] = [m for _, m in operator._kronecker_blocks()]
+    matrices = factors_of(approx, partition, given, options)
     pairs = zip(matrices, partition.damping, strict=True)
-    inverses: list[KroneckerMatrix | None] = [
-        m.inverse(delta, options.method) for m, delta in pairs if isinstance(m, KroneckerProduct)
-    ]
-    return Candidate(name, matrices, inverses, partition.blocks)
+    inverses = [m.inverse(delta, options.method) for m, delta in pairs]
+    return Candidate(name, [*matrices], [*inverses], partition.blocks)
 
 
 def is_same(first: Candidate, second: Candidate) -> bool:

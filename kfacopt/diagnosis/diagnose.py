@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfacopt.data import Batch, evaluation
-from kfacopt.diagnosis.assembly import report_of
+from kfacopt.diagnosis.assembly import complete, report_of
 from kfacopt.diagnosis.clock import Clock
+from kfacopt.diagnosis.cost import cost_of
 from kfacopt.diagnosis.plan import check_arguments, evaluation_mode, make_plan
 from kfacopt.diagnosis.report import Diagnosis
 from kfacopt.diagnosis.sample import generators_put_back
 from kfacopt.diagnosis.subject import Limits, take
+from kfacopt.diagnosis.words import own_words
 from kfacopt.optim.kfac import KFACOptimizer
 
 
@@ -44,24 +46,28 @@ def diagnose(
       what gᵀd + ½ dᵀFd says;
     - 1 − Σ_l ‖F_l‖²_F / ‖F‖²_F, the share of curvature outside of the blocks;
     - rank, condition and eigenvalues of each A and G, δ beside those of G ⊗ A, and π;
-    - with an optimizer, its direction for g by its running inverses, and how far its running
-      factors are from those of the sample.
+    - with an optimizer, its direction for g by its running inverses, and as far as its `lr` and
+      KL clip go along that; how far its running factors are from those of the sample; and what its
+      steps cost beside a forward and a backward pass and AdamW.
 
     F is that of `GGNLinearOperator`. A block of at most 1,024 parameters is formed where that is
     cheap, a larger one multiplied onto 16 vectors v of random signs (4 where products are
     expensive): E‖(M_l − F_l) v‖² is the squared distance, and its error the jackknife's over these.
     (F + δI)⁻¹ g is solved for by conjugate gradients to a relative residual of 1e-5 or up to a
-    number of iterations; the report says how far it came. Numbers follow from the arguments alone,
-    unless time runs out, which the report says. Model (in evaluation mode meanwhile), gradients,
-    buffers and generators of random numbers are as before afterwards. Memory: factors and inverses
-    of all candidates, some dozens of vectors of θ's size, and what passes of the sample keep.
+    number of iterations; the report says how far it came, and compares nothing with what is far
+    from it. Numbers follow from the arguments alone, but for the cost, and unless time runs out,
+    which the report says. Costs are of copies of model, loss and optimizer. Model (in evaluation
+    mode meanwhile), gradients, buffers and generators of random numbers are as before afterwards.
+    Memory: factors and inverses of all candidates, some dozens of vectors of θ's size, and what
+    passes of the sample keep; then the copies.
 
     `docs/diagnose.md` has an example of a report, and all formulas.
 
     Args:
         model: The network.
         loss_func: The loss, of predictions and targets; see `KFACLinearOperator`. Without a
-            `reduction`, one batch is looked at.
+            `reduction` it is tried on a batch that comes twice; if it is neither a mean nor a sum,
+            one batch is looked at.
         data: Batches `(X, y)`, of which the first ones are read.
         optimizer: Its layers, damping, settings and running factors are looked at; it is not
             changed.
@@ -83,7 +89,8 @@ def diagnose(
     Raises:
         ValueError: If an argument is out of its range, K-FAC covers no parameter, or the gradient
             is not finite.
-        UnsupportedLossError: If the loss has no curvature that K-FAC knows.
+        TypeError: If the model does not return one tensor.
+        UnsupportedLossError: If the loss has no curvature in the model's predictions.
         RuntimeError: If the model gives different predictions for the same data.
 
     Example:
@@ -106,15 +113,17 @@ def diagnose(
     clock = Clock(max_seconds, progressbar)
     try:
         with (
+            own_words(),
             generators_put_back(data),
-            evaluation_mode(model, loss_func) as in_training,
+            evaluation_mode(model, loss_func) as changed,
             evaluation(model, loss_func),
         ):
             if type(model).__name__ == "OptimizedModule":  # of torch.compile
                 model = model.get_submodule("_orig_mod")
             plan = make_plan(model, loss_func, optimizer, damping, layers)
             subject = take(model, loss_func, data, plan, limits, clock)
-            report = report_of(subject, in_training)
+            report = report_of(subject, changed)
+        with generators_put_back(data):
+            return complete(report, subject, *cost_of(subject, optimizer))
     finally:
         clock.close()
-    return report

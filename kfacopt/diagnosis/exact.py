@@ -29,7 +29,7 @@ TOLERANCE = 1e-5
 FEWEST, MOST = 32, 300
 MOST_ITERATED = 3 * 10**11
 FEW_ON_BLOCKS, MANY_ON_BLOCKS = 12, 100
-# A block's step is shown if its relative residual is at most that, or if the last half of the
+# A step is shown if its relative residual is at most that, or if the last half of the
 # iterations has turned it little: else it is still near K-FAC's, from which they start.
 LARGEST_RESIDUAL, SMALLEST_COSINE = 0.25, 0.8
 
@@ -49,6 +49,7 @@ class Solve:
         converged: Whether that is small enough.
         halfway: The cosine of the iterate after half the iterations to the last one; 1 where none
             are needed, 0 where there was time for one alone.
+        enough_seconds: The `max_seconds` that would let all iterations run, if time ended them.
     """
 
     method: str
@@ -56,10 +57,11 @@ class Solve:
     residual: float
     converged: bool
     halfway: float
+    enough_seconds: float | None = None
 
     @property
     def is_near(self) -> bool:
-        """Whether a block's step is shown."""
+        """Whether the step is shown, and compared with."""
         return self.residual <= LARGEST_RESIDUAL or self.halfway >= SMALLEST_COSINE
 
 

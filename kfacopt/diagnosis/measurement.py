@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,15 @@ from kfacopt.diagnosis.candidates import (
 )
 from kfacopt.diagnosis.distances import Estimate, relative_distance, share_outside
 from kfacopt.diagnosis.exact import Solve
-from kfacopt.diagnosis.report import BLOCKS, GRADIENT, KFAC, OPTIMIZER, OutsideReport, StepReport
+from kfacopt.diagnosis.report import (
+    BLOCKS,
+    CLIPPED,
+    GRADIENT,
+    KFAC,
+    OPTIMIZER,
+    OutsideReport,
+    StepReport,
+)
 from kfacopt.diagnosis.steps import LossAlong, compare
 from kfacopt.diagnosis.subject import Subject
 
@@ -128,8 +136,12 @@ def exact_step(
         return torch.cat([part for part in parts if part is not None])
 
     iterations, clock = exact.iterations_for(subject.coverage.operations), subject.clock
-    limits = (iterations, clock, clock.part(STEP_SHARE))
-    return exact.solve_iteratively(_product(ggn), column, gradient, *limits, precondition)
+    start, limits = clock.seconds, (iterations, clock, clock.part(STEP_SHARE))
+    solved = exact.solve_iteratively(_product(ggn), column, gradient, *limits, precondition)
+    if solved is None or solved[1].converged or solved[1].iterations >= iterations:
+        return solved
+    taken = (clock.seconds - start) / solved[1].iterations
+    return solved[0], replace(solved[1], enough_seconds=start + iterations * taken / STEP_SHARE)
 
 
 def _product(ggn: GGNLinearOperator) -> Callable[[Tensor], Tensor]:
@@ -233,21 +245,42 @@ def directions_of(
     for c in candidates:
         own = [c.precondition(i, g.unsqueeze(1)) for i, g in enumerate(parts)]
         steps[c.name] = [None if x is None else x[:, 0] for x in own]
-    return steps | {BLOCKS: found.step}
+    clipped = clipped_parts(subject, parts, steps.get(OPTIMIZER))
+    return steps | ({} if clipped is None else {CLIPPED: clipped}) | {BLOCKS: found.step}
+
+
+def clipped_parts(
+    subject: Subject, gradients: Sequence[Tensor], directions: Sequence[Tensor | None] | None
+) -> list[Tensor | None] | None:
+    """Return a step of the optimizer's at its rates and with its KL clip, without momentum.
+
+    `None` without an optimizer, for `lr="auto"` and where a block has no direction.
+    """
+    seen = subject.plan.inspection
+    if seen is None or seen.settings.steps.tuned or directions is None:
+        return None
+    known = [d for d in directions if d is not None]
+    if len(known) < len(directions):
+        return None
+    params, sizes = subject.partition.params, [p.numel() for p in subject.partition.params]
+    own = [torch.cat(list(x)).split(sizes) for x in (gradients, known)]
+    lrs, steps = seen.step_lengths(params, *own), own[1]
+    whole = torch.cat([lr * d for lr, d in zip(lrs, steps, strict=True)])
+    return list(subject.partition.split(whole))
 
 
 def compare_directions(
-    subject: Subject, steps: Parts, best: Tensor, gradient: Tensor, ggn: GGNLinearOperator
+    subject: Subject, steps: Parts, best: Tensor | None, gradient: Tensor, ggn: GGNLinearOperator
 ) -> tuple[StepReport, ...]:
-    """Return how directions that have all parts compare with the exact step."""
+    """Return how directions that have all parts compare with the exact step, if it was found."""
     whole = {
         name: torch.cat([x for x in parts if x is not None])
         for name, parts in steps.items()
         if all(x is not None for x in parts)
     }
-    columns = torch.stack([best, *whole.values()], dim=1)
-    curved = exact.products(ggn, columns).unbind(1)
-    products = dict(zip(["", *whole], curved, strict=True))
+    all_steps = whole if best is None else {"": best, **whole}
+    curved = exact.products(ggn, torch.stack(list(all_steps.values()), dim=1)).unbind(1)
+    products = dict(zip(all_steps, curved, strict=True))
     batches = (subject.sample.batches, subject.sample.held_out)
     given = (subject.model, subject.loss_func, subject.partition, batches)
     losses = LossAlong(*given, subject.limits.batch_size_fn)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kfacopt.diagnosis.report import BLOCKS, EKFAC, GRADIENT, KFAC, OPTIMIZER, Diagnosis
+from kfacopt.diagnosis.text import title_of
 
 COLORS = {
     GRADIENT: "tab:gray",
@@ -39,7 +40,7 @@ def _by_layer(axes: Any, report: Diagnosis, what: str) -> None:
         color = COLORS.get(name, "tab:orange")  # K-FAC with the other of expand and reduce
         values = [getattr(layer, what).get(name, float("nan")) for layer in report.layers]
         axes.plot(values, places, "o", label=name, markersize=5, color=color, alpha=0.8)
-    axes.set_yticks(places, [layer.layer for layer in report.layers])
+    axes.set_yticks(places, [title_of(layer.layer) for layer in report.layers])
     axes.invert_yaxis()
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     distance = "relative distance to the exact block"
@@ -56,7 +57,7 @@ def _spectra(axes: Any, report: Diagnosis, side: str, title: str) -> None:
         count = len(factor.eigenvalues)
         if values:
             ranks = [i / max(count - 1, 1) for i in range(len(values))]
-            axes.semilogy(ranks, values, linewidth=1, label=layer.layer)
+            axes.semilogy(ranks, values, linewidth=1, label=title_of(layer.layer))
     axes.set_xlabel(f"rank of the eigenvalue of {title}, from 0 to 1")
     axes.set_ylabel("eigenvalue")
     axes.grid(alpha=0.3)

@@ -23,7 +23,7 @@ from kfacopt.kfac.layers import Kinds, default_kinds
 from kfacopt.likelihoods import has_likelihood, likelihood_of
 from kfacopt.optim.inspection import Inspection, inspect
 from kfacopt.optim.kfac import KFACOptimizer
-from kfacopt.optim.settings import DEFAULTS, WHOLE_SETTINGS
+from kfacopt.optim.settings import DEFAULTS, WHOLE_SETTINGS, as_number
 
 # Data are taken until a forward pass of them takes about so many multiplications.
 MOST_OPERATIONS = 2 * 10**9
@@ -113,8 +113,9 @@ def _check_parameters(model: nn.Module, optimizer: KFACOptimizer | None) -> None
     if dtypes:
         found = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(
-            f"model: its parameters must be in float32 or float64, got {found}; give a copy, "
-            "copy.deepcopy(model).float()."
+            f"model: its parameters must be in float32 or float64, got {found}. Call "
+            "model.float(), which keeps the parameters, so that the optimizer still fits, give the "
+            "data in float32, too, and go back by model.to(dtype) afterwards: no value changes."
         )
     own = [] if optimizer is None else [p for g in optimizer.param_groups for p in g["params"]]
     if optimizer is not None and not trained & set(own):
@@ -141,6 +142,7 @@ def make_plan(
     seen = inspect(optimizer)
     settings = seen.settings
     shown = {
+        "lr": "auto" if settings.steps.tuned else float(as_number(optimizer.param_groups[0]["lr"])),
         "kfac_approx": settings.curvature.form.kfac_approx,
         "damping_method": settings.inverse.method,
         "preconditioner": settings.inverse.preconditioner,
@@ -157,27 +159,31 @@ def make_plan(
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module, loss_func: Any) -> Iterator[bool]:
+def evaluation_mode(model: nn.Module, loss_func: Any) -> Iterator[tuple[str, ...]]:
     """Put model and loss into evaluation mode for a while.
 
     Yields:
-        Whether that changes what they compute: whether a module was in training mode that has
-        one of its own (dropout, batch norm, recurrent layers with dropout).
+        What that changes of what they compute: where a module was in training mode that has one of
+        its own (dropout, batch norm, recurrent layers with dropout).
     """
     owners = [m for m in (model, loss_func) if isinstance(m, nn.Module)]
     modules = [m for owner in owners for m in owner.modules()]
     before = [m.training for m in modules]
-    differs = any(t and _has_modes(m) for m, t in zip(modules, before, strict=True))
+    differs = [_changed(m) for m, t in zip(modules, before, strict=True) if t]
     for m in modules:
         m.training = False
     try:
-        yield differs
+        yield tuple(dict.fromkeys(filter(None, differs)))
     finally:
         for m, training in zip(modules, before, strict=True):
             m.training = training
 
 
-def _has_modes(module: nn.Module) -> bool:
-    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
-    drops = getattr(module, "dropout", 0.0)
-    return isinstance(module, kinds) or (isinstance(drops, float) and drops > 0)
+def _changed(module: nn.Module) -> str:
+    """Return what evaluation mode changes of a module in training mode; `""` for nothing."""
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        running = module.running_mean is not None
+        return "with running statistics of normalisations" if running else ""
+    dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+    drops = module.p if dropout else getattr(module, "dropout", 0.0)
+    return "without dropout" if isinstance(drops, float | int) and drops > 0 else ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kfacopt.diagnosis import text
 
 GRADIENT, KFAC, EKFAC = "gradient", "K-FAC", "EKFAC"
-OPTIMIZER, BLOCKS = "optimizer", "exact blocks"
+OPTIMIZER, CLIPPED, BLOCKS = "optimizer", "clipped step", "exact blocks"
+# A factor lacks rank where it has less than that share of its directions.
+FULL = 0.9
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class FactorReport:
             the rank is not full.
         damped_condition: The same with the damping.
         eigenvalues: At most 64, from the largest to the smallest, at equally spaced ranks.
+        zeros: How many entries of its diagonal are 0: inputs that are always 0 (of A), outputs
+            without any gradient (of G).
+        blind: Whether it maps constants to 0, as cross entropy's G of logits does.
+        rank_of_half: The rank of half of the data, where the rank is below 0.9 B d and that could
+            be measured.
     """
 
     side: int
@@ -67,11 +74,19 @@ class FactorReport:
     condition: float | None = None
     damped_condition: float | None = None
     eigenvalues: tuple[float, ...] = ()
+    zeros: int = 0
+    blind: bool = False
+    rank_of_half: int | None = None
 
     @property
     def full_rank(self) -> int:
         """B d."""
         return self.side * self.groups
+
+    @property
+    def lacks_rank(self) -> bool:
+        """Whether directions are missing."""
+        return self.rank is not None and self.rank < FULL * self.full_rank
 
 
 @dataclass(frozen=True)
@@ -151,12 +166,16 @@ class LayerReport:
 class StepReport:
     """A direction d beside the exact damped step; its length is that which its model likes best.
 
+    The optimizer's clipped step alone has the length that the optimizer gives it: lr ν Δ, without
+    momentum.
+
     Attributes:
         step: What it is.
-        cosine: To the exact step.
-        decrease: The share of the best decrease of the damped quadratic model.
+        cosine: To the exact step; NaN where that was not found.
+        decrease: The share of the best decrease of the damped quadratic model; likewise.
         ratio: What the loss of the sample falls by, over what the undamped model says.
         held_out_ratio: What the loss of the held-out data falls by, over the same.
+        length: Its length, over that which its model likes best.
     """
 
     step: str
@@ -164,6 +183,30 @@ class StepReport:
     decrease: float
     ratio: float
     held_out_ratio: float | None
+    length: float = 1.0
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """What a step costs, on the first batch, in forward and backward passes of the model.
+
+    Steps are those of copies of model and optimizer.
+
+    Attributes:
+        pass_seconds: What a forward and a backward pass take; CPU time, or time on the GPU.
+        step: What a step takes on average, its passes included, over those that pass.
+        plain: What steps take where nothing is due; `None` where something always is.
+        factors: What those take in which factors are updated and inverses are not; `None` if none.
+        inverses: What those take in which factors are updated and inverses are renewed.
+        adamw: What a step of AdamW takes.
+    """
+
+    pass_seconds: float
+    step: float
+    plain: float | None
+    factors: float | None
+    inverses: float
+    adamw: float
 
 
 @dataclass(frozen=True)
@@ -176,6 +219,7 @@ class SolveReport:
         residual: ‖g − (F + δI) x‖ / ‖g‖.
         converged: Whether that is below the tolerance.
         halfway: The cosine of the iterate after about half the iterations to the last one.
+        enough_seconds: The `max_seconds` that would let all iterations run, if time ended them.
     """
 
     method: str
@@ -183,6 +227,7 @@ class SolveReport:
     residual: float
     converged: bool
     halfway: float
+    enough_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +270,7 @@ class Diagnosis:
         settings: How K-FAC was set: `kfac_approx`, `damping_method`, and with an optimizer its
             `preconditioner` and intervals.
         sample: What was looked at.
-        solve: How the exact step was found; `None` if it was not.
+        solve: How the exact step was looked for; `None` if there is none.
         steps: Directions beside it.
         layers: The diagonal blocks.
         outside: The share of curvature outside of these; `None` if it was not measured.
@@ -234,6 +279,9 @@ class Diagnosis:
         notes: What was left out or cut short, and how the model was evaluated.
         advice: What follows.
         seconds: How long it took.
+        cost: What a step costs; `None` without an optimizer, and where it was not measured.
+        fallback_lr: At which AdamW trains those of the uncovered parameters that are the
+            optimizer's.
 
     Example:
         >>> import torch
@@ -259,6 +307,8 @@ class Diagnosis:
     notes: tuple[str, ...]
     advice: tuple[Advice, ...]
     seconds: float
+    cost: CostReport | None = None
+    fallback_lr: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as dictionaries, lists, strings and numbers."""

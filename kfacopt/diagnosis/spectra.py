@@ -52,10 +52,11 @@ def describe_factor(
         damping: What is added to it, `[B]`, with factored damping.
     """
     side, groups = factor.shape[-1], len(factor)
-    mean = float(diagonal_of(factor).double().mean())
+    diagonal = diagonal_of(factor).double()
+    mean, zeros = float(diagonal.mean()), int((diagonal == 0).sum())
     added = None if damping is None else float(damping.double().mean())
     if spectrum is None:
-        return FactorReport(side, groups, is_diagonal(factor), mean, added)
+        return FactorReport(side, groups, is_diagonal(factor), mean, added, zeros=zeros)
     values, null = spectrum
     shifted = values if damping is None else values + damping.double().unsqueeze(-1)
     ranked = values.flatten().sort(descending=True).values
@@ -72,7 +73,19 @@ def describe_factor(
         math.inf if bool(null.any()) else _condition(values),
         None if damping is None else _condition(shifted),
         tuple(ranked[picks].tolist()),
+        zeros,
+        _is_blind(factor),
     )
+
+
+def _is_blind(factor: Tensor) -> bool:
+    """Tell whether a factor of one group maps constants to 0, but for round-off."""
+    if is_diagonal(factor) or len(factor) != 1:
+        return False
+    side, eps = factor.shape[-1], torch.finfo(factor.dtype).eps
+    rows = factor[0].double()
+    most = rows.abs().sum(-1).amax()
+    return bool(most > 0 and (rows.sum(-1).abs() <= 10 * side * eps * most).all())
 
 
 def _condition(values: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kfacopt.curvature.ggn import GGNLinearOperator
 from kfacopt.data import Batch
 from kfacopt.diagnosis.candidates import Partition
-from kfacopt.diagnosis.report import StepReport
+from kfacopt.diagnosis.report import CLIPPED, StepReport
 
 
 def cosine(x: Tensor, y: Tensor) -> float:
@@ -24,7 +24,7 @@ def cosine(x: Tensor, y: Tensor) -> float:
 
 def compare(
     steps: Mapping[str, Tensor],
-    exact: Tensor,
+    exact: Tensor | None,
     gradient: Tensor,
     products: Mapping[str, Tensor],
     damping: Tensor,
@@ -33,13 +33,14 @@ def compare(
     """Return how directions compare with the exact damped step.
 
     With B = F + diag(δ), a direction d (to be subtracted) decreases the damped model by
-    (gᵀd)² / (2 dᵀBd) at its best length α = gᵀd / dᵀBd.
+    α gᵀd − ½ α² dᵀBd, at most by (gᵀd)² / (2 dᵀBd), at its best length α = gᵀd / dᵀBd. The clipped
+    step alone has a length of its own.
 
     Args:
         steps: The directions `[D]` by name.
-        exact: The exact step.
+        exact: The exact step; `None` if it was not found.
         gradient: g `[D]`.
-        products: F d for each direction, and for the exact step under `""`.
+        products: F d for each direction, and for the exact step under `""`, if there is one.
         damping: δ, `[D, 1]`.
         losses: The loss along directions.
     """
@@ -49,28 +50,30 @@ def compare(
         d, Fd = d.double(), product.double()
         return float(g @ d), float(d @ Fd), float(d @ (delta * d))
 
-    best = _decrease(*along(exact, products[""]))
+    best = math.nan if exact is None else _decrease(*along(exact, products[""]))
     reports = []
     for name, d in steps.items():
         slope, curvature, extra = along(d, products[name])
-        length = slope / (curvature + extra) if curvature + extra > 0 else math.nan
+        longest = slope / (curvature + extra) if curvature + extra > 0 else math.nan
+        length = 1.0 if name == CLIPPED else longest
         predicted = length * slope - 0.5 * length**2 * curvature
         true, held_out = losses.decreases(d * length) if math.isfinite(length) else (None, None)
-        share = _decrease(slope, curvature, extra) / best if best > 0 else math.nan
+        decrease = predicted - 0.5 * length**2 * extra
         reports.append(
             StepReport(
                 name,
-                cosine(d, exact),
-                share,
+                math.nan if exact is None else cosine(d, exact),
+                decrease / best if best > 0 else math.nan,
                 math.nan if true is None else _ratio(true, predicted),
                 None if held_out is None else _ratio(held_out, predicted),
+                length / longest if longest else math.nan,
             )
         )
     return tuple(reports)
 
 
 def _decrease(slope: float, curvature: float, extra: float) -> float:
-    return slope**2 / (curvature + extra) if curvature + extra > 0 else math.nan
+    return slope**2 / (curvature + extra) / 2 if curvature + extra > 0 else math.nan
 
 
 def _ratio(true: float, predicted: float) -> float:

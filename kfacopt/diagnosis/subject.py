@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,10 +15,11 @@ from kfacopt.diagnosis.candidates import Options, Partition
 from kfacopt.diagnosis.clock import Clock
 from kfacopt.diagnosis.coverage import Coverage, blocks_of, find_coverage
 from kfacopt.diagnosis.plan import MOST_DATA, MOST_OPERATIONS, Plan
+from kfacopt.diagnosis.reductions import Reduced, reduction_by_trial, said_of
 from kfacopt.diagnosis.sample import Sample, cut, divide, read, size_of
 
-# How many data show what a forward pass takes.
-FIRST_LOOK = 4
+# How many data show what a forward pass takes, and whether a loss is a mean or a sum.
+FIRST_LOOK, TRIED = 4, 32
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Subject:
         coverage: What K-FAC covers.
         partition: The blocks.
         options: How factors are formed.
+        first: The first batch, whole.
         notes: What is to be told of the way.
     """
 
@@ -66,7 +68,8 @@ class Subject:
     coverage: Coverage
     partition: Partition
     options: Options
-    notes: list[str] = field(default_factory=list)
+    first: Batch
+    notes: list[str]
 
     @property
     def given(self) -> tuple[nn.Module, Any, list[Batch]]:
@@ -97,8 +100,15 @@ def take(
         ValueError: If it covers nothing, or parameters of several dtypes or devices.
     """
     clock.begin("reading data")
-    most = limits.max_batches if plan.reduction is not None else 1
-    batches = read(data, most + 1)
+    batches = read(data, limits.max_batches + 1)
+    most, notes = limits.max_batches, list[str]()
+    if plan.reduction is None:
+        found_out = reduction_by_trial(model, loss_func, _some(batches[0], TRIED))
+        notes.append(said_of(found_out))
+        if found_out is None:
+            most = 1
+        else:
+            plan, loss_func = replace(plan, reduction=found_out), Reduced(loss_func, found_out)
     sample = divide(batches, most, limits.max_data or _affordable(model, plan, batches[0]))
     found = _coverage(model, plan, sample.batches)
     if not found.params:
@@ -110,15 +120,23 @@ def take(
     blocks = blocks_of(model, found.params, plan.separate, sample.batches)
     partition = Partition.of(blocks, names, plan.damping)
     options = plan.options(found.outputs, limits.seed, limits.batch_size_fn)
-    return Subject(model, loss_func, plan, limits, clock, sample, found, partition, options)
+    own = (sample, found, partition, options, batches[0], notes)
+    return Subject(model, loss_func, plan, limits, clock, *own)
 
 
 def _affordable(model: nn.Module, plan: Plan, batch: Batch) -> int:
     """Return how many data a forward pass may have."""
-    size = size_of(batch)
-    first = batch if size is None else cut(batch, slice(0, FIRST_LOOK))
+    size, first = size_of(batch), _some(batch, FIRST_LOOK)
     cost = _coverage(model, plan, [first]).operations
     return max(1, min(MOST_DATA, MOST_OPERATIONS * min(size or 1, FIRST_LOOK) // max(cost, 1)))
+
+
+def _some(batch: Batch, count: int) -> Batch:
+    """Return the first data of a batch; all of one that cannot be cut."""
+    if size_of(batch) is None:
+        return batch
+    part: Batch = cut(batch, slice(0, count))
+    return part
 
 
 def _coverage(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> Coverage:

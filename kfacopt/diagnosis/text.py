@@ -8,7 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kfacopt.diagnosis.report import Diagnosis, FactorReport, LayerReport
+    from kfacopt.diagnosis.report import CostReport, Diagnosis, FactorReport, LayerReport
 
 WIDTH = 100
 
@@ -18,6 +18,7 @@ def of(report: Diagnosis) -> str:
     parts = [_head(report), _steps(report), _distances(report)]
     parts += [_cosines(report)] if any(layer.cosine for layer in report.layers) else []
     parts += [_factors(report)]
+    parts += [] if report.cost is None else [_cost(report.cost)]
     if any(layer.running is not None for layer in report.layers):
         parts.append(_running(report))
     if report.uncovered:
@@ -73,6 +74,17 @@ def fixed(x: float | None) -> str:
     return "–" if x is None or math.isnan(x) else f"{x:.3f}"
 
 
+def title_of(layer: str) -> str:
+    """Return what a table calls a block; the model itself has no name."""
+    return layer or "(model)"
+
+
+def two_digits(seconds: float) -> str:
+    """Return a number of seconds, rounded up to two digits."""
+    unit = 10.0 ** (math.floor(math.log10(max(seconds, 1e-9))) - 1)
+    return f"{max(math.ceil(seconds / unit) * unit, 1):.6g}"
+
+
 def listed(names: Sequence[str], most: int = 3) -> str:
     """Return the first names of several."""
     rest = len(names) - most
@@ -105,27 +117,39 @@ def _head(report: Diagnosis) -> str:
 def _steps(report: Diagnosis) -> str:
     if report.solve is None:
         return "No step is compared: see below."
-    rows = [
-        (
-            x.step,
-            fixed(x.cosine),
-            f"{x.decrease:.1%}",
-            fixed(x.ratio),
-            fixed(x.held_out_ratio),
-        )
-        for x in report.steps
-    ]
+    is_known = any(not math.isnan(x.cosine) for x in report.steps)
+    rows = []
+    for x in report.steps:
+        to_exact = (fixed(x.cosine), _share(x.decrease)) if is_known else ()
+        name = x.step if x.step != "clipped step" else f"{x.step} ({number(x.length, 2)} of it)"
+        rows.append((name, *to_exact, fixed(x.ratio), fixed(x.held_out_ratio)))
     how = report.solve
     way = "a dense matrix" if how.method == "solved" else f"{how.iterations} iterations of CG"
     closing = "" if how.converged else f", not converged, halfway {how.halfway:.2f}"
     title = f"Steps beside the exact (F + δI)⁻¹ g ({way}, residual {how.residual:.1e}{closing}):"
-    head = ("step", "cosine", "best decrease", "true / model", "on held-out data")
+    if not is_known:
+        title = f"Steps; the exact one was not found ({way}, residual {how.residual:.1e}):"
+    to_exact = ("cosine", "best decrease") if is_known else ()
+    head = ("step", *to_exact, "true / model", "on held-out data")
     text = f"{title}\n{table(head, rows)}"
     if report.outside is not None:
-        x = report.outside
-        error = f" ± {x.error:.1%}" if x.error else ""
-        text += f"\n{x.share:.1%}{error} of ‖F‖² is outside of the layers' diagonal blocks."
+        outside = report.outside
+        error = f" ± {outside.error:.1%}" if outside.error else ""
+        text += f"\n{outside.share:.1%}{error} of ‖F‖² is outside of the layers' diagonal blocks."
     return text
+
+
+def _share(x: float) -> str:
+    return "–" if math.isnan(x) else f"{x:.1%}"
+
+
+def _cost(x: CostReport) -> str:
+    kinds = {"nothing due": x.plain, "factors due": x.factors, "inverses due, too": x.inverses}
+    due = ", ".join(f"{name} {value:.1f}" for name, value in kinds.items() if value is not None)
+    return (
+        f"A step takes {x.step:.1f} forward and backward passes ({due}),\none of AdamW "
+        f"{x.adamw:.1f}; a pass takes {1000 * x.pass_seconds:.3g} ms on the first batch."
+    )
 
 
 def _with_error(layer: LayerReport, name: str) -> str:
@@ -137,7 +161,7 @@ def _distances(report: Diagnosis) -> str:
     names = list(dict.fromkeys(n for layer in report.layers for n in layer.distance))
     rows = [
         (
-            layer.layer,
+            title_of(layer.layer),
             layer.estimator,
             f"{layer.size:,}",
             *(_with_error(layer, name) for name in names),
@@ -152,7 +176,7 @@ def _cosines(report: Diagnosis) -> str:
     names = list(dict.fromkeys(n for layer in report.layers for n in layer.cosine))
     rows = [
         (
-            layer.layer,
+            title_of(layer.layer),
             f"{layer.gradient_share:.1%}",
             *(fixed(layer.cosine.get(name)) for name in names),
         )
@@ -165,7 +189,7 @@ def _cosines(report: Diagnosis) -> str:
 def _factors(report: Diagnosis) -> str:
     rows = [
         (
-            layer.layer,
+            title_of(layer.layer),
             *_factor(layer.input_factor),
             *_factor(layer.grad_output_factor),
             number(layer.damping.damping),
@@ -198,6 +222,6 @@ def _running(report: Diagnosis) -> str:
             sides = (x.input_factor, x.grad_output_factor)
             ranks = ("–" if side is None else _factor(side)[0] for side in sides)
             ages = (number(x.factor_age), number(x.inverse_age))
-            rows.append((layer.layer, fixed(x.drift), *ranks, number(x.condition), *ages))
+            rows.append((title_of(layer.layer), fixed(x.drift), *ranks, number(x.condition), *ages))
     head = ("block", "drift", "rank A", "rank G", "damped cond", "factor age", "inverse age")
     return f"The optimizer's running factors, beside those of the sample:\n{table(head, rows)}"

@@ -36,6 +36,8 @@ class DescribedParameter:
         curvature: `"Kronecker 32 × 11"`, or `"AdamW: ..."` with the reason.
         preconditioned: Whether it has curvature.
         state_bytes: What the optimizer keeps for it; factors count for a layer's first parameter.
+        fallback_lr: The rate at which AdamW trains it, before a schedule scales it; `None` for what
+            has curvature or is frozen.
     """
 
     parameter: str
@@ -44,6 +46,14 @@ class DescribedParameter:
     curvature: str
     preconditioned: bool
     state_bytes: int
+    fallback_lr: float | None = None
+
+    @property
+    def treatment(self) -> str:
+        """What the table says: the curvature, or the rate of AdamW and the reason."""
+        if self.fallback_lr is None:
+            return self.curvature
+        return self.curvature.replace("AdamW", f"AdamW at {self.fallback_lr:g}", 1)
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Description:
             rows = [(x.objective, x.curvature) for x in self.objectives]
             parts.append(_table(("objective", "curvature"), rows))
         own = [
-            (p.parameter, _product(p.shape), p.layer, p.curvature, _size(p.state_bytes))
+            (p.parameter, _product(p.shape), p.layer, p.treatment, _size(p.state_bytes))
             for p in self.parameters
         ]
         parts.append(_table(("parameter", "shape", "layer", "curvature", "state"), own))
@@ -97,6 +107,7 @@ def describe(
     undercounted: set[Layer],
     left_out: Mapping[int, str],
     reasons: Mapping[Parameter, str],
+    rates: Mapping[Parameter, float],
 ) -> Description:
     """Return what an optimizer does with each objective and parameter.
 
@@ -108,6 +119,7 @@ def describe(
         undercounted: Layers whose weights are used otherwise, too.
         left_out: Kinds of modules that are not among `layers=`, by the `id`s of their parameters.
         reasons: Why parameters are no layers by their entries.
+        rates: At which AdamW trains those without curvature.
     """
     block_of = {p: block for block in curvature.blocks for p in block.parameters}
     rows = []
@@ -117,7 +129,9 @@ def describe(
         layer = "" if block is None else block.layer.name
         size = sum(_bytes(x) for x in state.values() if isinstance(x, Tensor))
         active = not text.startswith("AdamW")
-        rows.append(DescribedParameter(names[id(p)], tuple(p.shape), layer, text, active, size))
+        rate = None if active or not p.requires_grad else rates[p]
+        row = DescribedParameter(names[id(p)], tuple(p.shape), layer, text, active, size, rate)
+        rows.append(row)
     matrices = [
         (p.numel(), row.preconditioned)
         for p, row in zip(params, rows, strict=True)

@@ -57,7 +57,7 @@ from kfacopt.optim.statistics.collector import Statistics
 from kfacopt.optim.statistics.label_draws import LabelDraws
 from kfacopt.optim.statistics.moments import Moments
 from kfacopt.optim.steps.clipped_step import ClippedStep
-from kfacopt.optim.steps.fallback import fallback_step
+from kfacopt.optim.steps.fallback import fallback_step, rate_of
 from kfacopt.optim.steps.objective import Objective, objective_of
 from kfacopt.optim.steps.preconditioning import gradients_of, preconditioned
 from kfacopt.optim.steps.self_tuning import SelfTuning
@@ -633,8 +633,11 @@ class KFACOptimizer(Optimizer):
         own = (self._parameters(), self._connection.names, self._curvature)
         seen = self._statistics
         left_out = self._connection.left_out
-        seen_curvature, reasons = seen.objectives.curvature, seen.others.reasons
-        return describe(*own, seen_curvature, seen.undercounted, left_out, reasons)
+        groups = self.param_groups
+        kinds = (self._connection.vectors, self._settings.steps.vector_lr)
+        rates = {p: as_number(rate_of(p, g, *kinds)) for g in groups for p in g["params"]}
+        found, reasons = seen.objectives.curvature, seen.others.reasons
+        return describe(*own, found, seen.undercounted, left_out, reasons, rates)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: per parameter tensors and numbers; see `torch.optim.Optimizer`.

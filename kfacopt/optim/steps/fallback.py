@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,23 @@ def at_rate_of_vectors(modules: Iterable[nn.Module]) -> set[int]:
     """
     kinds = (nn.Embedding, nn.EmbeddingBag, *RECURRENT)
     return {id(p) for m in modules if isinstance(m, kinds) for p in m.parameters()}
+
+
+def rate_of(
+    p: Parameter, group: Mapping[str, Any], vectors: Container[int], vector_lr: float
+) -> float:
+    """Return the rate at which AdamW trains a parameter, before a schedule scales it.
+
+    Args:
+        p: The parameter.
+        group: Its group. Where that has no `fallback_lr`, the rate follows from p's kind.
+        vectors: What `at_rate_of_vectors` returns.
+        vector_lr: The rate of these and of vectors.
+    """
+    given: float | None = group["fallback_lr"]
+    if given is not None:
+        return given
+    return vector_lr if p.ndim < 2 or id(p) in vectors else MATRIX_LR
 
 
 def adamw_step(
@@ -78,8 +95,7 @@ def fallback_step(
 ) -> int:
     """Update all parameters with a gradient that have no direction.
 
-    Where a group has no `fallback_lr`, the rate follows from the kind of a parameter: `vectors` are
-    what `at_rate_of_vectors` returns. Weight decay is multiplied with `size`, that of the step
+    Their rates are those of `rate_of`. Weight decay is multiplied with `size`, that of the step
     along directions.
 
     Returns:
@@ -90,9 +106,7 @@ def fallback_step(
         by_lr: dict[float, list[Parameter]] = {}
         for p in group["params"]:
             if p.grad is not None and p not in covered:
-                by_kind = vector_lr if p.ndim < 2 or id(p) in vectors else MATRIX_LR
-                given = group["fallback_lr"]
-                by_lr.setdefault(by_kind if given is None else given, []).append(p)
+                by_lr.setdefault(rate_of(p, group, vectors, vector_lr), []).append(p)
         for lr, own in by_lr.items():
             adamw_step(own, states, group, lr, size * decay_of(group))
             count += len(own)
