@@ -77,6 +77,21 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def folder_of(name: str, whole: bool, output: Path | None = None) -> Path:
+    """Return where a command's results go.
+
+    Args:
+        name: Of the folder of what is published.
+        whole: Whether the command runs what is published, all of it.
+        output: What the user wants.
+
+    Returns:
+        The user's folder; else that of what is published, which a part of the runs, or others, must
+        not replace: they go to `results/part`.
+    """
+    return output or (RESULTS / name if whole else RESULTS / "part" / name)
+
+
 def synchronise(device: str) -> None:
     """Wait until the device has done what it was given."""
     if device == "cuda":
