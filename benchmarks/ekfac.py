@@ -9,7 +9,7 @@ loss is the mean over the same training batches for all. Contestants in `ASIDE` 
 alone, on the problems in `THOROUGH`.
 
 A run is written as it ends, and one that is in the file is not repeated: a killed command goes on
-where it was, and `--output` with another file begins anew. All takes some 8 minutes of one core.
+where it was, and `--output` with another file begins anew. All takes some 6 minutes of one core.
 """
 
 from __future__ import annotations
