@@ -1,10 +1,11 @@
-"""Compare optimizers by the time that they take to a target: `../shared/benchmark-protocol.md`.
+"""Compare optimizers by the time that they take to a target.
 
     python -m benchmarks.compare [--quick] [--problems ...] [--trials N] [--scale X] [--workers N]
 
-Stages, targets and clock are described in `protocol.py`. Every run is a file under the folder of
-results and is not repeated; an interrupted comparison goes on where it was. Each worker keeps to
-one core and one thread.
+Stages, targets and clock are described in `README.md` and `protocol.py`. Every run is a file under
+the folder of results and is not repeated; an interrupted comparison goes on where it was. Each
+worker keeps to one core and one thread. Some of the problems, or other sizes, go to
+`results/part/compare`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.contestants import all_contestants
-from benchmarks.environment import RESULTS, environment
+from benchmarks.environment import RESULTS, environment, folder_of
 from benchmarks.optimizers import missing_packages
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import Comparison, Options, write_json
@@ -72,7 +73,7 @@ def workers(count: int) -> Iterator[Callable[[Any, Iterable], Iterable]]:
         )
 
 
-def parsed() -> argparse.Namespace:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's arguments."""
     defaults = Options(RESULTS, (), ())
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -89,16 +90,24 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--report-only", action="store_true", help="make no runs")
     parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
     parser.add_argument("--quick", action="store_true", help="a smoke run of a minute: few steps")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Return what is compared, and in which folder."""
+    chosen = {"trials": arguments.trials, "baseline_trials": arguments.baseline_trials}
+    chosen |= {"seeds": arguments.seeds, "scale": arguments.scale}
+    names = (tuple(arguments.problems), tuple(arguments.contestants))
+    own = Options(RESULTS / "compare", *names, **(QUICK if arguments.quick else chosen))
+    published = Options(own.folder, tuple(PROBLEMS), tuple(all_contestants()))
+    name = "compare_quick" if arguments.quick else "compare"
+    whole = arguments.quick or own == published
+    return replace(own, folder=folder_of(name, whole, arguments.output))
 
 
 def main() -> None:
     arguments = parsed()
-    folder = arguments.output or RESULTS / ("compare_quick" if arguments.quick else "compare")
-    chosen = {"trials": arguments.trials, "baseline_trials": arguments.baseline_trials}
-    chosen |= {"seeds": arguments.seeds, "scale": arguments.scale}
-    names = (tuple(arguments.problems), tuple(arguments.contestants))
-    options = Options(folder, *names, **(QUICK if arguments.quick else chosen))
+    options = options_of(arguments)
     with workers(arguments.workers) as map_jobs:
         comparison = Comparison(options, map_jobs)
         if arguments.again:

@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.calibration import GRADIENT
 from benchmarks.compare import workers
 from benchmarks.contestants import BASELINES
-from benchmarks.environment import RESULTS, environment
+from benchmarks.environment import RESULTS, environment, folder_of
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import TUNING_SEED, Comparison, Job, Options, write_json
 from benchmarks.running import Run
@@ -42,6 +42,7 @@ from kfacopt.optim.settings import DEFAULTS
 NAME = "K-FAC"
 SHARE = 0.5  # of a problem's budget
 FASTEST = 2.0  # a step costs SHARE times that many gradients at least, which bounds their number
+SIZES = (24, 6, 1.0)  # candidates, those of the second round, factor of budgets
 CURRENT = "now"
 
 SPACE: Mapping[str, Dimension] = {
@@ -235,13 +236,15 @@ def choose(comparison: Comparison, trained: Sequence[Trial], folder: Path) -> st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--candidates", type=int, default=24)
-    parser.add_argument("--narrower", type=int, default=6, help="candidates of the second round")
+    parser.add_argument("--candidates", type=int, default=SIZES[0])
+    parser.add_argument(
+        "--narrower", type=int, default=SIZES[1], help="candidates of the second round"
+    )
     parser.add_argument("--problems", nargs="+", choices=tuple(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--scale", type=float, default=1.0, help="factor of all budgets")
+    parser.add_argument("--scale", type=float, default=SIZES[2], help="factor of all budgets")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--compared", type=Path, default=RESULTS / "compare", help="the targets")
-    parser.add_argument("--output", type=Path, default=RESULTS / "defaults")
+    parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
     arguments = parser.parse_args()
     if len(arguments.problems) < 2 or arguments.candidates < 1:
@@ -255,7 +258,9 @@ def main() -> None:
         comparison.calibrate()
         comparison.freeze_targets()
         trained = candidates(arguments.candidates, arguments.narrower)
-        text = choose(comparison, trained, arguments.output)
+        sizes = (arguments.candidates, arguments.narrower, arguments.scale)
+        whole = sizes == SIZES and [*arguments.problems] == [*PROBLEMS]
+        text = choose(comparison, trained, folder_of("defaults", whole, arguments.output))
     print(text)
     if arguments.readme:
         update_readme("defaults", text)

@@ -43,11 +43,15 @@ def commit() -> str | None:
     return os.environ.get("KFACOPT_COMMIT") or _git("rev-parse", "HEAD") or None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name; virtual machines hide its model, so family and model follow."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    pairs = (line.partition(":") for line in reversed(lines))
+    found = {key.strip(): value.strip() for key, _, value in pairs}
+    name = found.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{k} {found[k]}" for k in ("cpu family", "model", "stepping") if k in found]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -65,12 +69,27 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "packages": {name: installed(name) for name in PEERS},
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
         "dtype": str(torch.get_default_dtype()),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def folder_of(name: str, whole: bool, output: Path | None = None) -> Path:
+    """Return where a command's results go.
+
+    Args:
+        name: Of the folder of what is published.
+        whole: Whether the command runs what is published, all of it.
+        output: What the user wants.
+
+    Returns:
+        The user's folder; else that of what is published, which a part of the runs, or others, must
+        not replace: they go to `results/part`.
+    """
+    return output or (RESULTS / name if whole else RESULTS / "part" / name)
 
 
 def synchronise(device: str) -> None:

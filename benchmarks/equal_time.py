@@ -34,7 +34,7 @@ from torch import Generator, nn
 from tqdm import tqdm
 
 from benchmarks import choosing, held_out, optimizers
-from benchmarks.environment import HERE, RESULTS, environment
+from benchmarks.environment import HERE, environment, folder_of
 from benchmarks.problems.problem import Batch, Problem, Task
 from kfacopt import KFACOptimizer
 
@@ -394,7 +394,8 @@ def planned(arguments: argparse.Namespace) -> list[Job]:
 def main(arguments: Sequence[str] | None = None) -> None:
     own = parsed(arguments)
     torch.set_num_threads(1)
-    folder = own.output or RESULTS / own.set.replace("-", "_")
+    whole = (own.seconds, own.seeds) == (SECONDS, SEEDS)
+    folder = folder_of(own.set.replace("-", "_"), whole, own.output)
     todo = planned(own)
     if own.dry:
         seconds = sum(job.seconds for job in todo)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 from benchmarks.equal_time_tables import Row, last_loss, mean_loss
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from benchmarks.figures import plt, style
 
 COLUMNS, DPI = 4, 90
 WORST = 1.5  # times the loss before training
@@ -31,16 +28,13 @@ def draw(given: Sequence[Row], names: Sequence[str], path: Path) -> None:
         axis.set_visible(False)
     for axis, row in zip(axes.flat, given, strict=False):
         lowest, first = np.inf, -np.inf
-        for number, name in enumerate(names):
+        for name in names:
             if name not in row.runs:
                 continue
             runs = sorted(row.lowest(name, mean_loss), key=last_loss)
             curve = np.array(runs[len(runs) // 2]["curve"])
-            ours = "K-FAC" in name
-            width = 2.0 if ours else 1.1
             if len(curve):
-                style = {"color": f"C{number}", "linewidth": width, "label": name}
-                axis.plot(curve[:, 1], curve[:, 2], **style)
+                axis.plot(curve[:, 1], curve[:, 2], **style(name))
                 finite = curve[np.isfinite(curve[:, 2]), 2]
                 lowest, first = min(lowest, finite.min()), max(first, finite[0])
         axis.axhline(row.target, color="black", linestyle=":", linewidth=1)

@@ -202,13 +202,33 @@ def counts(given: Sequence[Row], name: str) -> str:
     for rival in RIVALS[1:]:
         both = [row for row in own if rival in row.runs]
         if both:
-            ahead = sum(row.speed(name) < row.speed(rival) for row in both)
+            ahead = [row for row in both if row.speed(name) < row.speed(rival)]
+            by_loss = sum(math.isinf(row.speed(name)[0]) for row in ahead)
+            said = f", {by_loss} of them by the loss alone" if by_loss else ""
             aim = math.ceil(MOST * len(both))
-            parts.append(f"faster than {rival}'s best on {ahead} of {len(both)} (aim: {aim})")
+            parts.append(
+                f"ahead of {rival}'s best on {len(ahead)} of {len(both)} (aim: {aim}){said}"
+            )
     good = sum(row.is_as_good(name) for row in own)
     aim = math.ceil(MOST * len(own))
     parts.append(f"metric at least AdamW's best on {good} of {len(own)} (aim: {aim})")
     return f"**{name}**: {'; '.join(parts)}."
+
+
+AHEAD = (
+    "*Ahead* is who reaches AdamW's best loss in less time, each at the rate where it does so "
+    "first; where neither reaches it, who has the lower loss at the end."
+)
+
+
+def reaches(given: Sequence[Row], names: Sequence[str]) -> str:
+    """Return a sentence on how many problems each reaches AdamW's best loss."""
+    parts = []
+    for name in names:
+        own = [row for row in given if name in row.runs]
+        count = sum(math.isfinite(row.speed(name)[0]) for row in own)
+        parts.append(f"{name} on {count} of {len(own)}")
+    return f"AdamW's best loss is reached by {', '.join(parts)}."
 
 
 def failures(records: Sequence[Record]) -> list[str]:
@@ -258,6 +278,7 @@ def text_of(records: Sequence[Record], problems: Mapping[str, Problem]) -> str:
         parts.append(f"### {schedule.capitalize()} rate")
         ours = [name for name in names if name not in (REFERENCE, *RIVALS)]
         parts += [counts(given, name) for name in ours]
+        parts += [AHEAD, reaches(given, [name for name in names if name != REFERENCE])]
         parts += ["Share of the time until AdamW's best loss:", time_table(given, names)]
         parts += ["Training loss at the end:", loss_table(given, names)]
         parts += ["Metric at the end:", metric_table(given, names, problems)]

@@ -30,7 +30,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.environment import RESULTS, environment
+from benchmarks.environment import environment, folder_of
 from benchmarks.problems.pinns import BOUNDARY, BOUNDARY_WEIGHT, INTERIOR, WIDTHS, _border
 from benchmarks.problems.problem import DATA_SEED
 from kfacopt import KFACOptimizer, KFACWarning, input_derivatives
@@ -38,6 +38,7 @@ from kfacopt import KFACOptimizer, KFACWarning, input_derivatives
 VISCOSITY = 0.1
 U_XX = torch.tensor([1.0, 0.0])  # of points (x, t)
 EVALUATIONS = 20
+SECONDS, SEEDS = 20.0, 3
 
 Residual = Callable[[nn.Module, Tensor], Tensor]
 
@@ -248,21 +249,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("equations", nargs="*", help="some of Poisson, heat, Burgers; all if none")
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of CPU time, for each run")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS / "input_derivatives")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of CPU time, for each run")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--output", type=Path, help="folder of the results")
     arguments = parser.parse_args()
     seconds, seeds = (0.05, 1) if arguments.quick else (arguments.seconds, arguments.seeds)
     torch.set_num_threads(1)
     warnings.simplefilter("error", KFACWarning)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    whole = (seconds, seeds) == (SECONDS, SEEDS)
+    folder = folder_of("input_derivatives", whole, arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.equations or EQUATIONS:
         print(f"{name}: {EQUATIONS[name].text}", flush=True)
         results = compare(EQUATIONS[name], seconds, seeds)
         about = {"environment": environment("cpu"), "problem": EQUATIONS[name].text}
         written = {**about, "seconds": seconds, "results": results}
-        (arguments.output / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
-    files = {name: arguments.output / f"{name}.json" for name in EQUATIONS}
+        (folder / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
+    files = {name: folder / f"{name}.json" for name in EQUATIONS}
     print(table({k: json.loads(f.read_text())["results"] for k, f in files.items() if f.exists()}))
 
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from benchmarks.calibration import PERIOD
 from benchmarks.compare import workers
-from benchmarks.environment import HERE, RESULTS, commit, environment
+from benchmarks.environment import HERE, commit, environment, folder_of
 from benchmarks.loss_tables import median_at_end, runs_of, tables
 from benchmarks.problems import losses_of_batches, losses_of_data
 from benchmarks.problems.problem import LossProblem
@@ -308,7 +308,8 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     arguments = parsed()
     quick = arguments.quick
-    folder = arguments.output or RESULTS / ("losses_quick" if quick else "losses")
+    whole = quick or [*arguments.problems] == [*PROBLEMS] or arguments.report_only
+    folder = folder_of("losses_quick" if quick else "losses", whole, arguments.output)
     plan = Plan(folder, schedules=tuple(arguments.schedules), scale=arguments.scale)
     if quick:
         plan = Plan(folder, 1, ("constant",), (1e-3,), (1e-3,), iterations=2)

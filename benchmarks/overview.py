@@ -1,4 +1,6 @@
-"""Draw the README's picture from the comparison's results: `python -m benchmarks.overview`.
+"""Draw the README's picture from the comparison's results.
+
+    python -m benchmarks.overview [--output FILE]
 
 Left, on how many problems a contestant is within a factor of the fastest; then the curves of a
 problem that K-FAC wins and of one that it loses. No run is made.
@@ -6,7 +8,9 @@ problem that K-FAC wins and of one that it loses. No run is made.
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +18,18 @@ from PIL import Image
 
 from benchmarks.compare import RESULTS
 from benchmarks.contestants import all_contestants
-from benchmarks.figures import plt
+from benchmarks.figures import plt, style
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import Comparison, Options
 from benchmarks.scoring import MAX_RATIO, outcome, profile
 
 PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "time_to_target.png"
-COLOURS = 64  # a small file
-SHOWN = {"AdamW": "C1", "Muon": "C2", "SOAP": "C0", "K-FAC": "C3"}
+PALETTE = 64  # a small file
+SHOWN = ("AdamW", "Muon", "SOAP", "K-FAC")
 CURVES = {
     "robot-small": ("a win: regression, robot arm", "error on other data", (0.01, None)),
     "vit": ("a loss: vision transformer", "validation error", (0.03, None)),
 }
-
-
-def _style(name: str) -> dict[str, object]:
-    width = 2.2 if name == "K-FAC" else 1.3
-    return {"color": SHOWN[name], "linewidth": width, "label": name}
 
 
 def draw(folder: Path, path: Path) -> None:
@@ -44,13 +43,13 @@ def draw(folder: Path, path: Path) -> None:
     ratios = summary["tuned, ratios to the best"]
     chosen = json.loads((folder / "sessions.json").read_text())[-1]["options"]
     sizes = {key: chosen[key] for key in ("trials", "seeds", "scale")}
-    comparison = Comparison(Options(folder, tuple(CURVES), tuple(SHOWN), **sizes), map)
+    comparison = Comparison(Options(folder, tuple(CURVES), SHOWN, **sizes), map)
     figure, axes = plt.subplots(1, 1 + len(CURVES), figsize=(10, 2.9))
     factors = np.linspace(1, MAX_RATIO, 301)
     for name in SHOWN:
         own = {p: np.inf if r is None else r for p, r in ratios[name].items()}
         shares = [100 * profile(own, factor) for factor in factors]
-        axes[0].step(factors, shares, where="post", **_style(name))
+        axes[0].step(factors, shares, where="post", **style(name))
     axes[0].set(
         title="share of problems at the target", ylabel="%", xlabel="time / the fastest's time"
     )
@@ -63,7 +62,7 @@ def draw(folder: Path, path: Path) -> None:
             assert found is not None, f"{problem}: runs of {name} are missing in {folder}"
             run = sorted(found.runs, key=lambda r: r.best)[len(found.runs) // 2]
             curve = np.array(run.curve)
-            axis.loglog(curve[1:, 1], curve[1:, 2], **_style(name))
+            axis.loglog(curve[1:, 1], curve[1:, 2], **style(name))
         axis.axhline(comparison.target(problem)["value"], color="black", linestyle=":", linewidth=1)
         axis.set(title=title, ylabel=label, xlabel="seconds of training")
         axis.set_xlim(left, right or PROBLEMS[problem].budget)
@@ -75,9 +74,16 @@ def draw(folder: Path, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(COLOURS).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(PALETTE).save(path, optimize=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, default=PICTURE, help="the picture's file")
+    path = parser.parse_args(arguments).output
+    draw(RESULTS / "compare", path)
+    print(f"Picture: {path}")
 
 
 if __name__ == "__main__":
-    draw(RESULTS / "compare", PICTURE)
-    print(f"Picture: {PICTURE}")
+    main()

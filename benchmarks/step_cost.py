@@ -4,8 +4,9 @@
 
 Claim: see README.md. All contestants are timed in one run, interleaved; each kind of step by
 itself (`step_contestants`). The phases of K-FAC stand beside what they must cost (`floors`).
-Results go to `results/step_cost_SIZE_DEVICE.json` and as tables to the standard output; `--readme`
-puts the tables of a result into README.md.
+Results go to `results/step_cost_SIZE_DEVICE.json`, those of some workloads or of other rounds to
+`results/part`, and as tables to the standard output; `--readme` puts the tables of a result into
+README.md. `--memory FILE` measures K-FAC's bytes of a result anew, and leaves its times.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import RESULTS, environment
+from benchmarks.environment import environment, folder_of
 from benchmarks.floors import (
     GEMM_SIDE,
     PHASES,
@@ -38,6 +39,7 @@ from benchmarks.step_contestants import StepContestant, amortised, contestants
 from benchmarks.step_tables import tables, update_readme
 from benchmarks.workloads import SIZES, WORKLOADS, Workload, make_workload
 
+ROUNDS = 25
 UNIT, PRODUCT = "forward + backward", "square product"
 
 
@@ -175,15 +177,40 @@ def measure(name: str, size: str, device: str, rounds: int, memory: bool) -> dic
     }
 
 
+def remember(path: Path) -> None:
+    """Measure the bytes of K-FAC's state and of its peak anew, and write them into a result.
+
+    Args:
+        path: The result's file, whose times stay.
+    """
+    result = json.loads(path.read_text())
+    size, device = result["size"], "cuda" if path.stem.endswith("cuda") else "cpu"
+    logging.disable(logging.INFO)
+    for name, found in result["workloads"].items():
+        work = make_workload(name, size, device)
+        for contestant in (c for c in contestants(name, work.terms) if c.is_kfac):
+            kind, make = list(contestant.kinds.items())[-1]
+            step, optimizer = training_step(work, make)
+            for _ in range(2):
+                step()
+            peak = measured_apart(name, size, device, contestant.name, kind)
+            for row in (r for r in found["rows"] if r["contestant"] == contestant.name):
+                row["state_per_parameter_byte"] = state_bytes(optimizer) / found["parameter_bytes"]
+                row["peak_memory"] = peak
+    result["memory_environment"] = environment(device)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="stated")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=25, help="how often each step is timed")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often each step is timed")
     parser.add_argument("--workloads", nargs="+", choices=tuple(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds: tiny models")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--output", type=Path, help="folder of the result")
+    parser.add_argument("--memory", type=Path, help="a result whose bytes of K-FAC are run anew")
     parser.add_argument("--readme", type=Path, help="put a result's tables into README.md, no run")
     arguments = parser.parse_args()
     if arguments.readme:
@@ -191,13 +218,18 @@ def main() -> None:
         section = "step_cost_cuda" if on_gpu else "step_cost"
         update_readme(section, tables(json.loads(arguments.readme.read_text())))
         return
+    if arguments.memory:
+        remember(arguments.memory)
+        return
     size = "quick" if arguments.quick else arguments.size
     rounds = 2 if arguments.quick else arguments.rounds
     logging.disable(logging.INFO)  # which parameters K-FAC leaves to AdamW
     result = {**environment(arguments.device), "size": size, "rounds": rounds}
     result |= {"missing_packages": missing_packages(), "workloads": {}}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"step_cost_{size}_{arguments.device}.json"
+    whole = [*arguments.workloads] == [*WORKLOADS] and rounds == ROUNDS and not arguments.no_memory
+    folder = folder_of("", whole, arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_cost_{size}_{arguments.device}.json"
     for name in arguments.workloads:
         memory = not (arguments.quick or arguments.no_memory)
         with warnings.catch_warnings():

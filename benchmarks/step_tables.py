@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.environment import HERE
 
 MEBIBYTE = 2**20
+FEW = 6  # rounds: of less no interval holds the median with 95 %
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -28,7 +29,8 @@ def _memory(peak: int | None) -> str:
 
 def _cost(row: dict[str, Any]) -> str:
     text = f"{row['per_forward_backward']:.2f}"
-    return f"{text} ({row['low']:.2f}…{row['high']:.2f})" if "low" in row else text
+    known = "low" in row and row["low"] < row["high"]  # one round has no interval
+    return f"{text} ({row['low']:.2f}…{row['high']:.2f})" if known else text
 
 
 def _cost_table(found: dict[str, Any]) -> str:
@@ -56,6 +58,8 @@ def _uncertainty(phase: dict[str, Any]) -> tuple[str, bool]:
     """
     if "spread" in phase:
         return f"± {phase['spread']:.2f}", phase["measured"] > phase["spread"]
+    if phase["low"] == phase["high"]:
+        return "one round", False
     return f"{phase['low']:.2f}…{phase['high']:.2f}", phase["low"] >= 0.005
 
 
@@ -87,6 +91,15 @@ def tables(result: dict[str, Any]) -> str:
         f"{result['torch']}, kfacopt {result['version']} at {commit}{dirty}, "
         f"{result['date']}; medians of {result['rounds']} interleaved rounds."
     ]
+    if 1 < result["rounds"] < FEW:
+        parts.append("With so few rounds intervals are ranges, and hold the median less surely.")
+    if "memory_environment" in result:
+        where = result["memory_environment"]
+        parts.append(
+            f"State and peak of K-FAC and EKFAC are of {(where['commit'] or '?')[:9]}, torch "
+            f"{where['torch']}, {where['date']}: since the run "
+            "whose times are shown symmetric matrices are kept once."
+        )
     if result["missing_packages"]:
         parts.append(f"Not installed, so not measured: {', '.join(result['missing_packages'])}.")
     for name, found in result["workloads"].items():

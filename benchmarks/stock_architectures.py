@@ -4,8 +4,8 @@
 
 Each tiny network makes 30 steps on 64 data in four batches, beside AdamW at two learning rates
 for orientation. The losses are means over the four batches before the first and after the last
-step, in training mode. What a package's models need is installed by `pip install .[stock]`; the
-rows of packages that are missing keep their last result.
+step, in training mode. What a package's models need is installed by `pip install .[stock]`. Each
+row has its own environment, so that those that are not run keep their last result and its commit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,9 +142,12 @@ def main() -> None:
     parser.add_argument("--packages", nargs="*")
     parser.add_argument("--names", nargs="*")
     parser.add_argument("--page", action="store_true", help="put the tables into the docs")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="file of the results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    content = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {"results": {}}
+    path = arguments.output
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    where = environment("cpu") | {"packages": {package: installed(package) for package in PACKAGES}}
     for architecture in ARCHITECTURES:
         if arguments.packages is not None and architecture.package not in arguments.packages:
             continue
@@ -156,16 +160,13 @@ def main() -> None:
         result = kfac_run(architecture, steps) | {"adamw": adamw_losses(architecture, steps)}
         gc.collect()
         print(json.dumps(result), flush=True)
-        content["results"][architecture.key] = result
-        content["environment"] = environment("cpu") | {
-            "packages": {package: installed(package) for package in PACKAGES}
-        }
+        results[architecture.key] = result | {"environment": where}
         if not arguments.quick:
-            known = {a.key: content["results"].get(a.key) for a in ARCHITECTURES}
-            content["results"] = {key: r for key, r in known.items() if r is not None}
-            write_json(OUTPUT, content)
+            known = {a.key: results.get(a.key) for a in ARCHITECTURES}
+            results = {key: r for key, r in known.items() if r is not None}
+            write_json(path, {"results": results})
     if arguments.page:
-        update_page(PAGE, "architectures", tables(content))
+        update_page(PAGE, "architectures", tables({"results": results}))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ Every round times one gradient evaluation over the data set and then one product
 of the machine's speed cancels in their ratio. The first products, of 16 columns, fill caches and
 are warm-up. Beside the time stands the number of floating point operations of matrix products and
 convolutions, by torch's own formulas (`torch.utils.flop_counter`), in the same unit.
-The peer's rows are skipped where it is not installed. Results go to
-`benchmarks/results/operator_cost.json`, or to where KFACOPT_BENCHMARK_RESULTS says.
+The peer's rows are skipped where it is not installed. Results go to where
+KFACOPT_BENCHMARK_RESULTS says; else those of all rows to `benchmarks/results/operator_cost.json`,
+and those of some, as with `-k`, to `benchmarks/results/part/`.
 """
 
 import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import time
@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import kfacopt
+from benchmarks.environment import processor
 
 ROUNDS, WARMUP = 15, 3
 LIBRARIES = ("kfacopt", "curvlinops")
@@ -174,10 +175,11 @@ def environment(device):
         "commit": commit(),
         "torch": torch.__version__,
         "curvlinops": peer,
-        "device": torch.cuda.get_device_name(device) if device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name(device) if device == "cuda" else processor(),
         "dtype": str(torch.get_default_dtype()),
         "threads": torch.get_num_threads(),
         "rounds": ROUNDS,
+        "date": time.strftime("%Y-%m-%d"),
     }
 
 
@@ -187,13 +189,20 @@ def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def output(rows):
+    """Return where rows go: some must not replace what is published."""
+    count = len(LIBRARIES) * len(NUM_COLUMNS) * len(OPERATORS) * len(MODELS)
+    folder = HERE / "results" / ("" if len(rows) == count else "part")
+    given = os.environ.get("KFACOPT_BENCHMARK_RESULTS")
+    return pathlib.Path(given) if given else folder / "operator_cost.json"
+
+
 @pytest.fixture(scope="session")
 def results(device):
     """Collect rows, and write them when all benchmarks have run."""
     rows = []
     yield rows
-    default = HERE / "results" / "operator_cost.json"
-    path = pathlib.Path(os.environ.get("KFACOPT_BENCHMARK_RESULTS", default))
+    path = output(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**environment(device), "rows": rows}, indent=1) + "\n")
 

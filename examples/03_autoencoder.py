@@ -134,7 +134,7 @@ def main() -> None:
 
     best_adamw = next(name for name in order if name.startswith("AdamW"))
     figure, axis = plt.subplots(figsize=(8, 4.5))
-    for color, name in zip(("C0", "C2", "C1"), (AUTO, DEFAULTS, best_adamw), strict=True):
+    for color, name in zip(("C6", "C3", "C1"), (AUTO, DEFAULTS, best_adamw), strict=True):
         for i, curve in enumerate(runs[name]):
             times, values = [c[0] for c in curve], [c[2] - entropy for c in curve]
             axis.semilogy(times, values, color=color, label=name if i == 0 else None)

@@ -144,7 +144,7 @@ def plot(runs: list[Run], path: Path, log: bool = True) -> None:
     best = best_adamw(runs)
     figure, axis = plt.subplots(figsize=(8, 4.5))
     others = [name for name in groups if not name.startswith("AdamW") and name != KFAC]
-    colors = {name: f"C{i}" for i, name in enumerate((KFAC, best, *others))}
+    colors = {KFAC: "C3", best: "C1"} | {name: f"C{4 + i}" for i, name in enumerate(others)}
     for name, own in groups.items():
         grey = name not in colors
         color = colors.get(name, "0.85")

@@ -16,7 +16,9 @@ import torch
 
 from benchmarks import report
 from benchmarks.calibration import GRADIENT, PERIOD
+from benchmarks.compare import options_of, parsed
 from benchmarks.contestants import BASELINES, all_contestants
+from benchmarks.environment import RESULTS
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import Comparison, Options
 from benchmarks.running import Run, evaluation_steps, run
@@ -362,3 +364,12 @@ def test_quick_run_writes_the_whole_report(tmp_path):
     pictures = {"curves_tuned.png", "curves_defaults.png", "profiles.png", "sensitivity.png"}
     assert pictures | {"report.md", "summary.json"} < {path.name for path in tmp_path.iterdir()}
     assert "| convnet" in (tmp_path / "report.md").read_text()
+
+
+def test_other_sizes_do_not_replace_what_is_published():
+    published = options_of(parsed([])).folder
+    assert published == RESULTS / "compare"
+    assert options_of(parsed(["--again", "K-FAC"])).folder == published
+    for other in (["--problems", "vit"], ["--scale", "0.5"], ["--contestants", "AdamW"]):
+        assert options_of(parsed(other)).folder == RESULTS / "part" / "compare"
+    assert options_of(parsed(["--seeds", "1", "--output", "here"])).folder == Path("here")

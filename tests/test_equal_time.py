@@ -266,7 +266,7 @@ def test_the_report_by_hand():
     text = counts([row], "K-FAC")
     assert "on 1 of 1 problems, in at most half of the time on 1 (aim: all)" in text
     assert "in the median in 0.4 (aim: 0.33)" in text
-    assert "faster than SOAP's best on 1 of 1 (aim: 1)" in text
+    assert "ahead of SOAP's best on 1 of 1 (aim: 1)" in text
     assert "metric at least AdamW's best on 1 of 1" in text
     assert "on 0 of 1 problems" in counts([row], "EKFAC")
     assert failures(_made_up()) == ["- EKFAC: diverged (p: 2 runs)"]

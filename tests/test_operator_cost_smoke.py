@@ -36,3 +36,12 @@ def test_operations_are_counted(benchmark_module):
 def test_environment_is_recorded(benchmark_module):
     found = json.loads(json.dumps(benchmark_module.environment("cpu")))
     assert {"version", "commit", "device", "dtype", "threads"} <= found.keys()
+    assert found["device"]
+
+
+def test_some_rows_do_not_replace_what_is_published(benchmark_module, monkeypatch):
+    monkeypatch.delenv("KFACOPT_BENCHMARK_RESULTS", raising=False)
+    results = PATH.parent / "results"
+    published = json.loads((results / "operator_cost.json").read_text())["rows"]
+    assert benchmark_module.output(published) == results / "operator_cost.json"
+    assert benchmark_module.output(published[1:]) == results / "part" / "operator_cost.json"

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import optimizers, peak_memory
+from benchmarks import optimizers, peak_memory, step_cost
+from benchmarks.environment import RESULTS, folder_of
 from benchmarks.floors import PHASES, LayerShape, bare_calls, layer_shapes, operations
 from benchmarks.interleaving import interleaved, median_with_interval
 from benchmarks.step_contestants import amortised, contestants
 from benchmarks.step_cost import _phases, _rows
+from benchmarks.step_tables import _cost, _uncertainty
 from benchmarks.workloads import WORKLOADS, make_workload
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +174,36 @@ def test_quick_run_writes_a_result_and_tables(tmp_path):
     assert work["phases"]["K-FAC"].keys() == {"factors", "inverses", "preconditioning"}
     assert all(row["per_forward_backward"] > 0 for row in work["rows"])
     assert "| K-FAC (10, 100) |" in found.stdout
+
+
+def test_memory_is_measured_anew_and_times_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_cost, "measured_apart", lambda *_: 7)
+    row = {"state_per_parameter_byte": 0.0, "peak_memory": 0, "per_forward_backward": 1.5}
+    rows = [row | {"contestant": name} for name in ("K-FAC", "SOAP")]
+    work = {"rows": rows, "parameter_bytes": 10**9}
+    path = tmp_path / "step_cost_quick_cpu.json"
+    path.write_text(json.dumps({"size": "quick", "workloads": {"mlp": work}}))
+    step_cost.remember(path)
+    result = json.loads(path.read_text())
+    ours, other = result["workloads"]["mlp"]["rows"]
+    assert other == rows[1]
+    assert ours["peak_memory"] == 7
+    assert ours["state_per_parameter_byte"] > 0
+    assert ours["per_forward_backward"] == 1.5
+    assert result["memory_environment"]["commit"]
+
+
+def test_a_part_of_the_runs_does_not_replace_what_is_published():
+    assert folder_of("x", whole=True) == RESULTS / "x"
+    assert folder_of("x", whole=False) == RESULTS / "part" / "x"
+    assert folder_of("x", whole=False, output=ROOT) == ROOT
+
+
+def test_one_round_has_no_interval():
+    once = median_with_interval([1.5])
+    row = {"per_forward_backward": once["median"], "low": once["low"], "high": once["high"]}
+    assert _cost(row) == "1.50"
+    assert _uncertainty({"measured": 1.5} | once) == ("one round", False)
 
 
 def test_peak_memory_is_the_most_that_is_allocated_at_once(monkeypatch):

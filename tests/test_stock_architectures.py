@@ -42,19 +42,36 @@ def test_forty_architectures_were_measured_and_fell():
         assert all(math.isfinite(x) for x in result["adamw"]), key
 
 
+def run(monkeypatch, output, page, *names):
+    monkeypatch.setattr(stock_architectures, "PAGE", page)
+    monkeypatch.setattr(stock_architectures, "STEPS", 3)
+    arguments = ["--packages", "torch", "--names", *names, "--page", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["stock_architectures", *arguments])
+    main()
+    return json.loads(output.read_text())
+
+
 def test_the_tables_are_made_from_the_command_line(tmp_path, monkeypatch, capsys):
     output, page = tmp_path / "results.json", tmp_path / "page.md"
     page.write_text("<!-- architectures -->\n<!-- /architectures -->\n")
-    monkeypatch.setattr(stock_architectures, "OUTPUT", output)
-    monkeypatch.setattr(stock_architectures, "PAGE", page)
-    monkeypatch.setattr(stock_architectures, "STEPS", 3)
-    arguments = ["--packages", "torch", "--names", "NeRF", "DLRM", "--page"]
-    monkeypatch.setattr(sys, "argv", ["stock_architectures", *arguments])
-    main()
+    content = run(monkeypatch, output, page, "NeRF", "DLRM")
     assert '"name": "NeRF"' in capsys.readouterr().out
-    content = json.loads(output.read_text())
     assert [*content["results"]] == ["torch/DLRM", "torch/NeRF"]
     found = page.read_text()
     assert tables(content) in found
     assert "2 architectures: 0 raise an error" in found
     assert "| DLRM |" in found
+    assert "- DLRM: embedding" in found
+
+
+def test_a_row_that_is_run_again_leaves_the_others_as_they_were(tmp_path, monkeypatch):
+    output, page = tmp_path / "results.json", tmp_path / "page.md"
+    page.write_text("<!-- architectures -->\n<!-- /architectures -->\n")
+    output.write_text(OUTPUT.read_text())
+    content = run(monkeypatch, output, page, "NeRF")
+    changed = [key for key, row in content["results"].items() if row != PUBLISHED[key]]
+    assert changed == ["torch/NeRF"]
+    assert content["results"].keys() == PUBLISHED.keys()
+    first, second = page.read_text().split("Rows are of ")[1].split("\n")[0].split(". NeRF of ")
+    assert PUBLISHED["torch/VAE"]["environment"]["commit"][:9] in first
+    assert (content["results"]["torch/NeRF"]["environment"]["commit"] or "?")[:9] in second
