@@ -6,7 +6,8 @@ Claim: see README.md. All contestants are timed in one run, interleaved; each ki
 itself (`step_contestants`). The phases of K-FAC stand beside what they must cost (`floors`).
 Results go to `results/step_cost_SIZE_DEVICE.json`, those of some workloads or of other rounds to
 `results/part`, and as tables to the standard output; `--readme` puts the tables of a result into
-README.md. `--memory FILE` measures K-FAC's bytes of a result anew, and leaves its times.
+README.md. `--memory FILE` measures K-FAC's bytes of a result anew, and leaves its times; with
+`--no-memory` those of its state alone.
 """
 
 from __future__ import annotations
@@ -177,11 +178,12 @@ def measure(name: str, size: str, device: str, rounds: int, memory: bool) -> dic
     }
 
 
-def remember(path: Path) -> None:
-    """Measure the bytes of K-FAC's state and of its peak anew, and write them into a result.
+def remember(path: Path, peak: bool) -> None:
+    """Measure the bytes of K-FAC's state, and at its peak, anew, and write them into a result.
 
     Args:
         path: The result's file, whose times stay.
+        peak: Whether to measure the peak, too, which takes most of the time.
     """
     result = json.loads(path.read_text())
     size, device = result["size"], "cuda" if path.stem.endswith("cuda") else "cpu"
@@ -191,13 +193,13 @@ def remember(path: Path) -> None:
         for contestant in (c for c in contestants(name, work.terms) if c.is_kfac):
             kind, make = list(contestant.kinds.items())[-1]
             step, optimizer = training_step(work, make)
-            for _ in range(2):
-                step()
-            peak = measured_apart(name, size, device, contestant.name, kind)
+            step()
+            new = {"state_per_parameter_byte": state_bytes(optimizer) / found["parameter_bytes"]}
+            if peak:
+                new["peak_memory"] = measured_apart(name, size, device, contestant.name, kind)
             for row in (r for r in found["rows"] if r["contestant"] == contestant.name):
-                row["state_per_parameter_byte"] = state_bytes(optimizer) / found["parameter_bytes"]
-                row["peak_memory"] = peak
-    result["memory_environment"] = environment(device)
+                row.update(new)
+    result["memory_environment"] = environment(device) | {"peak": peak}
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -219,7 +221,7 @@ def main() -> None:
         update_readme(section, tables(json.loads(arguments.readme.read_text())))
         return
     if arguments.memory:
-        remember(arguments.memory)
+        remember(arguments.memory, not arguments.no_memory)
         return
     size = "quick" if arguments.quick else arguments.size
     rounds = 2 if arguments.quick else arguments.rounds

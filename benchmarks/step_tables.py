@@ -95,10 +95,11 @@ def tables(result: dict[str, Any]) -> str:
         parts.append("With so few rounds intervals are ranges, and hold the median less surely.")
     if "memory_environment" in result:
         where = result["memory_environment"]
+        what = "State and peak" if where["peak"] else "State, but not the peak,"
         parts.append(
-            f"State and peak of K-FAC and EKFAC are of {(where['commit'] or '?')[:9]}, torch "
-            f"{where['torch']}, {where['date']}: since the run "
-            "whose times are shown symmetric matrices are kept once."
+            f"{what} of K-FAC and EKFAC is of {(where['commit'] or '?')[:9]}, torch "
+            f"{where['torch']}, {where['date']}: since the run whose times are shown symmetric "
+            "matrices are kept once, and wide convolutions are split."
         )
     if result["missing_packages"]:
         parts.append(f"Not installed, so not measured: {', '.join(result['missing_packages'])}.")

@@ -183,7 +183,7 @@ def test_memory_is_measured_anew_and_times_stay(tmp_path, monkeypatch):
     work = {"rows": rows, "parameter_bytes": 10**9}
     path = tmp_path / "step_cost_quick_cpu.json"
     path.write_text(json.dumps({"size": "quick", "workloads": {"mlp": work}}))
-    step_cost.remember(path)
+    step_cost.remember(path, peak=True)
     result = json.loads(path.read_text())
     ours, other = result["workloads"]["mlp"]["rows"]
     assert other == rows[1]
