@@ -73,7 +73,7 @@ class Objective:
         _check_replay(model, dtype)
         eps = float(torch.finfo(dtype).eps)
         replayed = partial(evaluate, self.terms, list(damping), self.loss_scale, self.over_ranks)
-        if model.is_complete(eps**0.5) or self._differs_by_round_off(model, directions, eps):
+        if model.is_complete(eps**0.5):
             return model, replayed
         unclipped = replace(model, slopes=model.loss_slopes)
         if self.closure is not None:
@@ -84,6 +84,8 @@ class Objective:
             return replace(model, loss=self.closure.value), self.closure.evaluate
         if self._is_clipped(model, grads, damping, eps**0.5):
             return unclipped, replayed
+        if self._differs_by_round_off(model, directions, eps):
+            return model, replayed
         raise RuntimeError(
             'lr="auto": the objective has terms besides the losses that were recognised (its slope '
             f"along the step is {model.slopes[0]:.4g}, theirs {model.loss_slopes[0]:.4g}), or uses "
