@@ -348,7 +348,8 @@ def test_the_cure_of_what_is_not_covered_follows_from_the_reason():
     assert (first.topic, first.value) == ("coverage", pytest.approx(340 / 382))
     assert "47% in nn.Embedding" in first.sentence
     assert "layers=[*kfacopt.default_layers(), nn.Embedding]" in first.sentence
-    assert "42% in no layer that K-FAC knows (kfacopt.register_layer" in first.sentence
+    assert "42% multiplied or added entry by entry" in first.sentence
+    assert "scale the layer's output instead (else tune fallback_lr" in first.sentence
     optimizer = trained(model.head, [(torch.randn(40, 20), data[0][1])], 2, F.mse_loss)
     report = diagnose(model, nn.MSELoss(), data, optimizer)
     assert "not one of the optimizer's (give them to KFACOptimizer" in report.advice[0].sentence

@@ -27,10 +27,10 @@ _CURES = {
         "measured whether that gains anything; else tune fallback_lr, at which AdamW trains them"
     ),
     "in no layer": (
-        "kfacopt.register_layer makes a layer of yours known (docs/layers.md, ten lines), and a "
-        "weight that is used as it is in F.linear or @ is found: scale the output, not the weight; "
-        "else tune fallback_lr"
+        "kfacopt.register_layer makes a layer of yours known, docs/layers.md; else tune fallback_lr"
     ),
+    "entry by entry": "else tune fallback_lr, at which AdamW trains them",
+    "K-FAC knows nothing": "else tune fallback_lr, at which AdamW trains them",
     "not one of the optimizer's": "give them to KFACOptimizer, if it should train them",
     "in other ways": "use them by calls of their layer alone",
     "tied to a head": "the optimizer looks at them",

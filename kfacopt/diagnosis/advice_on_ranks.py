@@ -71,9 +71,13 @@ def _advice(x: Findings, side: str, cause: Cause, factors: dict[str, FactorRepor
     number = f"{factor.rank} of {factor.full_rank}"
     which = x.which(names, most, number)
     own = next(getattr(b, side) for b in x.layers if b.layer == most)
+    zeros = f"; {own.zeros} of them are 0 for all data looked at" if own.zeros else ""
     topic = "dead units" if (title, cause) == ("G", "zeros") else "rank"
     return Advice(
-        topic, f"{title} {which} {_SENTENCES[title, cause].format(own=own)}", share(most), names
+        topic,
+        f"{title} {which} {_SENTENCES[title, cause].format(own=own, zeros=zeros)}",
+        share(most),
+        names,
     )
 
 
@@ -99,13 +103,12 @@ _SENTENCES = {
     ("A", "dependent"): (
         f"lacks rank for good. {_SAME}, so more data hardly fill it: inputs are constant or "
         "collinear (one-hot columns beside the bias, features that are sums of others), or come "
-        "out of fewer units; {own.zeros} of them are 0 for all data looked at. That is no fault: "
-        "steps in the other directions are 0."
+        "out of fewer units{zeros}. That is no fault: steps in the other directions are 0."
     ),
     ("G", "dependent"): (
         f"lacks rank for good. {_SAME}, so more data hardly fill it: gradients of the outputs "
-        "depend on each other, as before a narrower layer, a softmax or a normalisation; "
-        "{own.zeros} of them are 0. That is no fault."
+        "depend on each other, as before a narrower layer, a softmax or a normalisation{zeros}. "
+        "That is no fault."
     ),
     ("A", "constants"): "lacks one direction: the sum of its inputs is 0. That is no fault.",
     ("G", "constants"): (

@@ -65,6 +65,7 @@ class _Uses:
         self.reached: set[Parameter] = set()
         self.otherwise: set[Parameter] = set()
         self.tied: set[Parameter] = set()
+        self.reasons: dict[Parameter, str] = {}
         self.outputs = self.operations = 0
 
     def look(self, batch: Batch) -> None:
@@ -76,7 +77,8 @@ class _Uses:
         edges = edges_of(output)
         free = [p for p in self._free if p not in self.found]
         entries = (self.axes, [output]) if self.choice.by_entries else None
-        past = past_modules(edges, uses, self.layer_of, free, entries)
+        past = past_modules(edges, uses, self.layer_of, free, entries, free)
+        self.reasons |= past.reasons
         for p, layout in past.found.items():
             if layout.is_tied:
                 self.tied.add(p)
@@ -161,7 +163,7 @@ def _reason(
         return f"in {described(kinds)}, which layers= does not name"
     if known:
         return f"shared by {described(kinds)}"
-    return "in no layer that K-FAC knows"
+    return uses.reasons.get(p, "in no layer that K-FAC knows")
 
 
 def blocks_of(
