@@ -272,8 +272,10 @@ def taken_off(make_optimizer, loss, steps):
 # Without PPO, whose old policy would have to stay behind.
 @pytest.mark.parametrize("name", [n for n in BOTH if n != "PPO"])
 def test_the_defaults_train_any_loss(name):
-    adam = taken_off(lambda p: torch.optim.AdamW(p, 1e-2), BOTH[name], 5 * STEPS)
-    assert taken_off(KFACOptimizer, BOTH[name], STEPS) > SHARE * adam > 0
+    # What has no minimum falls faster and faster: it is compared after as many steps, with all.
+    steps, share = (STEPS, 1.0) if name == "linear" else (5 * STEPS, SHARE)
+    adam = taken_off(lambda p: torch.optim.AdamW(p, 1e-2), BOTH[name], steps)
+    assert taken_off(KFACOptimizer, BOTH[name], STEPS) > share * adam > 0
 
 
 def test_a_policy_gradient_trains():

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from kfacopt import KFACOptimizer
 
-SEEDS, EPOCHS, BATCH = (0, 1, 2), 4, 64
+SEEDS, EPOCHS, BATCH = range(5), 4, 64
 ACCURACY_LOSS = 0.01  # of the mean over seeds
 LOSS_RATIO = 1.2
 
@@ -45,11 +45,14 @@ def train(seed, dtype=torch.float32, **options):
     ).to(dtype)
     optimizer = KFACOptimizer(model.parameters(), **options)
     generator = torch.Generator().manual_seed(seed)
+    # With a constant rate the last batches' noise makes the last loss: 0.002 to 0.037 by the seed.
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * -(-1400 // BATCH))
     for _ in range(EPOCHS):
         for index in torch.randperm(1400, generator=generator).split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(X[index]), y[index]).backward()
             optimizer.step()
+            schedule.step()
     with torch.no_grad():
         accuracy = (model(X[1400:]).argmax(1) == y[1400:]).double().mean()
         return accuracy.item(), F.cross_entropy(model(X[:1400]), y[:1400]).item(), optimizer

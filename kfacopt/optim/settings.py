@@ -46,7 +46,8 @@ SEARCHED_INTERVALS = (30, 60)
 # Steps at which factors are updated besides at first, where curvature is looked for.
 FIRST_STEPS = (1, 2, 5, 10, 20)
 
-# Steps between measurements of steps, at least: one costs three forward passes.
+# Steps between measurements of steps, at most where factors are updated so often: one costs three
+# forward passes.
 MEASUREMENT_INTERVAL = 40
 
 Check = Callable[[str, Any], None]
@@ -151,7 +152,7 @@ class Schedule:
 
     def measurement_due(self, step: int) -> bool:
         """Tell whether a step is measured: where factors are updated, and not too often."""
-        updates = -(-MEASUREMENT_INTERVAL // self.factor_update_interval)
+        updates = max(1, MEASUREMENT_INTERVAL // self.factor_update_interval)
         return step % (updates * self.factor_update_interval) == 0
 
 
