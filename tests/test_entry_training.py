@@ -136,6 +136,37 @@ def test_some_rows_of_the_data(rows):
     assert rows_of(optimizer)["p"].curvature.startswith(expected)
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.p = nn.Parameter(torch.rand(5) + 0.5)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.p * torch.tanh(self.first(x))))
+
+
+@pytest.mark.filterwarnings("ignore::kfacopt.KFACWarning")  # where they do not fit
+def test_rows_that_the_loss_chooses_anew_in_each_batch():
+    """A choice that fits N / R rows a datum says nothing of the next one."""
+    model, counted = Scaled(), 0
+    optimizer = KFACOptimizer(model.parameters(), fisher_type="type-2", lr=1e-3, **EVERY_STEP)
+    draws = torch.Generator().manual_seed(0)
+    for step in range(40):
+        X, y = batch(4)
+        rows = torch.randperm(4, generator=draws)[:2].sort().values
+        exact = dense_ggn(model, nn.CrossEntropyLoss(), [model.p], [(X[rows], y[rows])]).diagonal()
+        optimizer.zero_grad()
+        F.cross_entropy(model(X)[rows], y[rows]).backward()
+        optimizer.step()
+        if step > 2 and rows_of(optimizer)["p"].curvature.startswith("diagonal"):
+            found = optimizer.factors("p").grad_output_factor.flatten()
+            torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
+            counted += 1
+    assert counted > 5
+
+
 @pytest.mark.parametrize("name", UNCERTAIN)
 def test_what_is_not_certain_is_trained_by_the_fallback_and_said(name):
     model = UNCERTAIN[name]()

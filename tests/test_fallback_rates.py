@@ -48,13 +48,13 @@ X = torch.arange(40).reshape(8, 5) ** 2 % 7
 LABELS = torch.arange(8) % 3
 
 
-def rates(model, optimizer, steps=2):
+def rates(model, optimizer, steps=2, clamped=True):
     """Return how far the last step moved entries: as far as the rate, in AdamW's first steps."""
     for _ in range(steps):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.zero_grad()
         F.cross_entropy(model(X), LABELS).backward()
-        for p in model.parameters():
+        for p in (p for p in model.parameters() if clamped and p.grad is not None):
             p.grad = p.grad.abs().clamp(min=1.0)  # moments without noise
         optimizer.step()
     return {
@@ -88,14 +88,77 @@ def test_a_rate_that_is_given_is_that_of_all():
 def test_a_resumed_run_has_the_same_rates():
     model = made()
     optimizer = KFACOptimizer(model.parameters())
-    rates(model, optimizer, 3)
+    rates(model, optimizer, 3, False)
     again = copy.deepcopy(model)
     other = KFACOptimizer(again.parameters())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     copies = copy.deepcopy((model, optimizer))
-    rates(model, optimizer, 9)
-    rates(again, other, 9)
-    rates(*copies, 9)
+    for run in ((model, optimizer), (again, other), copies):
+        rates(*run, 9, False)
     for p, q, r in zip(model.parameters(), again.parameters(), copies[0].parameters(), strict=True):
         assert torch.equal(p, q)
         assert torch.equal(p, r)
+
+
+def test_moments_of_tables_stay():
+    """They are not dropped where a table is found, nor where layers are found anew."""
+    model = made()
+    optimizer = KFACOptimizer(model.parameters())
+    rates(model, optimizer, 5, False)
+    model.first.bias.requires_grad_(False)
+    rates(model, optimizer, 5, False)
+    model.first.bias.requires_grad_(True)
+    rates(model, optimizer, 5, False)
+    for p in (model.positions, model.token, model.scale):
+        assert int(optimizer.state[p]["step"]) == 15
+
+
+class Parts(nn.Module):
+    """One use of a parameter, between layers; data are `[8, 5, 4]`."""
+
+    def __init__(self, shape, use):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.p, self.q = nn.Parameter(0.1 * torch.randn(shape)), nn.Parameter(torch.randn(5, 1, 4))
+        self.style = nn.Linear(4, 4)
+        self.use = use
+
+    def forward(self, x):
+        h = torch.tanh(self.first(F.one_hot(x, 4 if x.max() < 4 else 7)[..., :4].float()))
+        return self.last(self.use(self, h)).flatten(1, -2).mean(1)
+
+
+TABLES = {
+    "positions": ((5, 4), lambda m, h: h + m.p),
+    "sequence first": ((5, 1, 4), lambda m, h: (h.transpose(0, 1) + m.p).transpose(0, 1)),
+    "chosen positions": ((9, 4), lambda m, h: h + m.p[torch.tensor([0, 2, 4, 6, 8])]),
+    "rows and columns": ((1, 4), lambda m, h: h + (m.p + m.q[:, 0])),
+    "a layer scale": ((4,), lambda m, h: h * m.p.view(1, 1, 4)),
+    "a token": ((1, 1, 4), lambda m, h: torch.cat([m.p.expand(8, -1, -1), h], 1)),
+    "queries": ((5, 4), lambda m, h: h + m.style(m.p.unsqueeze(0).expand(8, -1, -1))),
+}
+MATRICES = {
+    "repeated for bmm": ((4, 4), lambda m, h: torch.bmm(h, m.p.repeat(8, 1, 1))),
+    "masked": ((4, 4), lambda m, h: torch.bmm(h, (m.p * torch.eye(4)).expand(8, 4, 4))),
+    "scaled and repeated": ((4, 4), lambda m, h: torch.bmm(h, 2 * m.p.expand(8, 4, 4))),
+    "styled": (
+        (4, 4),
+        lambda m, h: torch.bmm(h, m.p * m.style(h.mean(1)).unsqueeze(1)),
+    ),
+    "a product by hand": ((4, 4), lambda m, h: (h.unsqueeze(-2) * m.p).sum(-1)),
+    "mixed by gates": (
+        (8, 4, 4),
+        lambda m, h: h @ (m.style(h.mean(1)).softmax(1)[:, :1, None, None] * m.p[None]).sum(1),
+    ),
+    "scaled": ((4, 4), lambda m, h: F.linear(h, m.q.mean() * m.p)),
+}
+
+
+@pytest.mark.parametrize("name", [*TABLES, *MATRICES])
+def test_tables_are_told_from_matrices(name):
+    torch.manual_seed(0)
+    model = Parts(*(TABLES | MATRICES)[name])
+    optimizer = KFACOptimizer(model.parameters(), kl_clip=None)
+    found = rates(model, optimizer)
+    covered = any(row.parameter == "p" and row.layer for row in optimizer.describe().parameters)
+    assert covered or (found["p"] > 4 * OTHERS) == (name in TABLES)

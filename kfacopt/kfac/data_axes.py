@@ -3,12 +3,14 @@
 A gradient that starts at some of the data of z ends, where the first axis is the data's, in the
 rows of these data alone. Each two of N data are told apart by one of the bits of their numbers: two
 backward passes for each bit, from the data that have it and from those that lack it. That is done
-once for each kind of uses of a parameter. Where data see each other, as through batch
-normalisation, nothing is certain.
+once for each kind of uses of a parameter, in graphs of the same operations, where all have one row
+for each datum; else each time, as rows may be chosen otherwise in the next batch. Where data see
+each other, as through batch normalisation, nothing is certain.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
@@ -83,7 +85,8 @@ class DataAxes:
                     self.reasons[p] = NO_AXIS
                 else:
                     found[p] = by_data(own, data)
-        self._test(outputs, values, found, adopted)
+        operations = tuple(sorted(Counter(node.name() for node in parents).items()))
+        self._test(outputs, values, found, adopted, operations)
         return found
 
     def _test(
@@ -92,6 +95,7 @@ class DataAxes:
         values: Sequence[Tensor],
         found: dict[Parameter, list[MatrixUse]],
         adopted: Container[Parameter],
+        graph: _Kind,
     ) -> None:
         """Leave what is certain."""
         unknown: dict[int, list[Parameter]] = {}
@@ -102,14 +106,17 @@ class DataAxes:
             if data == 1 and not (same and p in adopted):
                 self.reasons[p] = NO_AXIS
                 del found[p]
-            elif data > 1 and _kind(own, values) not in known:
+            elif data > 1 and not (
+                _single_rows(own, values) and (_operations(own), graph) in known
+            ):
                 unknown.setdefault(data, []).append(p)
         for data, params in unknown.items():
             edges = [use.edge for p in params for use in found[p]]
             certain = _keep_apart(outputs, values, edges, data)
             for p in params:
                 if all(certain[use.edge] for use in found[p]):
-                    self._certain.setdefault(p, set()).add(_kind(found[p], values))
+                    kind = (_operations(found[p]), graph)
+                    self._certain.setdefault(p, set()).add(kind)
                 else:
                     self.reasons[p] = NO_AXIS
                     del found[p]
@@ -124,11 +131,10 @@ def _operations(uses: Sequence[MatrixUse]) -> _Kind:
     return tuple(sorted((use.edge.node.name(), use.input.ndim) for use in uses))
 
 
-def _kind(uses: Sequence[MatrixUse], values: Sequence[Tensor]) -> _Kind:
-    """Return what uses have in common with others that are as certain."""
+def _single_rows(uses: Sequence[MatrixUse], values: Sequence[Tensor]) -> bool:
+    """Tell whether each datum has one row in all tensors, so that none can be chosen wrongly."""
     data = _data(uses[0])
-    single = tuple(len(use.input) == data for use in uses)
-    return _operations(uses), single, tuple(len(z) == data for z in values)
+    return all(len(x) == data for x in (*(use.input for use in uses), *values))
 
 
 def _keep_apart(

@@ -22,7 +22,7 @@ from kfacopt.kfac.layers.entries import ENTRIES, EntryCall
 from kfacopt.kfac.lookup_uses import LOOKUP
 from kfacopt.kfac.matrix_products import PRODUCTS, MatrixUse
 from kfacopt.kfac.parameter_views import ParameterView, is_view, view_at
-from kfacopt.kfac.saved_tensors import kept, where_it_can_be_read
+from kfacopt.kfac.saved_tensors import kept
 
 NO_AXIS = "no data axis is known where it is multiplied or added"
 
@@ -100,7 +100,7 @@ class EntryUses:
         if name not in _BINARY and name not in FUNCTIONS:
             return f"it is used in {name.removesuffix('0').removesuffix('Backward')}"
         other = node.next_functions[1 - place][0] if name in _BINARY else None
-        if other is not None and self._has_data(other):
+        if other is not None and self.has_data(other):
             use = self._with_data(p, here, node, place)
             return NO_AXIS if use is None else [use]
         if tuple(node._input_metadata[0].shape) != here.view.shape:
@@ -131,7 +131,7 @@ class EntryUses:
         name, shape = node.name(), node._input_metadata[0].shape
         others = [e for k, e in enumerate(node.next_functions) if k not in _INNER[name]]
         edges = tuple(GradientEdge(*edge) for edge in others if edge[0] is not None)
-        has_data = _multiplies_a_constant(node) or any(self._has_data(e.node) for e in edges)
+        has_data = _multiplies_a_constant(node) or any(self.has_data(e.node) for e in edges)
         view: ParameterView | None = here.view
         if name in (CONVOLUTION, "NativeGroupNormBackward0"):
             view = here.view.reshaped((*here.view.shape, *(1,) * (len(shape) - 2)))
@@ -226,7 +226,7 @@ class EntryUses:
             self._kept[node, saved] = found.detach() if isinstance(found, Tensor) else None
         return self._kept[node, saved]
 
-    def _has_data(self, start: Any) -> bool:
+    def has_data(self, start: Any) -> bool:
         """Tell whether a node's output depends on data, as far as that is sure.
 
         Products with a constant operand do: of parameters alone there are none with one.
@@ -244,29 +244,6 @@ class EntryUses:
             seen.update(new)
         self._without |= seen
         return False
-
-
-def entrywise(
-    parents: Parents, params: Iterable[Parameter], known: Iterable[Any]
-) -> list[Parameter]:
-    """Return the parameters that are multiplied with data, or added to data, entry by entry.
-
-    Which axis the data's is is not looked at.
-
-    Args:
-        parents: The graph.
-        params: The parameters to look for.
-        known: As for `EntryUses`.
-    """
-    leaves = {id(n.variable): n for n in parents if hasattr(n, "variable")}
-    wanted = {p: leaves[id(p)] for p in params if id(p) in leaves}
-
-    def look() -> list[Parameter]:
-        own = EntryUses(parents, known, ())
-        found = [(p, own.of(p, leaf)) for p, leaf in wanted.items()]
-        return [p for p, uses in found if uses and not isinstance(uses, str)]
-
-    return where_it_can_be_read(look)
 
 
 def _multiplies_a_constant(node: Any) -> bool:

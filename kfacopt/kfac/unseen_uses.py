@@ -19,9 +19,9 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import CheckpointFunction
 
 from kfacopt.kfac.added_biases import Parents
+from kfacopt.kfac.added_tables import added_tables
 from kfacopt.kfac.capture import LayerUse, WouldBePass, group_by_layer, would_be_pass
 from kfacopt.kfac.data_axes import DataAxes
-from kfacopt.kfac.entry_uses import entrywise
 from kfacopt.kfac.factors import of_all_groups
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.entries import Entries
@@ -72,7 +72,7 @@ class PastModules:
         hidden: Matrices in no layer that are not in the graph, but may be in activation
             checkpointing with reentry, whose parts are not.
         reasons: Why parameters are none of these, as far as that was asked.
-        by_entries: Those of them that are multiplied with data, or added to data, entry by entry.
+        tables: Those in no layer that are added to activations, or the like; see `added_tables`.
     """
 
     uses: list[LayerUse]
@@ -80,7 +80,7 @@ class PastModules:
     rest: list[Parameter]
     hidden: list[Parameter]
     reasons: dict[Parameter, str]
-    by_entries: list[Parameter]
+    tables: list[Parameter]
 
 
 def past_modules(
@@ -138,13 +138,13 @@ def past_modules(
     seen = {id(p) for p in unseen}
     hidden = [p for p in free if id(p) not in seen]
     hidden = hidden if hidden and any(map(_is_reentrant, nodes)) else []
+    known = [use.edge.node for use in uses]
+    known += [use.edge.node for own in own_uses.values() for use in own]
+    tables = added_tables(nodes, [p for p in free if p.ndim > 1 and p not in found], known)
     asked = [p for p in unexplained if p not in found]
     if any(id(p) not in seen for p in asked):  # within recorded uses
         nodes = graph_parents(outputs, {})
-    known = [use.edge.node for use in uses]
-    known += [use.edge.node for own in own_uses.values() for use in own]
-    by_entries = entrywise(nodes, asked, known) if asked else []
-    return PastModules(further, found, rest, hidden, reasons_against(nodes, asked), by_entries)
+    return PastModules(further, found, rest, hidden, reasons_against(nodes, asked), tables)
 
 
 def _not_multiplied(

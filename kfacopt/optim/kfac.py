@@ -557,12 +557,12 @@ class KFACOptimizer(Optimizer):
         others, params = self._statistics.others, self._parameters()
         own = others.by_entries | others.found
         found = agreed_layouts(own, others.candidates, params, self._group)
-        found = {p: layout for p, layout in found.items() if self._matrices.get(p) != layout}
-        self._matrices |= found
+        tables = {p: la for p, la in found.items() if p in others.by_entries}
+        found = {p: layout for p, layout in found.items() if p not in tables}
+        self._matrices |= found | tables
         keep_layouts(self.state, found, params)
-        by_entries = {p for p in found if p in others.by_entries}
-        self._connection.vectors |= {id(p) for p in by_entries}
-        found = {p: layout for p, layout in found.items() if p not in by_entries}
+        keep_layouts(self.state, tables, params, are_layers=False)
+        self._connection.vectors |= {id(p) for p in tables}
         hidden = [p for p in params if p in others.hidden and p.grad is not None]
         if hidden:
             names = [self._connection.names[id(p)] for p in hidden]

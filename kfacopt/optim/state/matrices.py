@@ -30,7 +30,10 @@ _ADAMW = ("exp_avg", "exp_avg_sq", "step")
 
 
 def keep_layouts(
-    states: States, layouts: Mapping[Parameter, MatrixLayout], params: Sequence[Parameter]
+    states: States,
+    layouts: Mapping[Parameter, MatrixLayout],
+    params: Sequence[Parameter],
+    are_layers: bool = True,
 ) -> None:
     """Put layouts into the state of matrices, which AdamW has trained until now.
 
@@ -38,12 +41,13 @@ def keep_layouts(
         states: The optimizer's state.
         layouts: By matrix.
         params: The optimizer's parameters, in order.
+        are_layers: Whether AdamW does not train them any more.
     """
     numbers = {id(p): i for i, p in enumerate(params)}
     for p, layout in layouts.items():
         bias = -1 if layout.bias is None else numbers.get(id(layout.bias), -1)
         states[p] |= {ROLES: _number(layout.roles), BIAS: bias}
-        for name in _ADAMW:
+        for name in _ADAMW if are_layers else ():
             states[p].pop(name, None)
 
 

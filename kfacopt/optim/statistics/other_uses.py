@@ -38,8 +38,8 @@ class OtherUses:
         hidden: Those of the last loss whose graph has none of them, but reentrant activation
             checkpointing, which may hide them.
         reasons: Why parameters that are looked for are no layers, in words.
-        by_entries: Parameters that multiply data, or are added to data, entry by entry, where these
-            are no layers.
+        by_entries: Parameters that are added to activations, or the like, where these are no
+            layers; see `added_tables`.
         looks_on: Whether there may be products that make a layer of a matrix, or count for one.
     """
 
@@ -88,7 +88,8 @@ class OtherUses:
             new, self._unexplained = self._unexplained, []
             past = past_modules(edges, uses, self._layer_of, self.free, entries, new)
         self.reasons |= past.reasons | self._axes.reasons
-        self.by_entries |= dict.fromkeys(past.by_entries, MatrixLayout(ENTRIES, None))
+        if not self._choice.by_entries:
+            self.by_entries |= dict.fromkeys(past.tables, MatrixLayout(ENTRIES, None))
         self.hidden, rest = set(past.hidden), list(past.rest)
         for p, layout in past.found.items():
             layer = self._layer_of.get(p)
