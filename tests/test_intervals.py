@@ -138,8 +138,41 @@ def of_two_kinds(rank):
     return found
 
 
+class Positions(nn.Module):
+    """Positions that only one rank's data reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.p = mlp(), nn.Parameter(torch.zeros(2, 4))
+
+    def forward(self, x, with_positions):
+        h = self.net[0](x).tanh()
+        if with_positions:
+            h = h.unflatten(0, (8, 2))[..., :4] + self.p
+            h = F.pad(h, (0, 1)).flatten(0, 1)
+        return self.net[2](h)
+
+
+def a_table_on_one_rank(rank):
+    """Both ranks take it for one, and AdamW's moments stay."""
+    torch.manual_seed(0)
+    model = Positions()
+    called = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = KFACOptimizer(model.parameters(), factor_update_interval=1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        known(called(X, rank == 0)).backward()
+        optimizer.step()
+    return int(optimizer.state[model.p]["step"]), id(model.p) in optimizer._connection.vectors
+
+
 def obligations(rank):
     yield "of two kinds", functools.partial(of_two_kinds, rank)
+    yield "a table on one rank", functools.partial(a_table_on_one_rank, rank)
+
+
+def test_ranks_agree_on_tables(ranks):
+    assert [r["a table on one rank"] for r in ranks] == [(4, True)] * WORLD
 
 
 def test_ranks_agree(ranks):

@@ -557,7 +557,7 @@ class KFACOptimizer(Optimizer):
         others, params = self._statistics.others, self._parameters()
         own = others.by_entries | others.found
         found = agreed_layouts(own, others.candidates, params, self._group)
-        tables = {p: la for p, la in found.items() if p in others.by_entries}
+        tables = {p: la for p, la in found.items() if others.is_table(la)}
         found = {p: layout for p, layout in found.items() if p not in tables}
         self._matrices |= found | tables
         keep_layouts(self.state, found, params)

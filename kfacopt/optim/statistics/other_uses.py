@@ -67,6 +67,10 @@ class OtherUses:
         self._unexplained = [] if choice.by_entries else self.free
         self.looks_on = bool(self.free or self._layer_of)
 
+    def is_table(self, layout: MatrixLayout) -> bool:
+        """Tell whether what is used so, on this rank or on another, is no layer but a table."""
+        return layout.roles == ENTRIES and not self._choice.by_entries
+
     def finish(self) -> set[Layer]:
         """Return the layers that were undercounted, and forget them."""
         undercounted, self.undercounted = self.undercounted, set()
