@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from kfacopt.linalg.kronecker import KroneckerProduct, multiplied_left, multiplied_right
+from kfacopt.linalg.low_rank import LowRankInverse, is_low_rank
 from kfacopt.linalg.triangles import Workspace, symmetric
 
 
-def inverse_side(kept: Tensor, workspace: Workspace | None = None) -> Tensor:
+def inverse_side(kept: Tensor, workspace: Workspace | None = None) -> Tensor | LowRankInverse:
     """Return the inverse of which something is kept.
 
     On the CPU its columns are contiguous, as LAPACK leaves them: the round-off of products sees it.
     """
+    if is_low_rank(kept):
+        return LowRankInverse(kept)
     whole = symmetric(kept, workspace)
     return whole if whole is kept or kept.device.type != "cpu" else whole.mT
 
