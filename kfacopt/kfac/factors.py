@@ -14,6 +14,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -92,12 +93,33 @@ def _live_rows(layer: Layer, use: LayerUse) -> Tensor:
     return rows if use.live is None else rows[:, use.live.flatten()]
 
 
+def _with_live_data(use: LayerUse) -> LayerUse | None:
+    """Return a use of the data that count, if all rows of a datum do or none (stochastic depth).
+
+    No rows need to be formed to be left out then.
+    """
+    live, x = use.live, use.checked_input()
+    assert live is not None
+    if use.module is None or use.call is not use.module or live.device.type != "cpu":
+        return None
+    if len(live) != len(x) or use.family.is_single(use.call, x):
+        return None
+    data = live.any(1)
+    if not torch.equal(live, data.unsqueeze(1).expand_as(live)):
+        return None
+    own = x[data]
+    return replace(use, input=own, version=own._version, live=None)
+
+
 def _expanded_moment(layer: Layer, use: LayerUse, kept: Kept) -> tuple[Tensor, int | Tensor]:
     """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
     if use.live is not None and use.family.routed:
         rows = input_rows(layer, use) * use.live.unsqueeze(-1)
         return second_moment(rows, kept), use.live.sum((1, 2))
     if use.live is not None:
+        whole_data = _with_live_data(use)
+        if whole_data is not None:
+            return _expanded_moment(layer, whole_data, kept)
         rows = _live_rows(layer, use).unsqueeze(2)
         return _inputs_moment(layer, rows, kept), rows.shape[1]
     dtype = factor_dtype(layer.anchor.dtype)
@@ -128,8 +150,7 @@ def _rows_moment(
         return second_moment(torch.cat([a, _total(columns)], dim=-1), kept), count
     constant = sum(w * u.adds(layer.bias) for u, w in zip(uses, weights, strict=True))
     if kept.rank:
-        column = a.new_full((*a.shape[:-1], 1), constant)
-        return second_moment(torch.cat([a, column], dim=-1), kept), count
+        return sketch(a.flatten(1, 2), kept.rank, constant), count
     if kept.diagonal:
         squares = second_moment(a, kept)
         corner = squares.new_full((len(squares), 1), count * constant**2)

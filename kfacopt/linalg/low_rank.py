@@ -55,12 +55,25 @@ def signs(side: int, rank: int, dtype: torch.dtype, device: torch.device) -> Ten
     return omega
 
 
-def sketch(rows: Tensor, rank: int) -> Tensor:
-    """Return Y and the diagonal of A = Σ a aᵀ, `[B, d, r + 1]`, of rows `[B, M, d]`."""
-    omega = signs(rows.shape[-1], rank, rows.dtype, rows.device)
-    packed = rows.new_empty(len(rows), rows.shape[-1], rank + 1)
-    packed[..., :-1] = rows.mT @ (rows @ omega)
-    packed[..., -1] = rows.square().sum(1)
+def sketch(rows: Tensor, rank: int, constant: float | None = None) -> Tensor:
+    """Return Y and the diagonal of A = Σ a aᵀ, `[B, d, r + 1]`, of rows `[B, M, d]`.
+
+    Args:
+        rows: The vectors a, or all of them but the last entry.
+        rank: r.
+        constant: The last entry of all of them.
+    """
+    B, M, columns = rows.shape
+    side = columns + int(constant is not None)
+    omega = signs(side, rank, rows.dtype, rows.device)
+    projected = rows @ omega[:columns]  # aᵀ Ω
+    packed = rows.new_empty(B, side, rank + 1)
+    if constant is not None:
+        projected += constant * omega[-1]
+        packed[:, -1, :-1] = constant * projected.sum(1)
+        packed[:, -1, -1] = M * constant**2
+    packed[:, :columns, :-1] = rows.mT @ projected
+    packed[:, :columns, -1] = rows.square().sum(1)
     return packed
 
 
