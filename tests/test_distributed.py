@@ -22,7 +22,7 @@ EVERY_STEP = {"factor_update_interval": 1, "inverse_update_interval": 1}
 
 def network(options=()):
     torch.manual_seed(0)
-    width = 16 if "wide_factor" in options else 8
+    width = 140 if "wide_factor" in options else 8
     layers = [nn.Linear(4, width), nn.ReLU(inplace=True), nn.Linear(width, 3)]
     if "conv_factor" in options:
         layers = [nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 4, 2, padding=1), nn.Flatten(), layers[1]]

@@ -14,13 +14,21 @@ from torch.nn import functional as F
 
 import kfacopt
 from kfacopt import EKFACLinearOperator, KFACLinearOperator, KFACOptimizer
+from kfacopt.linalg import low_rank
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerProduct
 from kfacopt.linalg.low_rank import LowRankFactor, rank_beside, signs, sketch, sketch_of
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "small_ranks")
+
+
+@pytest.fixture
+def small_ranks(monkeypatch):
+    """Sides of a few entries have a rank, too."""
+    monkeypatch.setattr(low_rank, "LEAST_RANK", 1)
+
 
 TYPE2 = {"fisher_type": "type-2", "wide_factor": "low_rank"}
 STEP = {"lr": 1.0, "momentum": 0.0, "kl_clip": None, "damping": 1e-2, **TYPE2}

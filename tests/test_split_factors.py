@@ -362,7 +362,7 @@ def test_wide_convolutions_are_split_by_default_and_described():
     rows = {row.parameter: row.curvature for row in optimizer.describe().parameters}
     assert rows["0.weight"] == "Kronecker 64 × 28"
     assert rows["1.weight"] == "Kronecker 4 × 577 (64 channels × 9 positions + 1)"
-    assert rows["2.weight"] == "Kronecker 900 (rank 56 + diagonal) × 5"
+    assert rows["2.weight"] == "Kronecker 900 (rank 64 + diagonal) × 5"
     assert optimizer.state[model[1].weight]["input_factor"].shape == (1, 64, 33)
 
 

@@ -166,9 +166,9 @@ class KFACOptimizer(Optimizer):
             of (K C)² (see `kfacopt.linalg.split_factors`); `"auto"`, so where K C is above
             512 and C at least K.
         wide_factor: How a side of a layer that is d wide is kept: `"full"`; `"low_rank"`, as a
-            rank of d/8 plus a diagonal, d/16 where it is at least twice as wide as the other side
-            (see `kfacopt.linalg.low_rank`); `"auto"`, so from 512 on, unless eigenbases are kept
-            (`damping_method="exact"`, EKFAC).
+            rank of d/8 plus a diagonal, d/16 where it is at least twice as wide as the other side,
+            and at least 64 (see `kfacopt.linalg.low_rank`); `"auto"`, so from 512 on, unless
+            eigenbases are kept (`damping_method="exact"`, EKFAC).
         factor_dtype: The dtype that Ā, Ḡ and Λ are kept in; `None` is the parameters', at least
             float32. Sums and decompositions are computed in at least float32.
         inverse_dtype: The dtype that inverses and bases are kept in; `None` is the factors', at
