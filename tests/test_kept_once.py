@@ -74,6 +74,13 @@ def test_large_matrices_beside_few_columns_take_less_the_larger_they_are():
     assert shares[-1] < 0.57
 
 
+def test_blocks_of_a_split_factor_take_half_of_the_numbers():
+    for d in (128, 200, 512):
+        kept = triangles.kept_shape((1, 9, d, d), d)
+        assert kept == triangles.kept_shape((1, 9, d, d))
+        assert kept[-1] / d <= 0.52
+
+
 def test_no_two_forms_have_the_same_shape():
     for d in range(triangles.LEAST_SIDE, 2500):
         columns = [triangles.kept_shape((1, d, d), n)[-1] for n in (None, 70, d)]

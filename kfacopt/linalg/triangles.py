@@ -28,7 +28,7 @@ from torch import Tensor
 # Below it, the microseconds of a call weigh more than some kilobytes.
 LEAST_SIDE = 64
 
-# The same for matrices that are written out in each step.
+# The same for matrices that each step multiplies.
 WHOLE_BELOW = 192
 
 LEAF = 272
@@ -61,9 +61,10 @@ def kept_shape(shape: tuple[int, ...], columns: int | None = None) -> tuple[int,
         return shape
     if columns is None:
         return (*shape[:-1], _columns(d, "triangles"))
-    if columns <= FEW_COLUMNS or d < WHOLE_BELOW:
+    split = len(shape) > 3  # of many blocks, which are more beside the weight, and are written out
+    if columns <= FEW_COLUMNS or (d < WHOLE_BELOW and not split):
         return shape
-    if d <= HALVES_UP_TO * columns:
+    if d <= HALVES_UP_TO * columns and not split:
         return (*shape[:-1], _columns(d, "halves"))
     return (*shape[:-1], _columns(d, "squares" if d > SQUARES_FROM else "triangles"))
 
