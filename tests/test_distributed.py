@@ -22,7 +22,8 @@ EVERY_STEP = {"factor_update_interval": 1, "inverse_update_interval": 1}
 
 def network(options=()):
     torch.manual_seed(0)
-    layers = [nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)]
+    width = 16 if "wide_factor" in options else 8
+    layers = [nn.Linear(4, width), nn.ReLU(inplace=True), nn.Linear(width, 3)]
     if "conv_factor" in options:
         layers = [nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 4, 2, padding=1), nn.Flatten(), layers[1]]
         layers.append(nn.Linear(12, 3))
@@ -66,6 +67,7 @@ RUNS = {
     "ekfac": (TYPE_2 | {"preconditioner": "ekfac"}, False),
     "self-tuning": (TYPE_2 | {"lr": "auto"}, False),
     "split": (TYPE_2 | {"conv_factor": "channels"}, False),
+    "low rank": (TYPE_2 | {"wide_factor": "low_rank"}, False),
     "split, ekfac": (TYPE_2 | {"conv_factor": "channels", "preconditioner": "ekfac"}, False),
 }
 

@@ -199,6 +199,12 @@ def test_halves_are_multiplied_as_they_are(widths, bias, groups):
     torch.testing.assert_close(torch.cat(KeptProduct(*kept).apply_columns(columns), -1), G @ X @ A)
 
 
+@pytest.mark.parametrize("shape", [(1, 200, 200), (1, 200, 101), (300, 200), (1, 600, 38)])
+def test_what_is_kept_otherwise_has_no_halves(shape):
+    """Whole matrices, triangles, diagonals of many groups, and what is of low rank."""
+    assert triangles.halves_of(torch.ones(shape)) is None
+
+
 def trained_halves(monkeypatch, options, halves, steps=STEPS):
     """Train a network of which two inverses of 200 and 201 rows are kept as halves, or whole."""
     monkeypatch.setattr(triangles, "WHOLE_BELOW", 192 if halves else 10**9)

@@ -139,3 +139,44 @@ def test_operators_leave_out_what_a_model_does_not_choose():
     options = {"fisher_type": "type-2", "separate_weight_and_bias": False}
     K = KFACLinearOperator(model, loss, params, [(x, y)], **options)
     close(K @ torch.eye(K.shape[1]), dense_ggn(model, loss, params, x, y))
+
+
+class Branch(nn.Module):
+    """A layer in a branch that some data do not take, as with stochastic depth."""
+
+    def __init__(self, layer, taken):
+        super().__init__()
+        self.layer, self.taken = layer, taken
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y * self.taken.reshape(-1, *(1,) * (y.ndim - 1))
+
+
+BRANCHES = {
+    "sequences": lambda: (nn.Linear(6, 4), data(8, 3, 6)),
+    "convolution": lambda: (nn.Conv1d(6, 4, 3, padding=1), data(8, 6, 5)),
+    "depthwise": lambda: (nn.Conv1d(6, 6, 3, padding=1, groups=6), data(8, 6, 5)),
+    "split": lambda: (nn.Conv1d(6, 4, 3, padding=1), data(8, 6, 5)),
+    "low rank": lambda: (nn.Linear(24, 4), data(8, 3, 24)),
+}
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_data_that_take_no_branch_count_in_none_of_its_factors(name, kfac_approx, fisher_type):
+    layer, x = BRANCHES[name]()
+    taken = torch.arange(8) % 3 != 0
+    kinds = {"split": {"conv_factor": "channels"}, "low rank": {"wide_factor": "low_rank"}}
+    options = EVERY_STEP | {"kfac_approx": kfac_approx, "fisher_type": fisher_type}
+    options |= kinds.get(name, {})
+    found = []
+    for rows, mask in ((slice(None), taken), (taken, torch.ones(int(taken.sum())))):
+        model = nn.Sequential(Branch(layer, mask.to(x)), nn.Flatten())
+        optimizer = KFACOptimizer(model.parameters(), **options)
+        z = model(x[rows])
+        F.mse_loss(z, torch.ones_like(z), reduction="sum").backward()
+        optimizer.step()
+        found.append(optimizer.factors("0.layer").input_factor)
+    close(*found)

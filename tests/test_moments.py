@@ -66,6 +66,38 @@ def test_patches_of_a_convolution(name):
     assert torch.allclose(sums.sum(0).reshape(module.groups, -1), rows.sum(1))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 7, "padding": 3},
+        {"kernel_size": 5, "padding": 2, "stride": 2},
+        {"kernel_size": 5, "padding": 2, "padding_mode": "circular"},
+        {"kernel_size": (7, 3), "padding": (4, 1), "dilation": (2, 1)},
+    ],
+)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 4)])
+def test_depthwise_convolutions_of_small_inputs(arguments, shape):
+    module = nn.Conv2d(4, 8, groups=4, **arguments)
+    if module.padding_mode == "circular" and min(shape) < 2:
+        pytest.skip("torch pads no further than the input is wide")
+    x = torch.randn(3, 4, *shape)
+    try:
+        rows = dense_patches(module, x)
+    except RuntimeError:
+        pytest.skip("the kernel is larger than the padded input")
+    one = dense_patches(module, x[:1])
+    for found, own in (
+        (patches.depthwise_moment(module, x), rows),
+        (patches.depthwise_moment(module, x[0]), one),
+    ):
+        moment, sums, count = found
+        torch.testing.assert_close(moment, own.mT @ own)
+        torch.testing.assert_close(sums, own.sum(1))
+        assert count == own.shape[1]
+    assert patches.depthwise_moment(nn.Conv2d(4, 8, 7, padding=3), x) is None
+    assert patches.depthwise_moment(module, torch.randn(3, 4, 8, 8)) is None
+
+
 def test_patches_of_one_image_and_of_none():
     module, x = nn.Conv2d(4, 8, 3, padding=1), torch.randn(4, 6, 5)
     one = patches.patch_moment(module, x)

@@ -64,7 +64,9 @@ def expected_factor(module, x, reduce=False):
 
 
 def is_split(module):
-    ((layer, _),) = split(find_layers([("", module)], module.parameters(), False), "channels")
+    ((layer, _),) = split(
+        find_layers([("", module)], module.parameters(), False), "channels", "full"
+    )
     return layer.positions > 0
 
 
@@ -360,14 +362,16 @@ def test_wide_convolutions_are_split_by_default_and_described():
     rows = {row.parameter: row.curvature for row in optimizer.describe().parameters}
     assert rows["0.weight"] == "Kronecker 64 × 28"
     assert rows["1.weight"] == "Kronecker 4 × 577 (64 channels × 9 positions + 1)"
-    assert rows["2.weight"] == "Kronecker 900 × 5"
+    assert rows["2.weight"] == "Kronecker 900 (rank 56 + diagonal) × 5"
     assert optimizer.state[model[1].weight]["input_factor"].shape == (1, 64, 33)
 
 
 def test_patches_of_images_and_kernels_of_single_channels_stay_whole():
     patches, deep = nn.Conv2d(3, 2, 16, 16), nn.Conv2d(4, 4, 25, groups=4)
     for module in (patches, deep, nn.Linear(900, 2), nn.Conv2d(900, 2, 1)):
-        ((layer, _),) = split(find_layers([("", module)], module.parameters(), False), "auto")
+        ((layer, _),) = split(
+            find_layers([("", module)], module.parameters(), False), "auto", "full"
+        )
         assert layer.positions == 0
 
 

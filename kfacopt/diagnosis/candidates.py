@@ -156,7 +156,7 @@ def is_same(first: Candidate, second: Candidate) -> bool:
         assert isinstance(y, KroneckerProduct)
         for a, b in (
             (dense(x.input_factor), dense(y.input_factor)),
-            (x.grad_output_factor, y.grad_output_factor),
+            (dense(x.grad_output_factor), dense(y.grad_output_factor)),
         ):
             eps = torch.finfo(a.dtype).eps
             if bool((a - b).norm() > 1000 * eps * a.norm()):

@@ -81,7 +81,7 @@ def product_distance(first: KroneckerProduct, second: KroneckerProduct) -> float
 
 def _inner(x: KroneckerProduct, y: KroneckerProduct) -> Tensor:
     sides = (
-        (x.grad_output_factor, y.grad_output_factor),
+        (dense(x.grad_output_factor), dense(y.grad_output_factor)),
         (dense(x.input_factor), dense(y.input_factor)),
     )
     sums = [(a.double() * b.double()).flatten(1).sum(1) for a, b in sides]

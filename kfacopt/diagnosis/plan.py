@@ -60,11 +60,11 @@ class Plan:
     def options(self, outputs: int, seed: int, batch_size_fn: Any) -> Options:
         """Return how factors are formed, for predictions of so many entries for a datum."""
         fisher = self.fisher_type or ("type-2" if outputs <= TYPE_2 else "mc")
-        widest, conv_factor = WIDEST_DENSE, "auto"
+        widest, conv_factor, wide_factor = WIDEST_DENSE, "auto", "auto"
         if self.inspection is not None:
             settings = self.inspection.settings
             widest = settings.curvature.form.max_factor_dim or widest
-            conv_factor = settings.conv_factor
+            conv_factor, wide_factor = settings.conv_factor, settings.wide_factor
         operator = {
             "fisher_type": fisher,
             "mc_samples": LABELS if fisher == "mc" else 1,
@@ -75,6 +75,7 @@ class Plan:
             "batch_size_fn": batch_size_fn,
             "max_factor_dim": widest,
             "conv_factor": conv_factor,
+            "wide_factor": wide_factor,
         }
         return Options(self.shown["kfac_approx"], self.shown["damping_method"], operator)
 

@@ -45,7 +45,7 @@ def with_ranks_of_half(
     matrices = factors_of(subject.options.approx, subject.partition, given, subject.options)
     found = []
     for layer, matrix, lacks in zip(layers, matrices, lacking, strict=True):
-        factors = (dense(matrix.input_factor), matrix.grad_output_factor)
+        factors = (dense(matrix.input_factor), dense(matrix.grad_output_factor))
         new = {}
         for side, factor in zip(SIDES, factors, strict=True):
             own = getattr(layer, side)

@@ -104,9 +104,9 @@ def describe_damping(
         damping: δ.
         method: `"factored"` or `"exact"`.
     """
-    G, A = matrix.grad_output_factor, dense(matrix.input_factor)
+    G, A = dense(matrix.grad_output_factor), dense(matrix.input_factor)
     factored = method == "factored"
-    on_g, on_a = factored_damping(G, matrix.input_factor, damping) if factored else (None, None)
+    on_g, on_a = factored_damping(G, A, damping) if factored else (None, None)
     spectrum_g, spectrum_a = spectrum_of(G), spectrum_of(A)
     share = effective = math.nan
     if spectrum_g is not None and spectrum_a is not None:

@@ -16,7 +16,12 @@ from kfacopt.kfac.eigenvalues import Bases, block_second_moments
 from kfacopt.kfac.layers import Block
 from kfacopt.kfac.linear_operator import KFACLinearOperator
 from kfacopt.linalg import decompositions
-from kfacopt.linalg.kronecker import DampingMethod, KroneckerEigendecomposition, eigendecomposition
+from kfacopt.linalg.kronecker import (
+    DampingMethod,
+    KroneckerEigendecomposition,
+    dense,
+    eigendecomposition,
+)
 from kfacopt.linalg.precision import null_directions
 
 
@@ -56,6 +61,7 @@ class EKFACLinearOperator(KFACLinearOperator):
         separate_weight_and_bias: See there.
         batch_size_fn: See there.
         conv_factor: See there. Q_A of a split A is a Kronecker product as well.
+        wide_factor: See there; the bases are those of the low rank plus the diagonal.
         max_factor_dim: See there; a diagonal factor's basis is the identity.
 
     Raises:
@@ -115,7 +121,7 @@ class EKFACLinearOperator(KFACLinearOperator):
         null: dict[Block, Tensor] = {}
         own_blocks: dict[Any, list[Block]] = {}
         for block, matrix in factored:
-            G = matrix.grad_output_factor
+            G = dense(matrix.grad_output_factor)
             values_g, basis_g = decompositions.eigendecomposition(G)
             spectrum_a = eigendecomposition(matrix.input_factor)
             bases[block] = (basis_g, spectrum_a[1])

@@ -14,91 +14,19 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfacopt.kfac.capture import LayerUse
-from kfacopt.kfac.layers import KFACApprox, Layer
+from kfacopt.kfac.factor_forms import FactorForm, Kept
+from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.sparse_rows import SparseRows, side_by_side
 from kfacopt.kfac.split_moments import constant_beside, split_expanded, split_rows
 from kfacopt.linalg.gram import gram
-from kfacopt.linalg.kronecker import dense
-from kfacopt.linalg.split_factors import Factor, SplitFactor, packed_size
-
-
-class Factors(NamedTuple):
-    """The Kronecker factors of a layer, F ≈ G ⊗ A.
-
-    Attributes:
-        input_factor: A, `[d_in (+ 1), d_in (+ 1)]`; `[B, ., .]` for a convolution of B > 1 groups.
-            One that is kept by channels and positions is written out.
-        grad_output_factor: G, `[d_out, d_out]`, likewise. A diagonal factor lacks the last axis.
-    """
-
-    input_factor: Tensor
-    grad_output_factor: Tensor
-
-    @classmethod
-    def of(cls, layer: Layer, input_factor: Factor, grad_output_factor: Tensor) -> Factors:
-        """Make a pair from factors with a leading axis B, which is left out if it is 1."""
-        sides = (dense(input_factor), grad_output_factor)
-        return cls(*(side[0] if layer.groups == 1 else side for side in sides))
-
-
-@dataclass(frozen=True)
-class FactorForm:
-    """How factors are formed.
-
-    Attributes:
-        kfac_approx: `"expand"` or `"reduce"`.
-        max_factor_dim: A wider side is kept as its diagonal.
-        stored_dtype: The dtype that running averages are kept in; `None` is the computation's.
-    """
-
-    kfac_approx: KFACApprox
-    max_factor_dim: int | None = None
-    stored_dtype: torch.dtype | None = None
-
-    @property
-    def reduce(self) -> bool:
-        """Whether positions are averaged."""
-        return self.kfac_approx == "reduce"
-
-    def diagonal(self, side: int) -> bool:
-        """Whether a factor with this side is too wide to be kept but as its diagonal."""
-        return self.max_factor_dim is not None and side > self.max_factor_dim
-
-    def diagonals(self, layer: Layer) -> tuple[bool, bool]:
-        """Whether a layer's A, and its G, are kept as their diagonals."""
-        A = layer.diagonal_input or self.diagonal(layer.d_in)
-        A = A and not layer.positions
-        return A, layer.family.elementwise or self.diagonal(layer.d_out)
-
-    def count_shape(self, layer: Layer) -> tuple[int, ...]:
-        """Return the shape of the number of a layer's inputs: `[B]` where groups have own ones."""
-        return (layer.groups,) if layer.family.routed else ()
-
-    def shapes(self, layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of a layer's A and G; of the `packed` moments where A is split."""
-        B, sides = layer.groups, (layer.d_in, layer.d_out)
-        A, G = (
-            (B, side) if diagonal else (B, side, side)
-            for side, diagonal in zip(sides, self.diagonals(layer), strict=True)
-        )
-        if layer.positions:
-            A = (B, packed_size(layer.channels, layer.positions))
-        return A, G
-
-
-def as_factor(layer: Layer, mean: Tensor) -> Factor:
-    """Return A from its mean over inputs, which is of `packed` moments where A is split."""
-    if not layer.positions:
-        return mean
-    return SplitFactor.from_packed(mean, layer.positions, layer.joint)
+from kfacopt.linalg.low_rank import sketch
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,15 +34,17 @@ def factor_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def second_moment(x: Tensor, diagonal: bool) -> Tensor:
-    """Return Σ_{n,s} x xᵀ `[B, d, d]`, or its diagonal `[B, d]`, of x `[B, N, S, d]`."""
+def second_moment(x: Tensor, kept: Kept) -> Tensor:
+    """Return what is kept of Σ_{n,s} x xᵀ `[B, d, d]`, of x `[B, N, S, d]`."""
     rows = x.flatten(1, 2)
-    return rows.square().sum(1) if diagonal else gram(rows)
+    if kept.diagonal:
+        return rows.square().sum(1)
+    return sketch(rows, kept.rank) if kept.rank else gram(rows)
 
 
-def _inputs_moment(layer: Layer, a: Tensor, diagonal: bool) -> Tensor:
+def _inputs_moment(layer: Layer, a: Tensor, kept: Kept) -> Tensor:
     """Return Σ_{n,s} a aᵀ of a layer's inputs, with the constant of a joint bias, as it is kept."""
-    return split_rows(layer, a) if layer.positions else second_moment(a, diagonal)
+    return split_rows(layer, a) if layer.positions else second_moment(a, kept)
 
 
 def _total(values: Sequence[Tensor]) -> Tensor:
@@ -163,20 +93,43 @@ def _live_rows(layer: Layer, use: LayerUse) -> Tensor:
     return rows if use.live is None else rows[:, use.live.flatten()]
 
 
-def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tensor, int | Tensor]:
+def _with_live_data(use: LayerUse) -> LayerUse | None:
+    """Return a use of the data that count, if all rows of a datum do or none (stochastic depth).
+
+    No rows need to be formed to be left out then.
+    """
+    live, x = use.live, use.checked_input()
+    assert live is not None
+    if use.module is None or use.call is not use.module or live.device.type != "cpu":
+        return None
+    if len(live) != len(x) or use.family.is_single(use.call, x):
+        return None
+    data = live.any(1)
+    if not torch.equal(live, data.unsqueeze(1).expand_as(live)):
+        return None
+    own = x[data]
+    return replace(use, input=own, version=own._version, live=None)
+
+
+def _expanded_moment(layer: Layer, use: LayerUse, kept: Kept) -> tuple[Tensor, int | Tensor]:
     """Return Σ a aᵀ over data and positions of one use, and the number of summands."""
     if use.live is not None and use.family.routed:
         rows = input_rows(layer, use) * use.live.unsqueeze(-1)
-        return second_moment(rows, diagonal), use.live.sum((1, 2))
+        return second_moment(rows, kept), use.live.sum((1, 2))
     if use.live is not None:
+        whole_data = _with_live_data(use)
+        if whole_data is not None:
+            return _expanded_moment(layer, whole_data, kept)
         rows = _live_rows(layer, use).unsqueeze(2)
-        return _inputs_moment(layer, rows, diagonal), rows.shape[1]
+        return _inputs_moment(layer, rows, kept), rows.shape[1]
     dtype = factor_dtype(layer.anchor.dtype)
     if layer.positions:
         return split_expanded(layer, use, dtype)
-    known = None if diagonal else use.family.input_moment(use.call, use.checked_input().to(dtype))
+    known = None
+    if kept.whole:
+        known = use.family.input_moment(use.call, use.checked_input().to(dtype))
     if known is None:
-        return _rows_moment(layer, use.inputs(dtype)[0], diagonal, [use], [1.0])
+        return _rows_moment(layer, use.inputs(dtype)[0], kept, [use], [1.0])
     moment, sums, count = known
     if layer.joint:
         moment = bordered(lambda view: view.copy_(moment), sums, count, use.adds(layer.bias))
@@ -184,27 +137,29 @@ def _expanded_moment(layer: Layer, use: LayerUse, diagonal: bool) -> tuple[Tenso
 
 
 def _rows_moment(
-    layer: Layer, a: Tensor, diagonal: bool, uses: Sequence[LayerUse], weights: Sequence[float]
+    layer: Layer, a: Tensor, kept: Kept, uses: Sequence[LayerUse], weights: Sequence[float]
 ) -> tuple[Tensor, int]:
     """Return Σ a aᵀ of rows `[B, N, S, d]` that are weighted sums over uses, and their number."""
     count = a.shape[1] * a.shape[2]
     if not layer.joint:
-        return _inputs_moment(layer, a, diagonal), count
+        return _inputs_moment(layer, a, kept), count
     if layer.positions:
         return split_rows(layer, constant_beside(a, uses, weights)), count
     if any(use.constants is not None for use in uses):  # not the same at all positions
         columns = [w * u.bias_inputs(layer.bias, a) for u, w in zip(uses, weights, strict=True)]
-        return second_moment(torch.cat([a, _total(columns)], dim=-1), diagonal), count
+        return second_moment(torch.cat([a, _total(columns)], dim=-1), kept), count
     constant = sum(w * u.adds(layer.bias) for u, w in zip(uses, weights, strict=True))
-    if diagonal:
-        squares = second_moment(a, True)
+    if kept.rank:
+        return sketch(a.flatten(1, 2), kept.rank, constant), count
+    if kept.diagonal:
+        squares = second_moment(a, kept)
         corner = squares.new_full((len(squares), 1), count * constant**2)
         return torch.cat([squares, corner], dim=-1), count
     return bordered(partial(gram, a.flatten(1, 2)), a.sum((1, 2)), count, constant), count
 
 
 def _live_means_moments(
-    layer: Layer, uses: Sequence[LayerUse], diagonal: bool
+    layer: Layer, uses: Sequence[LayerUse], kept: Kept
 ) -> list[tuple[Tensor, int]]:
     """Return Σ_n ā āᵀ and how many n have any a, with means over the positions that count."""
     pairs = []
@@ -219,7 +174,7 @@ def _live_means_moments(
     for total, count in pairs:
         some = count > 0
         means = (total[:, some] / count[some].unsqueeze(-1)).unsqueeze(2)
-        moments.append((_inputs_moment(layer, means, diagonal), means.shape[1]))
+        moments.append((_inputs_moment(layer, means, kept), means.shape[1]))
     return moments
 
 
@@ -264,7 +219,7 @@ def input_moment(
             f"layer {layer.name!r}: W and b have G in common, and b does not act on derivatives by "
             "the input (input_derivatives); set separate_weight_and_bias=False."
         )
-    diagonal, _ = form.diagonals(layer)
+    kept, _ = form.kept(layer)
     sparse: list[SparseRows] = []
     if layer.diagonal_input:
         sparse = sparse_rows(uses, [use.counted(form.reduce) for use in uses])
@@ -275,21 +230,21 @@ def input_moment(
     if loop and not (form.reduce or layer.family.routed):
         # Products of a loop, few rows each: one sum over all of them.
         rows = torch.cat([_live_rows(layer, use) for use in uses], 1)
-        return _inputs_moment(layer, rows.unsqueeze(2), diagonal), rows.shape[1]
+        return _inputs_moment(layer, rows.unsqueeze(2), kept), rows.shape[1]
     moments: Sequence[tuple[Tensor, int | Tensor]]
     if not form.reduce or layer.family.routed:
-        moments = [_expanded_moment(layer, use, diagonal) for use in uses]
+        moments = [_expanded_moment(layer, use, kept) for use in uses]
     elif any(use.live is not None for use in uses):
-        moments = _live_means_moments(layer, uses, diagonal)
+        moments = _live_means_moments(layer, uses, kept)
     else:
         means = [use.inputs(dtype, reduce=True) for use in uses]
         if len({a.shape[1] for a, _ in means}) == 1:
             total = sum(positions for _, positions in means)
             weights = [positions / total for _, positions in means]
             rows = _total([w * a for w, (a, _) in zip(weights, means, strict=True)])
-            return _rows_moment(layer, rows, diagonal, uses, weights)
+            return _rows_moment(layer, rows, kept, uses, weights)
         moments = [
-            _rows_moment(layer, a, diagonal, [use], [1.0])
+            _rows_moment(layer, a, kept, [use], [1.0])
             for use, (a, _) in zip(uses, means, strict=True)
         ]
     summed = of_all_groups(layer, uses, [moment for moment, _ in moments])
@@ -329,7 +284,7 @@ def grad_output_moment(
     """Return Σ g gᵀ `[B, d_out, d_out]` (or its diagonal), of a gradient for each of some uses."""
     if layer.family.elementwise:
         return elementwise_moment(layer, uses, grads)
-    dtype, (_, diagonal) = factor_dtype(layer.anchor.dtype), form.diagonals(layer)
+    dtype, (_, kept) = factor_dtype(layer.anchor.dtype), form.kept(layer)
     grads = [g.to(dtype) for g in grads]
     if layer.weight is None:  # a bias acts on values alone, not on derivatives by the input
         pairs = zip(uses, grads, strict=True)
@@ -339,16 +294,16 @@ def grad_output_moment(
         rows = [_counted_rows(use, g, True).sum(2, keepdim=True) for use, g in pairs]
         if len({g.shape[1] for g in rows}) == 1:
             rows = [_total(rows)]
-        return _total([second_moment(g, diagonal) for g in rows])
+        return _total([second_moment(g, kept) for g in rows])
     loop = len(uses) > 1 and all(use.module is None for use in uses)
     if loop and not layer.family.routed:
         pairs = zip(uses, grads, strict=True)
         rows = [_counted_rows(use, g, False).flatten(1, 2) for use, g in pairs]
-        return second_moment(torch.cat(rows, 1).unsqueeze(2), diagonal)
+        return second_moment(torch.cat(rows, 1).unsqueeze(2), kept)
     moments = []
     for use, g in zip(uses, grads, strict=True):
-        known = None if diagonal else use.family.grad_output_moment(g, layer.groups)
-        own = second_moment(_counted_rows(use, g, False), diagonal) if known is None else known
+        known = use.family.grad_output_moment(g, layer.groups) if kept.whole else None
+        own = second_moment(_counted_rows(use, g, False), kept) if known is None else known
         moments.append(own)
     return of_all_groups(layer, uses, moments)
 

@@ -15,22 +15,17 @@ from kfacopt.data import Batch, evaluation, iterate, run_determinism_check, some
 from kfacopt.kfac.block_diagonal import KFACInverseLinearOperator, KroneckerBlockLinearOperator
 from kfacopt.kfac.capture import LayerUse, WouldBePass, capture, group_by_layer
 from kfacopt.kfac.data_axes import DataAxes
-from kfacopt.kfac.factors import (
-    FactorForm,
-    Factors,
-    as_factor,
-    factor_dtype,
-    grad_output_moment,
-    input_moment,
-    mean_input,
-)
+from kfacopt.kfac.factor_forms import FactorForm, Factors, as_factors
+from kfacopt.kfac.factors import factor_dtype, grad_output_moment, input_moment, mean_input
 from kfacopt.kfac.layers import (
     CONV_FACTORS,
     KFAC_APPROXES,
+    WIDE_FACTORS,
     Block,
     ConvFactor,
     KFACApprox,
     Layer,
+    WideFactor,
     split,
 )
 from kfacopt.kfac.layers.tied import joined_factors
@@ -102,6 +97,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
             where both are in `params`.
         conv_factor: `"full"` keeps A of convolutions whole, `"channels"` by channels and positions
             of the kernel, `"auto"` where it is wide; see `KFACOptimizer`.
+        wide_factor: `"full"` keeps sides whole, `"low_rank"` as a low rank plus a diagonal,
+            `"auto"` where they are wide; see `KFACOptimizer`.
         batch_size_fn: A function from X to the number of data in a batch, for inputs that do not
             tell it themselves; `"empirical"` asks for it, and means of losses other than the four.
         max_factor_dim: A side of a layer wider than that gets a diagonal factor, as in
@@ -156,6 +153,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         *,
         batch_size_fn: Callable[[Any], int] | None = None,
         conv_factor: ConvFactor = "full",
+        wide_factor: WideFactor = "full",
         max_factor_dim: int | None = None,
     ) -> None:
         argument_checks.check_evaluation(data, progressbar, check_deterministic, batch_size_fn)
@@ -165,6 +163,7 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         self._fisher = loss_fisher(loss_func, fisher_type, mc_samples, loss_average, batch_size_fn)
         argument_checks.check_choice("kfac_approx", kfac_approx, KFAC_APPROXES)
         argument_checks.check_choice("conv_factor", conv_factor, CONV_FACTORS)
+        argument_checks.check_choice("wide_factor", wide_factor, WIDE_FACTORS)
         argument_checks.check_integer("seed", seed)
         if not isinstance(model_func, nn.Module):
             raise ValueError(
@@ -176,7 +175,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         self._model_func, self._data, self._progressbar = model_func, data, progressbar
         batches = partial(self._batches, "K-FAC layers")
         layers = layers_of(model_func, own, separate_weight_and_bias, batches)
-        self._layers, self._axes = split(layers, conv_factor), DataAxes()
+        self._layers = split(layers, conv_factor, wide_factor, max_factor_dim)
+        self._axes = DataAxes()
         if not self._covers_tied:
             refuse_tied(self._layers)
         argument_checks.check_shape(shape, self.shape)
@@ -294,7 +294,8 @@ class KFACLinearOperator(KroneckerBlockLinearOperator):
         products = {}
         for layer, _ in self._layers:
             A, G = factors.get(layer) or joined_factors(layer, factors, self._form.shapes)
-            products[layer] = KroneckerProduct(G, as_factor(layer, A))
+            inputs_factor, grads_factor = as_factors(layer, A, G)
+            products[layer] = KroneckerProduct(grads_factor, inputs_factor)
         return products
 
     def _passes(

@@ -17,6 +17,7 @@ from kfacopt.linalg.kronecker import (
     multiplied_left,
     multiplied_right,
 )
+from kfacopt.linalg.low_rank import LowRankInverse, is_low_rank
 from kfacopt.linalg.triangles import Workspace, halves_of, symmetric
 
 # Rows of a result that is made of columns begin at multiples of it.
@@ -25,11 +26,13 @@ _ALIGNED = 16
 Halves = tuple[Tensor, Tensor]
 
 
-def inverse_side(kept: Tensor, workspace: Workspace | None = None) -> Tensor:
+def inverse_side(kept: Tensor, workspace: Workspace | None = None) -> Tensor | LowRankInverse:
     """Return the inverse of which something is kept.
 
     On the CPU its columns are contiguous, as LAPACK leaves them: the round-off of products sees it.
     """
+    if is_low_rank(kept):
+        return LowRankInverse(kept)
     whole = symmetric(kept, workspace)
     return whole if whole is kept or kept.device.type != "cpu" else whole.mT
 

@@ -1,8 +1,9 @@
 """Kronecker products G ⊗ A, their eigenbases and damped inverses; no parameters, no layers.
 
-A factor is dense, `[B, d, d]`, or diagonal, `[B, d]`; A may also be split (`split_factors`). B
-counts independent blocks (the groups of a convolution, 1 otherwise). All matrices are symmetric and
-vec is row-major, so that (G ⊗ A) vec(X) = vec(G X A) for X of shape `[..., B, d_out, d_in]`.
+A factor is dense, `[B, d, d]`, diagonal, `[B, d]`, or of low rank plus a diagonal (`low_rank`); A
+may also be split (`split_factors`). B counts independent blocks (the groups of a convolution, 1
+otherwise). All matrices are symmetric and vec is row-major, so that (G ⊗ A) vec(X) = vec(G X A) for
+X of shape `[..., B, d_out, d_in]`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from kfacopt.linalg import decompositions
 from kfacopt.linalg.decompositions import DecompositionError as DecompositionError
+from kfacopt.linalg.low_rank import LowRankFactor
 from kfacopt.linalg.precision import null_directions
-from kfacopt.linalg.split_factors import Basis, Factor, SplitFactor, SplitInverse
+from kfacopt.linalg.split_factors import Basis, Factor, Side, SplitFactor, SplitInverse
 from kfacopt.linalg.split_products import multiplied
 
 DampingMethod = Literal["factored", "exact"]
@@ -40,14 +42,16 @@ def trace(factor: Factor) -> Tensor:
 
 
 def dense(factor: Factor) -> Tensor:
-    """Return a factor as a tensor: itself, or what a split one stands for."""
+    """Return a factor as a tensor: itself, or what another form stands for."""
     return factor if isinstance(factor, Tensor) else factor.dense()
 
 
-def multiply_left(factor: Tensor | None, X: Tensor) -> Tensor:
+def multiply_left(factor: Side | None, X: Tensor) -> Tensor:
     """Return `factor @ X` for X `[..., B, d, n]`; `None` is the identity."""
     if factor is None:
         return X
+    if not isinstance(factor, Tensor):
+        return factor.left(X)
     return factor.unsqueeze(-1) * X if is_diagonal(factor) else product(factor, X)
 
 
@@ -88,8 +92,10 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
 _LARGE = 2**18
 
 
-def multiplied_left(factor: Tensor, columns: Sequence[Tensor]) -> Tensor:
+def multiplied_left(factor: Side, columns: Sequence[Tensor]) -> Tensor:
     """Return `factor @ X` for X `[..., B, d, n]` that is given in columns."""
+    if not isinstance(factor, Tensor):
+        return factor.left(columns[0] if len(columns) == 1 else torch.cat(list(columns), dim=-1))
     lead, widths = columns[0].shape[:-1], [x.shape[-1] for x in columns]
     large = lead.numel() * sum(widths) >= _LARGE and columns[0].device.type == "cpu"
     alike = len(lead) == 2 and lead[:1] == factor.shape[:1] and not torch.is_grad_enabled()
@@ -116,14 +122,14 @@ def multiplied_right(X: Tensor, factor: Factor, widths: Sequence[int]) -> list[T
 
 def eigendecomposition(factor: Factor) -> tuple[Tensor, Basis | None]:
     """Return λ `[B, d]` and Q of a factor; see `decompositions`, and `split_factors`."""
-    if isinstance(factor, Tensor):
-        return decompositions.eigendecomposition(factor)
-    return factor.eigendecomposition()
+    if isinstance(factor, SplitFactor | SplitInverse):
+        return factor.eigendecomposition()
+    return decompositions.eigendecomposition(dense(factor))
 
 
-def damped_inverse(factor: Factor, damping: Tensor) -> Factor:
-    """Return (factor + damping · I)⁻¹; see `decompositions`, and `split_factors`."""
-    if isinstance(factor, SplitFactor):
+def damped_inverse(factor: Any, damping: Tensor) -> Any:
+    """Return (factor + damping · I)⁻¹, in the form that the factor has; see there."""
+    if isinstance(factor, SplitFactor | LowRankFactor):
         return factor.damped_inverse(damping)
     assert isinstance(factor, Tensor)
     return decompositions.damped_inverse(factor, damping)
@@ -166,7 +172,7 @@ def inverses_by_size(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> l
 
 
 def factored_damping(
-    grad_output_factor: Tensor, input_factor: Factor, damping: float
+    grad_output_factor: Side, input_factor: Factor, damping: float
 ) -> tuple[Tensor, Tensor]:
     """Split the damping δ between G and A: √δ/π for G and π√δ for A.
 
@@ -175,8 +181,8 @@ def factored_damping(
     positive scalar a, all damping goes to the other side, δ/a, and nothing is approximated.
 
     Args:
-        grad_output_factor: G, `[B, d_out, d_out]` or `[B, d_out]`.
-        input_factor: A, `[B, d_in, d_in]` or `[B, d_in]`.
+        grad_output_factor: G, in any form.
+        input_factor: A, likewise.
         damping: δ, in units of G ⊗ A.
 
     Returns:
@@ -208,11 +214,11 @@ class KroneckerProduct:
     """G ⊗ A from its factors.
 
     Attributes:
-        grad_output_factor: G, `[B, d_out, d_out]` or its diagonal `[B, d_out]`.
-        input_factor: A, `[B, d_in, d_in]` or its diagonal `[B, d_in]`, or split.
+        grad_output_factor: G, `[B, d_out, d_out]` or its diagonal `[B, d_out]`, or of low rank.
+        input_factor: A, `[B, d_in, d_in]` or its diagonal `[B, d_in]`, or of low rank, or split.
     """
 
-    grad_output_factor: Tensor
+    grad_output_factor: Side
     input_factor: Factor
 
     @property
@@ -234,7 +240,7 @@ class KroneckerProduct:
     def apply_columns(self, columns: Sequence[Tensor]) -> list[Tensor]:
         """Return G X A in the columns `[..., B, d_out, width]` that X is given in, as [W | b]."""
         G, A, widths = self.grad_output_factor, self.input_factor, [x.shape[-1] for x in columns]
-        if isinstance(A, SplitInverse) and columns[0].ndim == 3 and not is_diagonal(G):
+        if isinstance(A, SplitInverse) and columns[0].ndim == G.ndim == 3:
             return multiplied(G, A, columns)
         return multiplied_right(multiplied_left(G, columns), A, widths)
 
@@ -244,18 +250,18 @@ class KroneckerProduct:
 
     def frobenius_norm(self) -> Tensor:
         """Return ‖G ⊗ A‖_F = sqrt(Σ_B ‖G‖² ‖A‖²)."""
-        sides = (self.grad_output_factor, dense(self.input_factor))
+        sides = (dense(self.grad_output_factor), dense(self.input_factor))
         squares = [side.flatten(1).square().sum(1) for side in sides]
         return (squares[0] * squares[1]).sum().sqrt()
 
     def logdet(self) -> Tensor:
         """Return log det(G ⊗ A) = Σ_B d_in log det G + d_out log det A; −∞ if singular."""
-        whole = KroneckerProduct(self.grad_output_factor, dense(self.input_factor))
+        whole = KroneckerProduct(dense(self.grad_output_factor), dense(self.input_factor))
         logdet = whole.eigendecomposition().logdet()
         return torch.full_like(logdet, -torch.inf) if self._is_singular() else logdet
 
     def _is_singular(self) -> bool:
-        sides = (self.grad_output_factor, dense(self.input_factor))
+        sides = (dense(self.grad_output_factor), dense(self.input_factor))
         spectra = map(decompositions.eigendecomposition, sides)
         return any(bool(null_directions(*spectrum).any()) for spectrum in spectra)
 
@@ -264,7 +270,7 @@ class KroneckerProduct:
 
         Of a split A, that of its diagonal in the basis of `SplitFactor.eigendecomposition`.
         """
-        values_g, basis_g = decompositions.eigendecomposition(self.grad_output_factor)
+        values_g, basis_g = decompositions.eigendecomposition(dense(self.grad_output_factor))
         values_a, basis_a = eigendecomposition(self.input_factor)
         values = values_g.unsqueeze(-1) * values_a.unsqueeze(-2)
         return KroneckerEigendecomposition(basis_g, basis_a, values)
@@ -286,7 +292,7 @@ class KroneckerProduct:
             return self.eigendecomposition().inverse(damping)
         sides = (self.grad_output_factor, self.input_factor)
         damping_g, damping_a = factored_damping(*sides, damping)
-        inverse_g = decompositions.damped_inverse(self.grad_output_factor, damping_g)
+        inverse_g = damped_inverse(self.grad_output_factor, damping_g)
         return KroneckerProduct(inverse_g, damped_inverse(self.input_factor, damping_a))
 
 

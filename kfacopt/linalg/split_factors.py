@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.linalg import decompositions
+from kfacopt.linalg.low_rank import LowRankFactor, LowRankInverse
 
 
 def packed_size(channels: int, positions: int) -> int:
@@ -333,5 +334,6 @@ class SplitBasis:
         return SplitBasis(squares[0], squares[1], self.joint)
 
 
-Factor = Tensor | SplitFactor | SplitInverse
+Factor = Tensor | SplitFactor | SplitInverse | LowRankFactor | LowRankInverse
+Side = Tensor | LowRankFactor | LowRankInverse  # what G may be
 Basis = Tensor | SplitBasis

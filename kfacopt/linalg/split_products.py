@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.split_factors import SplitInverse
+from kfacopt.linalg.split_factors import Side, SplitInverse
 
 
-def multiplied(G: Tensor, A: SplitInverse, columns: Sequence[Tensor]) -> list[Tensor]:
+def multiplied(G: Side, A: SplitInverse, columns: Sequence[Tensor]) -> list[Tensor]:
     """Return G X A for X `[B, d_out, d_in]`, in the columns that X is given in, as [W | b].
 
     Args:
-        G: `[B, d_out, d_out]`.
+        G: `[B, d_out, d_out]`, or of low rank.
         A: The inverse of a split factor.
         columns: The columns of W, and that of b if there is one.
     """
@@ -29,11 +29,11 @@ def multiplied(G: Tensor, A: SplitInverse, columns: Sequence[Tensor]) -> list[Te
     by_position, places = _by_position(weight.unflatten(-1, (C, K)), A)
     kept = slice(None) if places is None else places
     w = A.update[:, : C * K].unflatten(-1, (C, K)).mT[:, kept].to(dtype)  # [B, K, C]
-    left = torch.bmm(G, by_position.flatten(2))
+    left = _left(G, by_position.flatten(2))
     shares = torch.bmm(left, w.flatten(1).unsqueeze(-1))  # X w, [B, n, 1]
     results = []
     if A.joint:
-        bias, own = torch.bmm(G, columns[1]), A.update[:, -2, None, None].to(dtype)
+        bias, own = _left(G, columns[1]), A.update[:, -2, None, None].to(dtype)
         shares = shares + bias * own
         results = [bias * A.update[:, -1, None, None].to(dtype) - shares * own]
     product = left.unflatten(-1, (-1, C)).transpose(1, 2) @ A.blocks[:, kept].to(dtype)
@@ -45,6 +45,10 @@ def multiplied(G: Tensor, A: SplitInverse, columns: Sequence[Tensor]) -> list[Te
     whole = product.new_zeros(B, n, C, K)
     whole[..., places] = product.permute(0, 2, 3, 1)
     return [whole.view(B, n, C * K), *results]
+
+
+def _left(G: Side, X: Tensor) -> Tensor:
+    return torch.bmm(G, X) if isinstance(G, Tensor) else G.left(X)
 
 
 def _by_position(X: Tensor, A: SplitInverse) -> tuple[Tensor, Tensor | None]:

@@ -143,9 +143,9 @@ def halves_of(kept: Tensor) -> tuple[Tensor, Tensor] | None:
     kept so; `None` if something else is kept.
     """
     d = kept.shape[-2]
-    numbers, form = _numbers(kept) if kept.shape[-1] < d else (kept, None)
-    if form != "halves":
+    if kept.ndim != 3 or kept.shape[-1] == d or kept.shape[-1] != _columns(d, "halves"):
         return None
+    numbers, form = _numbers(kept)
     h = _first(d, form)
     left, square = numbers.tensor_split([d * h], dim=1)
     return left.unflatten(1, (d, h)), square.unflatten(1, (d - h, d - h))

@@ -132,7 +132,7 @@ def connect(
     names = parameter_names(modules, params)
     layers += _product_layers(matrices, layers, names, settings.separate_weight_and_bias)
     form = settings.curvature.form
-    layers = split(layers, settings.conv_factor, form.max_factor_dim)
+    layers = split(layers, settings.conv_factor, settings.wide_factor, form.max_factor_dim)
     curvature.set_layers(layer for layer, _ in layers)
     exchange = ExchangeWatch(ranks.wrappers)
     others = OtherUses(curvature.layers, params, choice, axes)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.kfac.layers import Block, Layer
+from kfacopt.linalg.low_rank import is_low_rank
 from kfacopt.optim.state.curvature_state import CurvatureState
 
 
@@ -176,9 +177,17 @@ def _curvature(
     state = curvature.entries[block.layer.anchor]
     sides = []
     for side, width in (("grad_output_factor", block.layer.d_out), ("input_factor", block.d_in)):
-        diagonal = " (diagonal)" if state[side].ndim == 2 else ""
-        sides.append(f"{width}{diagonal}{_split(block) if side == 'input_factor' else ''}")
+        sides.append(
+            f"{width}{_form(state[side])}{_split(block) if side == 'input_factor' else ''}"
+        )
     return f"Kronecker {groups}{' × '.join(sides)}"
+
+
+def _form(kept: Tensor) -> str:
+    """Return what is kept of a factor, if it is not all of it."""
+    if is_low_rank(kept):
+        return f" (rank {kept.shape[-1] - 1} + diagonal)"
+    return " (diagonal)" if kept.ndim == 2 else ""
 
 
 def _split(block: Block) -> str:

@@ -46,7 +46,7 @@ class Ranks:
         own = [
             (
                 positions.get(id(la.anchor)),
-                (la.groups, la.d_in, la.d_out, la.positions),
+                (la.groups, la.d_in, la.d_out, la.positions, la.ranks),
                 la.anchor.dtype,
             )
             for la in layers

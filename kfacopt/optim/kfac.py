@@ -14,8 +14,8 @@ from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer
 
 from kfacopt.kfac.data_axes import DataAxes
-from kfacopt.kfac.factors import Factors
-from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Kind, Layer
+from kfacopt.kfac.factor_forms import Factors
+from kfacopt.kfac.layers import Block, ConvFactor, KFACApprox, Kind, Layer, WideFactor
 from kfacopt.kfac.matrix_layouts import MatrixLayout
 from kfacopt.likelihoods import FisherType
 from kfacopt.linalg.kronecker import DampingMethod
@@ -165,6 +165,10 @@ class KFACOptimizer(Optimizer):
             positions K of the kernel, which takes (K + 1) C² / 2 numbers with its inverse instead
             of (K C)² (see `kfacopt.linalg.split_factors`); `"auto"`, so where K C is above
             512 and C at least K.
+        wide_factor: How a side of a layer that is d wide is kept: `"full"`; `"low_rank"`, as a
+            rank of d/8 plus a diagonal, d/16 where it is at least twice as wide as the other side
+            (see `kfacopt.linalg.low_rank`); `"auto"`, so from 512 on, unless eigenbases are kept
+            (`damping_method="exact"`, EKFAC).
         factor_dtype: The dtype that Ā, Ḡ and Λ are kept in; `None` is the parameters', at least
             float32. Sums and decompositions are computed in at least float32.
         inverse_dtype: The dtype that inverses and bases are kept in; `None` is the factors', at
@@ -248,6 +252,7 @@ class KFACOptimizer(Optimizer):
         layers: Collection[Kind] | None = None,
         max_factor_dim: int | None = 8192,
         conv_factor: ConvFactor = "auto",
+        wide_factor: WideFactor = "auto",
         factor_dtype: torch.dtype | None = None,
         inverse_dtype: torch.dtype | None = None,
         fallback_lr: float | None = None,
@@ -682,6 +687,7 @@ class KFACOptimizer(Optimizer):
         self._matrices |= kept_layouts(self.state, self._parameters())
         if self._matrices:
             self._connect(self._watch.living_modules())
+        self._curvature.set_layers(self._curvature.layers)
         self._connection.forget()
         restore_generator(self.state, self._labels.common)
         due = self._settings.schedule.factors_due(self._num_steps)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.factor_forms import FactorForm
 from kfacopt.kfac.layers import Kinds, Layer, default_kinds, described
 
 logger = logging.getLogger("kfacopt")

@@ -23,13 +23,15 @@ from kfacopt.argument_checks import (
     check_loss,
     check_range,
 )
-from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.factor_forms import FactorForm
 from kfacopt.kfac.layers import (
     CONV_FACTORS,
     ENTRYWISE,
     KFAC_APPROXES,
+    WIDE_FACTORS,
     ConvFactor,
     Kinds,
+    WideFactor,
     all_kinds,
     described,
 )
@@ -184,6 +186,7 @@ class Settings:
     separate_weight_and_bias: bool
     layers: Kinds | None
     conv_factor: ConvFactor
+    wide_factor: WideFactor
     seed: int
 
 
@@ -293,6 +296,7 @@ WHOLE_SETTINGS: dict[str, Check] = {
     "kl_clip": _check_kl_clip,
     "max_factor_dim": _or_none(check_count),
     "conv_factor": partial(check_choice, allowed=CONV_FACTORS),
+    "wide_factor": partial(check_choice, allowed=WIDE_FACTORS),
     "separate_weight_and_bias": check_flag,
     "layers": _or_none(_check_kinds),
     "model": _check_model,
@@ -361,6 +365,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
         values["separate_weight_and_bias"],
         None if values["layers"] is None else tuple(values["layers"]),
         values["conv_factor"],
+        "full" if values["damping_method"] == "exact" else values["wide_factor"],
         values["seed"],
     )
     if tuned:
@@ -375,6 +380,11 @@ def _check_together(values: Mapping[str, Any], tuned: bool) -> None:
         raise ValueError(
             'damping_method must be "exact" or None for preconditioner="ekfac", got '
             f'"{method}": there are no factors between which damping could be split.'
+        )
+    if method == "exact" and values["wide_factor"] == "low_rank":
+        raise ValueError(
+            'wide_factor must be "auto" or "full" where eigenbases are kept (damping_method='
+            '"exact", preconditioner="ekfac"), got "low_rank": they are dense.'
         )
     if values["fisher_type"] != "mc" and samples != 1:
         raise ValueError(f'mc_samples must be 1 unless fisher_type="mc", got {samples}.')

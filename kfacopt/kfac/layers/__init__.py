@@ -18,5 +18,7 @@ from kfacopt.kfac.layers.registry import families_of as families_of
 from kfacopt.kfac.layers.registry import is_supported as is_supported
 from kfacopt.kfac.layers.registry import register_layer as register_layer
 from kfacopt.kfac.layers.splitting import CONV_FACTORS as CONV_FACTORS
+from kfacopt.kfac.layers.splitting import WIDE_FACTORS as WIDE_FACTORS
 from kfacopt.kfac.layers.splitting import ConvFactor as ConvFactor
+from kfacopt.kfac.layers.splitting import WideFactor as WideFactor
 from kfacopt.kfac.layers.splitting import split as split

@@ -32,6 +32,8 @@ class Layer:
             apart; none for most.
         positions: K, the entries of the kernel, where A is kept by channels and positions (see
             `kfacopt.linalg.split_factors`); 0 where it is kept whole.
+        ranks: r of A, and of G, where they are kept as a low rank plus a diagonal (see
+            `kfacopt.linalg.low_rank`); 0 where not.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Layer:
     family: LayerFamily
     parts: tuple[Layer, ...] = ()
     positions: int = 0
+    ranks: tuple[int, int] = (0, 0)
 
     @property
     def collected(self) -> tuple[Layer, ...]:

@@ -7,7 +7,13 @@ from typing import Any
 from torch import Size, Tensor, nn
 
 from kfacopt.kfac.layers.interface import LayerFamily
-from kfacopt.kfac.layers.patches import patch_moment, patch_sums, patches, sightings
+from kfacopt.kfac.layers.patches import (
+    depthwise_moment,
+    patch_moment,
+    patch_sums,
+    patches,
+    sightings,
+)
 from kfacopt.linalg.gram import gram
 
 
@@ -52,7 +58,10 @@ class Convolution(LayerFamily):
         return channels.permute(1, 0, 3, 2)
 
     def input_moment(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
-        """Sum over the rows of the input, not over patches, where the kernel moves by rows."""
+        """Sum over the input, or its rows, not over patches, where that is possible."""
+        small = depthwise_moment(module, x)
+        if small is not None:
+            return small
         moment = patch_moment(module, x)
         if moment is None:
             return None

@@ -183,6 +183,33 @@ def patch_moment(module: _Convolution, x: Tensor) -> Tensor | None:
     return moment.flatten(4).flatten(1, 3)
 
 
+def depthwise_moment(module: _Convolution, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """Return Σ patch patchᵀ and Σ patch of a depthwise convolution from those of its small input.
+
+    A patch is linear in the input of its channel, patch_p = S_p x, so that the sum over positions
+    is Σ_p S_p (Σ_n x xᵀ) S_pᵀ: of a kernel of 7 x 7 on maps of 2 x 2 no patches of mere padding
+    are formed.
+
+    Args:
+        module: The convolution, of B groups.
+        x: Its input, `[N, C, *spatial]`; the axis N may lack.
+
+    Returns:
+        `[B, K, K]`, `[B, K]` and the number of patches; `None` where a group has several channels,
+        or the input more entries than the kernel.
+    """
+    x = x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x
+    size, kernel = prod(x.shape[2:]), prod(module.kernel_size)
+    if x.shape[1] != module.groups or size > kernel:
+        return None
+    entries = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[2:])
+    S = patches(module, entries).reshape(size, -1, kernel)  # [entry, position, k]
+    channels = x.flatten(2).transpose(0, 1)
+    images = gram(channels) @ S.flatten(1)  # [B, entry, position k]
+    moment = S.flatten(0, 1).mT @ images.unflatten(2, S.shape[1:]).flatten(1, 2)
+    return moment, channels.sum(1) @ S.sum(1), len(x) * S.shape[1]
+
+
 def _row_blocks(Y: Tensor, shift: int, KH: int, OH: int, step: int) -> list[Tensor]:
     """Return Σ_q Y_q Y_{q + shift}ᵀ `[B, d, d]` over i ≤ q < OH + i, for every i < KH − shift.
 

@@ -1,4 +1,4 @@
-"""Which convolutions' A is kept by channels and positions; what that is: `linalg.split_factors`."""
+"""Which wide factors are kept in a cheaper form; the forms are in `linalg`."""
 
 from __future__ import annotations
 
@@ -9,29 +9,45 @@ from typing import Literal
 from torch import nn
 
 from kfacopt.kfac.layers.blocks import Layer
+from kfacopt.linalg.low_rank import rank_beside
 
 ConvFactor = Literal["auto", "full", "channels"]
 CONV_FACTORS: tuple[ConvFactor, ...] = ("auto", "full", "channels")
 
-# The widest A that is kept whole by "auto".
+WideFactor = Literal["auto", "full", "low_rank"]
+WIDE_FACTORS: tuple[WideFactor, ...] = ("auto", "full", "low_rank")
+
+# The widest side that is kept whole by "auto".
 WIDEST_WHOLE = 512
+
+# The narrowest side that "auto" keeps as a low rank.
+LEAST_WIDE = 512
 
 
 def split(
     layers: Iterable[tuple[Layer, list[nn.Module]]],
     conv_factor: ConvFactor,
+    wide_factor: WideFactor,
     max_factor_dim: int | None = None,
 ) -> list[tuple[Layer, list[nn.Module]]]:
-    """Return layers with those split that shall be.
+    """Return layers with the forms that their factors shall have.
 
     Args:
         layers: The layers with their modules.
         conv_factor: `"full"` splits none, `"channels"` all that have several channels and
             positions, `"auto"` those of them that are wide, and have more channels than positions:
             of patches of an image, positions are what matters.
-        max_factor_dim: With more channels, A is a diagonal.
+        wide_factor: `"full"` keeps all sides whole that are not split, `"low_rank"` keeps them as a
+            low rank plus a diagonal, `"auto"` those of them that are wide.
+        max_factor_dim: With more channels, or a wider side, it is a diagonal.
     """
-    return [(_split(layer, conv_factor, max_factor_dim), modules) for layer, modules in layers]
+    return [
+        (
+            _low_rank(_split(layer, conv_factor, max_factor_dim), wide_factor, max_factor_dim),
+            modules,
+        )
+        for layer, modules in layers
+    ]
 
 
 def _split(layer: Layer, conv_factor: ConvFactor, max_factor_dim: int | None) -> Layer:
@@ -45,3 +61,21 @@ def _split(layer: Layer, conv_factor: ConvFactor, max_factor_dim: int | None) ->
     if channels < 2 or (max_factor_dim is not None and channels > max_factor_dim):
         return layer
     return replace(layer, positions=positions)
+
+
+def _low_rank(layer: Layer, wide_factor: WideFactor, max_factor_dim: int | None) -> Layer:
+    family = layer.family
+    if wide_factor == "full" or layer.weight is None or layer.parts:
+        return layer
+    if family.routed or family.elementwise or layer.diagonal_input:
+        return layer
+    least = LEAST_WIDE if wide_factor == "auto" else 0
+    columns = layer.d_in - int(layer.joint)
+    widest = max_factor_dim or max(layer.d_in, layer.d_out)
+    low_a = not layer.positions and columns >= least and layer.d_in <= widest
+    low_g = least <= layer.d_out <= widest
+    ranks = (
+        rank_beside(layer.d_in, layer.d_out) if low_a else 0,
+        rank_beside(layer.d_out, layer.d_in) if low_g else 0,
+    )
+    return replace(layer, ranks=ranks) if any(ranks) else layer

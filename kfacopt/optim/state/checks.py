@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
+from kfacopt.linalg.low_rank import is_low_rank
 from kfacopt.linalg.triangles import other_shapes, symmetric
 from kfacopt.optim.group_settings import check_group
 from kfacopt.optim.settings import Groups
@@ -203,8 +204,8 @@ def _check_entry(
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"{where} must be a tensor of shape {shape}, got {got}. Use the same model, "
-            "frozen parameters, layers, separate_weight_and_bias, max_factor_dim and conv_factor "
-            "as when it was saved."
+            "frozen parameters, layers, separate_weight_and_bias, max_factor_dim, conv_factor and "
+            "wide_factor as when it was saved."
         )
     if is_complex and value.is_complex():  # moments of real and imaginary parts
         value = torch.view_as_real(value)
@@ -239,7 +240,7 @@ def _check_saved_count(where: str, value: Any, least: int, scalar: bool) -> None
 
 def _check_positive(where: str, value: Tensor) -> None:
     """Raise unless `[B, d, d]` is symmetric with a diagonal, or `[B, d]` is one, of at least 0."""
-    value = symmetric(value)
+    value = value[..., -1] if is_low_rank(value) else symmetric(value)
     if not is_diagonal(value):
         asymmetry = (value - value.mT).abs().amax() / value.abs().amax().clamp(min=1e-30)
         if float(asymmetry) > _ASYMMETRY:

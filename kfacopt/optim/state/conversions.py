@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Layer
+from kfacopt.linalg.low_rank import is_low_rank
 from kfacopt.linalg.triangles import kept_anew
 from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state.inverses import (
@@ -55,7 +56,7 @@ def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, A
                 own = value.detach().to(p.device, copy=True)
                 if name in (*FACTORS, *INVERSES):  # another version may keep other parts
                     columns = columns_beside(entries, name) if name in INVERSES else None
-                    own = kept_anew(own, columns)
+                    own = own if is_low_rank(own) else kept_anew(own, columns)
                 states[p][name] = own
             elif name == _GENERATOR:
                 states[p][name] = value.detach().to("cpu", copy=True)
@@ -91,7 +92,9 @@ def follow_parameters(states: States, settings: Settings) -> None:
             if name in (_GENERATOR, "step") or not isinstance(value, Tensor):
                 continue
             dtype = value.dtype
-            if name in (*FACTORS, "second_moments"):
+            if name in (*FACTORS, *INVERSES) and is_low_rank(value):
+                dtype = own
+            elif name in (*FACTORS, "second_moments"):
                 dtype = stored or own
             elif name in INVERSE_SIDES:
                 dtype = settings.inverse.stored_dtype or stored or own

@@ -13,7 +13,8 @@ from torch import distributed as dist
 from torch.nn import Parameter
 
 from kfacopt.kfac.eigenvalues import Bases
-from kfacopt.kfac.factors import Factors, factor_dtype
+from kfacopt.kfac.factor_forms import Factors
+from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.kept_products import KeptProduct
 from kfacopt.linalg.kronecker import DecompositionError, KroneckerMatrix
@@ -56,7 +57,7 @@ class CurvatureState:
         self.blocks: list[Block] = []
 
     def set_layers(self, layers: Iterable[Layer]) -> None:
-        """Go on with layers that were found anew; what does not fit them any more is forgotten."""
+        """Go on with layers that were found, or a state that was loaded; what fits is kept."""
         self.layers = list(layers)
         self.blocks = [block for layer in self.layers for block in layer.blocks]
         for layer in self.layers:

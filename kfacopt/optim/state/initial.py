@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.factor_forms import FactorForm
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.triangles import kept_shape
 from kfacopt.optim.settings import Groups, InverseForm, Settings
@@ -119,7 +119,7 @@ def state_shapes(
                 entries[name] = (layer.groups, layer.d_out, block.d_in)
             for (side, shape), other in zip(sides.items(), (*sides.values(),)[::-1], strict=True):
                 entries |= {
-                    f"{side}_inverse": kept_shape(shape, other[-1]),
+                    f"{side}_inverse": kept_shape(shape, other[1]),
                     f"{side}_basis": shape,
                     f"{side}_levels": shape[:2],
                 }

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kfacopt.kfac.eigenvalues import Bases
-from kfacopt.kfac.factors import FactorForm, along, factor_dtype
+from kfacopt.kfac.factor_forms import FactorForm
+from kfacopt.kfac.factors import along, factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.linalg.eigenbasis import rayleigh_quotients, refreshed_basis, rotated_eigenvalues
 from kfacopt.linalg.eigenspaces import Levels, averaged
@@ -21,11 +22,11 @@ from kfacopt.linalg.kronecker import (
     KroneckerProduct,
     factored_damping,
     inverses_by_size,
-    is_diagonal,
     trace,
 )
-from kfacopt.linalg.split_factors import SplitBasis, SplitInverse
-from kfacopt.linalg.triangles import Workspace, kept_once, whole_shape
+from kfacopt.linalg.low_rank import LowRankInverse, is_low_rank, sketch_of
+from kfacopt.linalg.split_factors import Factor, SplitBasis, SplitInverse
+from kfacopt.linalg.triangles import Workspace, kept_once, symmetric, whole_shape
 from kfacopt.optim.settings import InverseForm
 from kfacopt.optim.state.running_averages import (
     FACTORS,
@@ -65,8 +66,15 @@ INVERSE_KEYS = (*INVERSE_SIDES, INPUT_UPDATE, *LEVELS, *CORRECTION)
 
 
 def discard_unfitting(states: States, layer: Layer, form: FactorForm) -> None:
-    """Forget a layer's factors and inverses if a parameter was frozen or added since."""
+    """Forget a layer's factors and inverses if a parameter was frozen or added since.
+
+    A whole factor, which an earlier version kept, becomes a sketch where that is what is kept.
+    """
     state = states.get(layer.anchor, {})
+    for name, rank in zip(FACTORS, layer.ranks, strict=True):
+        if rank and name in state and not is_low_rank(state[name]):
+            whole = symmetric(state[name].to(factor_dtype(layer.anchor.dtype)))
+            state[name] = sketch_of(whole, rank)
     shapes = factor_shapes(layer, form)
     fits = all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state)
     # A split A is kept alike with and without a bias, but its inverse is not.
@@ -118,6 +126,7 @@ def _factors(layer_state: State, block: Block) -> KroneckerProduct:
     A, G = input_factor(layer_state, block.layer, dtype), grad_output_factor(layer_state, dtype)
     if block.layer.family.routed:
         assert isinstance(A, Tensor)
+        assert isinstance(G, Tensor)
         A, G = (_filled(x, layer_state["factor_weight"]) for x in (A, G))
     return KroneckerProduct(G, block.input_factor(A))
 
@@ -155,7 +164,7 @@ def inverses_at_once(
             continue
         product = _factors(layer_state, block)
         G, A = product.grad_output_factor, product.input_factor
-        if isinstance(A, Tensor) and not (is_diagonal(G) or is_diagonal(A)):
+        if isinstance(A, Tensor) and isinstance(G, Tensor) and A.ndim == G.ndim == 3:
             pair = (G, A)
             sides.append(pair)
             dampings += factored_damping(*pair, damping)
@@ -225,19 +234,26 @@ def _store_inverse(state: State, inverse: KroneckerMatrix, form: InverseForm) ->
     stored = form.stored_dtype or inverse.dtype
     if isinstance(inverse, KroneckerProduct):
         A, G = inverse.input_factor, inverse.grad_output_factor
-        entries = {INVERSES[0]: kept_once(G.to(stored), A.shape[-1])}
+        entries = {INVERSES[0]: _kept_side(G, stored, A.shape[-1])}
         if isinstance(A, SplitInverse):
             A = A.rounded(stored)
             entries |= {INVERSES[1]: kept_once(A.blocks, G.shape[-1]), INPUT_UPDATE: A.update}
         else:
-            assert isinstance(A, Tensor)
-            entries[INVERSES[1]] = kept_once(A.to(stored), G.shape[-1])
+            entries[INVERSES[1]] = _kept_side(A, stored, G.shape[-1])
     else:
         bases = (inverse.grad_output_basis, inverse.input_basis)
         entries = _basis_entries(bases, stored)
         entries["inverse_eigenvalues"] = inverse.eigenvalues.to(stored)
     _forget(state, INVERSE_KEYS)
     state.update(entries)
+
+
+def _kept_side(inverse: Factor, stored: torch.dtype, columns: int) -> Tensor:
+    """Return what is kept of a side's inverse; S − V Vᵀ is not positive if V is rounded."""
+    if isinstance(inverse, LowRankInverse):
+        return inverse.packed
+    assert isinstance(inverse, Tensor)
+    return kept_once(inverse.to(stored), columns)
 
 
 def _basis_entries(bases: Bases, stored: torch.dtype | None) -> dict[str, Tensor]:
@@ -329,6 +345,7 @@ def inverse_of(
             return KeptProduct(G, A, workspace)
         A = inverse_side(A)
         joint = state[INPUT_UPDATE].shape[-1] > A.shape[1] * A.shape[2] + 1
+        assert isinstance(A, Tensor)
         return KroneckerProduct(inverse_side(G), SplitInverse(A, state[INPUT_UPDATE], joint))
     if "second_moments" in state:
         moments = state["second_moments"]

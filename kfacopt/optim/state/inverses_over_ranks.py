@@ -28,7 +28,9 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def share_out(blocks: Sequence[Block], ranks: int) -> list[int]:
     """Return which rank computes which block's inverse: the largest first, to who has least."""
-    costs = [b.layer.groups * (b.layer.d_out**3 + _input_cost(b)) for b in blocks]
+    costs = [
+        b.layer.groups * (_cost(b.layer.d_out, b.layer.ranks[1]) + _input_cost(b)) for b in blocks
+    ]
     loads, owners = [0] * ranks, [0] * len(blocks)
     for i in sorted(range(len(blocks)), key=lambda i: -costs[i]):
         owners[i] = loads.index(min(loads))
@@ -36,10 +38,16 @@ def share_out(blocks: Sequence[Block], ranks: int) -> list[int]:
     return owners
 
 
+def _cost(side: int, rank: int) -> int:
+    return side * (rank or side) ** 2
+
+
 def _input_cost(block: Block) -> int:
     if block.weight is not None and block.layer.positions:
         return block.layer.positions * block.layer.channels**3
-    return block.d_in if block.layer.diagonal_input else block.d_in**3
+    if block.weight is None or block.layer.diagonal_input:
+        return block.d_in
+    return _cost(block.d_in, block.layer.ranks[0])
 
 
 def update_shared(

@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 from torch.nn import Parameter
 
-from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.factor_forms import FactorForm
 from kfacopt.kfac.layers.entries import ENTRIES
 from kfacopt.kfac.layers.tied import tied_embedding
 from kfacopt.kfac.lookup_uses import EMBEDDING, TIED

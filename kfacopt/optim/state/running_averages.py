@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfacopt.kfac.factors import FactorForm, along, factor_dtype, fold
+from kfacopt.kfac.factor_forms import FactorForm
+from kfacopt.kfac.factors import along, factor_dtype, fold
 from kfacopt.kfac.layers import Layer
 from kfacopt.linalg.kronecker import diagonal_of
-from kfacopt.linalg.split_factors import Factor, SplitFactor, packed_rest, unpacked
+from kfacopt.linalg.low_rank import LowRankFactor, is_low_rank
+from kfacopt.linalg.split_factors import Factor, Side, SplitFactor, packed_rest, unpacked
 from kfacopt.linalg.triangles import kept_once, kept_shape, symmetric
 from kfacopt.optim.statistics.moments import Moments
 
@@ -37,16 +39,21 @@ def factor_shapes(layer: Layer, form: FactorForm) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def grad_output_factor(state: State, dtype: torch.dtype) -> Tensor:
+def grad_output_factor(state: State, dtype: torch.dtype) -> Side:
     """Return a layer's G from its state, in a dtype."""
-    return symmetric(state[FACTORS[1]].to(dtype))
+    return _one_side(state[FACTORS[1]].to(dtype))
+
+
+def _one_side(kept: Tensor) -> Side:
+    return LowRankFactor(kept) if is_low_rank(kept) else symmetric(kept)
 
 
 def input_factor(state: State, layer: Layer, dtype: torch.dtype) -> Factor:
     """Return a layer's A from its state, in a dtype."""
-    A = symmetric(state[FACTORS[0]].to(dtype))
+    A = _one_side(state[FACTORS[0]].to(dtype))
     if not layer.positions:
         return A
+    assert isinstance(A, Tensor)
     return SplitFactor.of(A, state[REST].to(dtype), layer.joint)
 
 
@@ -60,7 +67,9 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
     dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
     for name, shape in factor_shapes(layer, form).items():
         stored = dtype if name == REST else form.stored_dtype or dtype
-        state[name] = torch.zeros(shape, dtype=stored, device=device)
+        state[name] = torch.zeros(shape, dtype=dtype, device=device)
+        if not is_low_rank(state[name]):
+            state[name] = state[name].to(stored)
     state["factor_weight"] = torch.zeros(form.count_shape(layer), dtype=dtype, device=device)
     state["factor_updates"] = 0
     for name in ("skipped_updates", "factor_step"):
@@ -138,7 +147,7 @@ def fold_factors(
         channels, rest = unpacked(values[FACTORS[0]], layer.positions)
         values |= {FACTORS[0]: channels, REST: rest}
     # Sums of squares: |Σ x_i x_j|² ≤ Σ x_i² Σ x_j², so that the diagonals tell.
-    checked = [diagonal_of(x) for x in values.values()]
+    checked = [x[..., -1] if is_low_rank(x) else diagonal_of(x) for x in values.values()]
     values |= {name: kept_once(values[name]) for name in FACTORS}
     weight = moments.rows if layer.family.routed else moments.terms
     folded = _fold_finite(state, "factor_weight", values, checked, weight, ema_decay).any()

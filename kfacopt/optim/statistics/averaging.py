@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from kfacopt.kfac.factors import FactorForm, factor_dtype
+from kfacopt.kfac.factor_forms import FactorForm
+from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Block, Layer
 from kfacopt.optim.statistics.moments import Moments
 

@@ -7,7 +7,7 @@ from functools import reduce
 
 import torch
 
-from kfacopt.kfac.factors import FactorForm
+from kfacopt.kfac.factor_forms import FactorForm
 from kfacopt.kfac.layers import Layer
 from kfacopt.kfac.layers.tied import joined_factors
 from kfacopt.optim.statistics.moments import Moments
