@@ -40,7 +40,7 @@ SQUARES_FROM = 2 * LEAF
 FEW_COLUMNS = 64
 
 # Halves take d / (4 columns) more numbers for each of the weight's: up to so many rows a column.
-HALVES_UP_TO = 2.5
+HALVES_UP_TO = 3
 
 # On a GPU calls take longer than what they do: up to here an index for each entry is used.
 GPU_LEAF = 2048
