@@ -27,8 +27,12 @@ PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "time_to_target.p
 PALETTE = 64  # a small file
 SHOWN = ("AdamW", "Muon", "SOAP", "K-FAC")
 CURVES = {
-    "robot-small": ("a win: regression, robot arm", "error on other data", (0.01, None)),
-    "vit": ("a loss: vision transformer", "validation error", (0.03, None)),
+    "friedman-small": (
+        "a win: regression, Friedman's function",
+        "error on other data",
+        (0.01, None),
+    ),
+    "pinn-heat": ("a loss: PINN, heat equation", "relative error", (0.03, None)),
 }
 
 
