@@ -59,6 +59,8 @@ class KeptProduct:
     def widened(self) -> KeptProduct:
         """Return the same product in at least float32."""
         dtype = torch.promote_types(self.dtype, torch.float32)
+        if dtype == self.dtype == self.grad_output_factor.dtype:
+            return self
         sides = (self.grad_output_factor.to(dtype), self.input_factor.to(dtype))
         return KeptProduct(*sides, self.workspace)
 
@@ -86,7 +88,7 @@ class KeptProduct:
 
 def _halves_beside(kept: Tensor, X: Tensor) -> Halves | None:
     """Return the halves of a factor if they are multiplied as they are with X `[B, n, m]`."""
-    alike = X.ndim == 3 and len(X) == len(kept) and X.device.type == "cpu"
+    alike = X.ndim == 3 and X.shape[0] == kept.shape[0] and X.device.type == "cpu"
     return halves_of(kept) if alike and not torch.is_grad_enabled() else None
 
 

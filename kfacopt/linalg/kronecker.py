@@ -80,7 +80,7 @@ def _cut(X: Tensor) -> Sequence[Tensor]:
 
 def product(X: Tensor, Y: Tensor) -> Tensor:
     """Return X Y of matrices `[..., m, k]` and `[..., k, n]`, fast for odd n, too."""
-    multiply = torch.bmm if X.ndim == Y.ndim == 3 and len(X) == len(Y) else torch.matmul
+    multiply = torch.bmm if X.ndim == Y.ndim == 3 and X.shape[0] == Y.shape[0] else torch.matmul
     parts = [multiply(X, piece) for piece in _cut(Y)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -111,7 +111,7 @@ class Block:
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The block's parameters, in the order of the columns of its matrix."""
         return tuple(p for p in (self.weight, self.bias) if p is not None)
