@@ -109,6 +109,44 @@ def test_in_float32_the_inverse_is_positive_and_near_the_dense_one(spread):
     assert torch.linalg.eigvalsh(inverse).min() > 0
 
 
+@pytest.mark.parametrize("mean", [1.0, 1e2, 1e3, 1e4])
+@pytest.mark.parametrize("damping", [1e3, 1.0, 1e-2])
+def test_a_mean_far_above_the_damping_leaves_the_inverse_positive(mean, damping):
+    torch.manual_seed(0)
+    x = (mean + torch.randn(1, 128, 512)).float()
+    inverse = LowRankFactor(sketch(x, 64) / 128).damped_inverse(torch.tensor([damping]))
+    assert torch.linalg.eigvalsh(inverse.dense().double()).min() > 0
+    X = x[:, :3].to(inverse.dtype)
+    assert ((inverse.right(X) * X).sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("mean", [1e2, 1e3])
+def test_inputs_far_from_zero_are_descended_and_resumed(mean):
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    W, models, optimizers = torch.randn(256, 10) / 16, [nn.Linear(256, 10)], []
+
+    def step(model, optimizer, seed):
+        x = mean + torch.randn(64, 256, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), (x - mean) @ W)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    optimizers.append(KFACOptimizer(models[0].parameters(), **TYPE2))
+    losses = [step(models[0], optimizers[0], i) for i in range(40)]
+    assert max(losses) < 1.1 * losses[0]
+    assert optimizers[0].state[models[0].weight]["input_inverse"].dtype == torch.float64
+    models.append(copy.deepcopy(models[0]))
+    optimizers.append(KFACOptimizer(models[1].parameters(), **TYPE2))
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for i in range(40, 70):
+            step(model, optimizer, i)
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
 def test_sketches_that_round_off_makes_indefinite_are_inverted():
     torch.manual_seed(0)
     x = torch.randn(1, 4, 64) * 100  # a rank below that of the sketch

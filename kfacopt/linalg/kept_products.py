@@ -53,13 +53,13 @@ class KeptProduct:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the factors."""
-        return self.input_factor.dtype
+        """The dtype of the wider factor: one of low rank may need float64."""
+        return torch.promote_types(self.grad_output_factor.dtype, self.input_factor.dtype)
 
     def widened(self) -> KeptProduct:
         """Return the same product in at least float32."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        if dtype == self.dtype == self.grad_output_factor.dtype:
+        if dtype == self.input_factor.dtype == self.grad_output_factor.dtype:
             return self
         sides = (self.grad_output_factor.to(dtype), self.input_factor.to(dtype))
         return KeptProduct(*sides, self.workspace)

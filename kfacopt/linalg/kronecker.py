@@ -223,13 +223,13 @@ class KroneckerProduct:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the factors."""
-        return self.input_factor.dtype
+        """The dtype of the wider factor."""
+        return torch.promote_types(self.grad_output_factor.dtype, self.input_factor.dtype)
 
     def widened(self) -> KroneckerProduct:
         """Return the same product in at least float32."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        if dtype == self.grad_output_factor.dtype == self.dtype:
+        if dtype == self.grad_output_factor.dtype == self.input_factor.dtype:
             return self
         return KroneckerProduct(self.grad_output_factor.to(dtype), self.input_factor.to(dtype))
 

@@ -36,6 +36,10 @@ LEAST_RANK = 64
 
 _SEED = 0
 
+# Of curvature that is so much larger than the damping, in float32 S − V Vᵀ would leave little but
+# round-off, and maybe of the wrong sign: there it is kept, and multiplied, in float64.
+_LARGEST = 1e4
+
 # ν in units of round-off and of tr A: below that Ωᵀ Y knows nothing of A.
 _SHIFT = 8.0
 
@@ -182,10 +186,13 @@ class LowRankFactor:
             scaled = scales.unsqueeze(-1) * U.to(dtype)
             small = U.mT.to(dtype) @ scaled
             small.diagonal(dim1=-2, dim2=-1).add_(1)
+            largest = small.diagonal(dim1=-2, dim2=-1).amax()
+            if dtype != torch.float64 and not bool(largest < _LARGEST):
+                continue
             root, info = torch.linalg.cholesky_ex(small)
             if not bool(info.any()):
                 V = torch.linalg.solve_triangular(root.mT, scaled, upper=True, left=False)
-                packed = torch.cat([V, scales.unsqueeze(-1)], -1).to(self.dtype)
+                packed = torch.cat([V, scales.unsqueeze(-1)], -1)
                 if bool(packed.isfinite().all()):
                     return LowRankInverse(packed)
         raise decompositions.DecompositionError(
@@ -198,7 +205,7 @@ class LowRankInverse:
     """S − V Vᵀ.
 
     Attributes:
-        packed: V and the diagonal of S, `[B, d, r + 1]`.
+        packed: V and the diagonal of S, `[B, d, r + 1]`, in the dtype that products need.
     """
 
     packed: Tensor

@@ -93,7 +93,8 @@ def follow_parameters(states: States, settings: Settings) -> None:
                 continue
             dtype = value.dtype
             if name in (*FACTORS, *INVERSES) and is_low_rank(value):
-                dtype = own
+                kept_wide = name in INVERSES and value.dtype == torch.float64
+                dtype = value.dtype if kept_wide else own
             elif name in (*FACTORS, "second_moments"):
                 dtype = stored or own
             elif name in INVERSE_SIDES:

@@ -231,29 +231,29 @@ def refresh_inverse(
 
 
 def _store_inverse(state: State, inverse: KroneckerMatrix, form: InverseForm) -> None:
-    stored = form.stored_dtype or inverse.dtype
+    stored = form.stored_dtype
     if isinstance(inverse, KroneckerProduct):
         A, G = inverse.input_factor, inverse.grad_output_factor
         entries = {INVERSES[0]: _kept_side(G, stored, A.shape[-1])}
         if isinstance(A, SplitInverse):
-            A = A.rounded(stored)
+            A = A.rounded(stored or A.dtype)
             entries |= {INVERSES[1]: kept_once(A.blocks, G.shape[-1]), INPUT_UPDATE: A.update}
         else:
             entries[INVERSES[1]] = _kept_side(A, stored, G.shape[-1])
     else:
         bases = (inverse.grad_output_basis, inverse.input_basis)
         entries = _basis_entries(bases, stored)
-        entries["inverse_eigenvalues"] = inverse.eigenvalues.to(stored)
+        entries["inverse_eigenvalues"] = inverse.eigenvalues.to(stored or inverse.dtype)
     _forget(state, INVERSE_KEYS)
     state.update(entries)
 
 
-def _kept_side(inverse: Factor, stored: torch.dtype, columns: int) -> Tensor:
+def _kept_side(inverse: Factor, stored: torch.dtype | None, columns: int) -> Tensor:
     """Return what is kept of a side's inverse; S − V Vᵀ is not positive if V is rounded."""
     if isinstance(inverse, LowRankInverse):
         return inverse.packed
     assert isinstance(inverse, Tensor)
-    return kept_once(inverse.to(stored), columns)
+    return kept_once(inverse.to(stored or inverse.dtype), columns)
 
 
 def _basis_entries(bases: Bases, stored: torch.dtype | None) -> dict[str, Tensor]:
