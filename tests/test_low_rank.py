@@ -340,6 +340,52 @@ def test_a_state_of_whole_factors_is_loaded_and_the_reverse_is_refused_by_name()
         KFACOptimizer(model.parameters(), wide_factor="full").load_state_dict(low.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("grad_output_factor", lambda x: x * torch.cat([-torch.ones(1), torch.ones(1)])),
+        ("grad_output_factor", lambda x: x * torch.cat([1000 * torch.ones(1), torch.ones(1)])),
+        ("grad_output_factor", lambda x: -x),
+        ("grad_output_inverse", lambda x: x * torch.cat([3 * torch.ones(1), torch.ones(1)])),
+    ],
+)
+def test_a_state_that_is_of_no_positive_matrix_is_refused_by_name(name, change):
+    model = network()
+    optimizer = KFACOptimizer(model.parameters(), **TYPE2)
+    train(model, optimizer, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["state"][0][name].shape[-1] == 2
+    state["state"][0][name] = change(state["state"][0][name])
+    with pytest.raises(ValueError, match=f"{name}.*low rank|low rank.*{name}"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_a_sketch_in_less_precision_is_no_more_than_the_factor(mean):
+    torch.manual_seed(0)
+    x = torch.randn(1, 20, 256) + mean
+    factor = LowRankFactor(sketch(x, 64).float().double())
+    A = x.mT @ x
+    trace = float(A.diagonal(dim1=1, dim2=2).sum())
+    U, _ = factor.parts()
+    assert torch.linalg.eigvalsh(A - U @ U.mT).min() > -1e-4 * trace
+    torch.testing.assert_close(factor.trace(), torch.tensor([trace]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mean", [1e2, 1e3])
+def test_operators_multiply_with_inverses_that_stay_positive(mean):
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model = nn.Linear(256, 10)
+    x = mean + torch.randn(64, 256)
+    data = [(x, torch.randn(64, 10))]
+    K = KFACLinearOperator(model, nn.MSELoss(), list(model.parameters()), data, **TYPE2)
+    F.mse_loss(model(x), data[0][1]).backward()
+    gradient = [p.grad for p in model.parameters()]
+    step = K.inverse(1e-3) @ gradient
+    assert sum((g.double() * s.double()).sum() for g, s in zip(gradient, step, strict=True)) > 0
+
+
 def test_wide_sides_are_kept_so_by_default_unless_eigenbases_are_kept():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 600), nn.Tanh(), nn.Linear(600, 511))

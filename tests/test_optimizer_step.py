@@ -13,6 +13,7 @@ from kfacopt import EKFACLinearOperator, KFACLinearOperator, KFACOptimizer, KFAC
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.kronecker import DecompositionError
 from kfacopt.optim.state import inverses, running_averages
+from kfacopt.optim.steps.kl_clip import kl_clip_scale
 from kfacopt.optim.steps.update import DECAY_PER_LR
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -592,3 +593,9 @@ def test_bad_group_settings_and_samples():
             KFACOptimizer(params)
     with pytest.raises(ValueError, match="empty parameter list"):
         KFACOptimizer([])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_round_off_of_the_wrong_sign_bounds_the_step_as_well(sign):
+    scale = kl_clip_scale([torch.tensor([2.0])], [torch.tensor([8.0 * sign])], [0.5], 1e-2)
+    torch.testing.assert_close(scale, torch.tensor((1e-2 / (0.25 * 16)) ** 0.5))

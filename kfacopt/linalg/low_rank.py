@@ -36,6 +36,9 @@ LEAST_RANK = 64
 
 _SEED = 0
 
+# Beyond round-off, of what is compared.
+_TOLERANCE = 0.02
+
 # Of curvature that is so much larger than the damping, in float32 S − V Vᵀ would leave little but
 # round-off, and maybe of the wrong sign: there it is kept, and multiplied, in float64.
 _LARGEST = 1e4
@@ -57,8 +60,8 @@ def rank_beside(side: int, other: int) -> int:
 @lru_cache(maxsize=16)
 def signs(side: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return Ω `[d, r]`: ±1/√d, the same on all machines."""
-    generator = torch.Generator().manual_seed(_SEED)
-    bits = torch.randint(0, 2, (side, rank), generator=generator, dtype=torch.int8)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    bits = torch.randint(0, 2, (side, rank), generator=generator, dtype=torch.int8, device="cpu")
     omega: Tensor = (2 * bits - 1).to(device, dtype) / side**0.5
     return omega
 
@@ -94,6 +97,26 @@ def sketch_of(A: Tensor, rank: int) -> Tensor:
 def is_low_rank(kept: Tensor) -> bool:
     """Tell such a tensor from what else is kept of matrices `[B, d, d]`: more than half of them."""
     return kept.ndim == 3 and 2 * kept.shape[-1] <= kept.shape[-2]
+
+
+def is_possible_factor(packed: Tensor) -> bool:
+    """Tell whether such a tensor may be the sketch of a positive semi-definite matrix.
+
+    Of one, (A ω)_i² ≤ A_ii tr A for |ω| = 1, and ωᵀ A ω ≥ 0.
+    """
+    Y, diagonal = packed[..., :-1].double(), packed[..., -1].double()
+    omega = signs(Y.shape[1], Y.shape[2], Y.dtype, Y.device)
+    trace = diagonal.sum(-1, keepdim=True)
+    bound = (1 + _TOLERANCE) * (diagonal * trace).unsqueeze(-1)
+    moments = (omega * Y).sum(1)
+    positive = bool((diagonal >= 0).all() and (moments >= -_TOLERANCE * trace).all())
+    return positive and bool((Y.square() <= bound).all())
+
+
+def is_possible_inverse(packed: Tensor) -> bool:
+    """Tell whether S − V Vᵀ may be positive definite: its diagonal is."""
+    V, scales = packed[..., :-1].double(), packed[..., -1].double()
+    return bool((V.square().sum(-1) <= (1 + _TOLERANCE) * scales).all())
 
 
 @dataclass
@@ -146,16 +169,14 @@ class LowRankFactor:
             raise decompositions.DecompositionError("the factor has NaN or infinite entries")
         omega = signs(Y.shape[1], Y.shape[2], self.dtype, self.device)
         core = omega.mT @ Y
-        shift = _SHIFT * torch.finfo(self.dtype).eps * diagonal.sum(-1)
+        core = (core + core.mT) / 2
+        shift = _SHIFT * torch.finfo(self.dtype).eps * diagonal.sum(-1, keepdim=True)
         shift = torch.where(shift > 0, shift, 1.0)
-        shifted = (core + core.mT) / 2
-        shifted.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
-        root, info = torch.linalg.cholesky_ex(shifted)
-        if bool(info.any()):  # round-off of Y, more than ν
-            values, basis = decompositions.eigendecomposition(shifted)
-            assert basis is not None
-            least = shift.unsqueeze(-1)
-            U = Y @ (basis * values.clamp(min=least).rsqrt().unsqueeze(-2))
+        root, info = torch.linalg.cholesky_ex(core + torch.diag_embed(shift.expand(core.shape[:2])))
+        if bool(info.any()):  # Y has more round-off than ν, as one that was kept in less precision
+            values, basis = torch.linalg.eigh(core)
+            shift = torch.maximum(shift, -2 * values[:, :1])
+            U = Y @ (basis * (values + shift).rsqrt().unsqueeze(-2))
         else:
             U = torch.linalg.solve_triangular(root, Y.mT, upper=False).mT
         return U, (diagonal - U.square().sum(-1)).clamp(min=0)
@@ -238,15 +259,19 @@ class LowRankInverse:
 
     def left(self, X: Tensor) -> Tensor:
         """Return it times X, for X `[..., B, d, n]`."""
-        packed = self.packed.to(X.dtype)
+        own, packed = self._in_own_dtype(X)
         V, scales = packed[..., :-1], packed[..., -1:]
-        return scales * X - V @ (V.mT @ X)
+        return (scales * own - V @ (V.mT @ own)).to(X.dtype)
 
     def right(self, X: Tensor) -> Tensor:
         """Return X times it, for X `[..., B, n, d]`."""
-        packed = self.packed.to(X.dtype)
+        own, packed = self._in_own_dtype(X)
         V, scales = packed[..., :-1], packed[..., -1].unsqueeze(-2)
-        return X * scales - (X @ V) @ V.mT
+        return (own * scales - (own @ V) @ V.mT).to(X.dtype)
+
+    def _in_own_dtype(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(self.dtype, X.dtype)
+        return X.to(dtype), self.packed.to(dtype)
 
     def dense(self) -> Tensor:
         """Return it as a matrix."""

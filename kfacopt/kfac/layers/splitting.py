@@ -69,13 +69,14 @@ def _low_rank(layer: Layer, wide_factor: WideFactor, max_factor_dim: int | None)
         return layer
     if family.routed or family.elementwise or layer.diagonal_input:
         return layer
-    least = LEAST_WIDE if wide_factor == "auto" else 0
-    columns = layer.d_in - int(layer.joint)
     widest = max_factor_dim or max(layer.d_in, layer.d_out)
-    low_a = not layer.positions and columns >= least and layer.d_in <= widest
-    low_g = least <= layer.d_out <= widest
+
+    def rank(side: int, other: int, counted: int) -> int:
+        wide = side <= widest and (wide_factor == "low_rank" or counted >= LEAST_WIDE)
+        return rank_beside(side, other) if wide else 0
+
     ranks = (
-        rank_beside(layer.d_in, layer.d_out) if low_a else 0,
-        rank_beside(layer.d_out, layer.d_in) if low_g else 0,
+        0 if layer.positions else rank(layer.d_in, layer.d_out, layer.d_in - int(layer.joint)),
+        rank(layer.d_out, layer.d_in, layer.d_out),
     )
     return replace(layer, ranks=ranks) if any(ranks) else layer

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfacopt.linalg.kronecker import diagonal_of, is_diagonal
-from kfacopt.linalg.low_rank import is_low_rank
+from kfacopt.linalg.low_rank import is_low_rank, is_possible_factor, is_possible_inverse
 from kfacopt.linalg.triangles import other_shapes, symmetric
 from kfacopt.optim.group_settings import check_group
 from kfacopt.optim.settings import Groups
@@ -213,7 +213,13 @@ def _check_entry(
         raise ValueError(f"{where} must be a tensor of floating numbers, got {value.dtype}.")
     if not bool(value.isfinite().all()):
         raise ValueError(f"{where} has NaN or infinite entries.")
-    if name in (*FACTORS, *INVERSES):
+    if name in (*FACTORS, *INVERSES) and is_low_rank(value):
+        possible = is_possible_factor if name in FACTORS else is_possible_inverse
+        if not possible(value):
+            raise ValueError(
+                f"{where} must be of a positive matrix, as a low rank plus a diagonal."
+            )
+    elif name in (*FACTORS, *INVERSES):
         _check_positive(where, value)
     if name in _NOT_NEGATIVE and bool((value < 0).any()):
         raise ValueError(f"{where} must not be negative, got {float(value.min()):.3g}.")
@@ -240,7 +246,7 @@ def _check_saved_count(where: str, value: Any, least: int, scalar: bool) -> None
 
 def _check_positive(where: str, value: Tensor) -> None:
     """Raise unless `[B, d, d]` is symmetric with a diagonal, or `[B, d]` is one, of at least 0."""
-    value = value[..., -1] if is_low_rank(value) else symmetric(value)
+    value = symmetric(value)
     if not is_diagonal(value):
         asymmetry = (value - value.mT).abs().amax() / value.abs().amax().clamp(min=1e-30)
         if float(asymmetry) > _ASYMMETRY:

@@ -34,5 +34,6 @@ def kl_clip_scale(
     for g, d, lr in zip(grads, directions, lrs, strict=True):
         by_lr.setdefault(lr, []).append(torch.dot(g.flatten(), d.flatten()).to(device, dtype))
     total = reduce(torch.add, [lr**2 * torch.stack(dots).sum() for lr, dots in by_lr.items()])
-    # A non-positive sum (round-off, or a preconditioner of an earlier step) does not clip.
-    return torch.where(total > kl_clip, (kl_clip / total).sqrt(), torch.ones_like(total))
+    # A negative sum is round-off, which bounds the step as well, or the step has no gradient.
+    size = total.abs()
+    return torch.where(size > kl_clip, (kl_clip / size).sqrt(), torch.ones_like(total))
