@@ -145,6 +145,14 @@ def test_inputs_far_from_zero_are_descended_and_resumed(mean):
         for i in range(40, 70):
             step(model, optimizer, i)
     assert torch.equal(models[0].weight, models[1].weight)
+    state = copy.deepcopy(optimizers[0].state_dict())
+    rounded = state["state"][0]["input_inverse"].float()  # as a tool may that copies into tensors
+    state["state"][0]["input_inverse"] = rounded
+    optimizers[1].load_state_dict(state)
+    assert "input_inverse" not in optimizers[1].state[models[1].weight]
+    for i in range(70, 90):
+        assert step(models[1], optimizers[1], i) < losses[0]
+    assert optimizers[1].state[models[1].weight]["input_inverse"].dtype == torch.float64
 
 
 def test_sketches_that_round_off_makes_indefinite_are_inverted():

@@ -116,7 +116,20 @@ def is_possible_factor(packed: Tensor) -> bool:
 def is_possible_inverse(packed: Tensor) -> bool:
     """Tell whether S − V Vᵀ may be positive definite: its diagonal is."""
     V, scales = packed[..., :-1].double(), packed[..., -1].double()
-    return bool((V.square().sum(-1) <= (1 + _TOLERANCE) * scales).all())
+    positive = bool((scales > 0).all())
+    return positive and bool((V.square().sum(-1) <= (1 + _TOLERANCE) * scales).all())
+
+
+def was_in_float64(packed: Tensor) -> bool:
+    """Tell whether S − V Vᵀ, now in less, was in float64, and for a reason; it is useless then.
+
+    I − Vᵀ S⁻¹ V has the eigenvalues of (I + Uᵀ S U)⁻¹.
+    """
+    V, scales = packed[..., :-1].double(), packed[..., -1:].double()
+    inverse = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device) - V.mT @ (V / scales)
+    values = torch.linalg.eigvalsh(inverse).clamp(min=torch.finfo(V.dtype).tiny)
+    largest = values.reciprocal().square().sum(-1).sqrt().amax()
+    return packed.dtype != torch.float64 and not bool(largest < 2 * _LARGEST)
 
 
 @dataclass
@@ -207,7 +220,7 @@ class LowRankFactor:
             scaled = scales.unsqueeze(-1) * U.to(dtype)
             small = U.mT.to(dtype) @ scaled
             small.diagonal(dim1=-2, dim2=-1).add_(1)
-            largest = small.diagonal(dim1=-2, dim2=-1).amax()
+            largest = torch.linalg.matrix_norm(small).amax()
             if dtype != torch.float64 and not bool(largest < _LARGEST):
                 continue
             root, info = torch.linalg.cholesky_ex(small)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from kfacopt.kfac.factors import factor_dtype
 from kfacopt.kfac.layers import Layer
-from kfacopt.linalg.low_rank import is_low_rank
+from kfacopt.linalg.low_rank import is_low_rank, was_in_float64
 from kfacopt.linalg.triangles import kept_anew
 from kfacopt.optim.settings import Groups, Settings
 from kfacopt.optim.state.inverses import (
@@ -49,6 +49,7 @@ def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, A
                 number,
             )
         entries = state_dict["state"].get(key, {})
+        usable = True
         for name, value in entries.items():
             if was_not_saved(value):
                 states[p].pop(name, None)
@@ -57,9 +58,14 @@ def restore_dtypes(states: States, param_groups: Groups, state_dict: dict[str, A
                 if name in (*FACTORS, *INVERSES):  # another version may keep other parts
                     columns = columns_beside(entries, name) if name in INVERSES else None
                     own = own if is_low_rank(own) else kept_anew(own, columns)
+                if name in INVERSES and is_low_rank(own):
+                    usable = usable and not was_in_float64(own)
                 states[p][name] = own
             elif name == _GENERATOR:
                 states[p][name] = value.detach().to("cpu", copy=True)
+        if not usable:  # as by `torch.distributed.checkpoint`; the next step makes a new inverse
+            for name in INVERSE_KEYS:
+                states[p].pop(name, None)
 
 
 def store_generator(states: States, layers: Sequence[Layer], generator: Generator) -> None:
