@@ -8,6 +8,7 @@ import torch
 from dense_curvature import empirical_fisher
 from dense_curvature import ggn as dense_ggn
 from entry_cases import OPERATIONS, UNCERTAIN, Net
+from test_normalizations import OPTIONS as OF_NORMALIZATIONS
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -249,17 +250,7 @@ def test_activation_checkpointing_changes_nothing(name):
         torch.testing.assert_close(p, q, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-OPTIONS = {
-    "kfac": {},
-    "exact": {"damping_method": "exact"},
-    "ekfac": {"preconditioner": "ekfac"},
-    "empirical": {"fisher_type": "empirical"},
-    "part": {"factor_batch_fraction": 0.5, "factor_update_interval": 1},
-    "auto": {"lr": "auto"},
-    "bfloat16-factors": {"factor_dtype": torch.bfloat16},
-    "separate": {"separate_weight_and_bias": True},
-    "reduce": {"kfac_approx": "reduce"},
-}
+OPTIONS = {**OF_NORMALIZATIONS, "reduce": {"kfac_approx": "reduce"}}
 
 
 @pytest.mark.parametrize("name", ["scalar", "cls-with-a-position"])

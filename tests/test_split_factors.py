@@ -3,12 +3,11 @@
 The oracle forms every patch, its mean, and the covariance of the channels at each position.
 """
 
-import copy
-
 import pytest
 import torch
 from dense import dense_ggn
 from kfac_cases import to_dense
+from resumption import assert_goes_on
 from test_convolutions import drawn, ordinary, transposed
 from torch import nn
 
@@ -308,7 +307,6 @@ def test_a_run_goes_on_from_its_saved_state(options):
         "factor_update_interval": 2,
         "inverse_update_interval": 3,
     }
-    optimizer = KFACOptimizer(model.parameters(), **options)
 
     def train(model, optimizer, steps):
         for i in range(steps):
@@ -316,14 +314,7 @@ def test_a_run_goes_on_from_its_saved_state(options):
             (model(x) - (1.0 + i)).square().mean().backward()
             optimizer.step()
 
-    train(model, optimizer, 5)
-    other = copy.deepcopy(model)
-    resumed = KFACOptimizer(other.parameters(), **options)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for pair in ((model, optimizer), (other, resumed)):
-        train(*pair, 5)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert_goes_on(model, options, train)
 
 
 @pytest.mark.parametrize("kind", ["kfac", "ekfac"])

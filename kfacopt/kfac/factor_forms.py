@@ -37,7 +37,7 @@ class Kept(NamedTuple):
     """What is kept of the second moment of one side of a layer.
 
     Attributes:
-        diagonal: Its diagonal alone.
+        diagonal: Its diagonal alone; no side of these has a rank.
         rank: r, of a sketch and the diagonal (see `kfacopt.linalg.low_rank`); 0 for all of it.
     """
 
@@ -78,7 +78,7 @@ class FactorForm:
         A = layer.diagonal_input or self.diagonal(layer.d_in)
         A = A and not layer.positions
         G = layer.family.elementwise or self.diagonal(layer.d_out)
-        return Kept(A, 0 if A else layer.ranks[0]), Kept(G, 0 if G else layer.ranks[1])
+        return Kept(A, layer.ranks[0]), Kept(G, layer.ranks[1])
 
     def count_shape(self, layer: Layer) -> tuple[int, ...]:
         """Return the shape of the number of a layer's inputs: `[B]` where groups have own ones."""

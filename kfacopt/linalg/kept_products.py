@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kfacopt.linalg.kronecker import (
     KroneckerProduct,
-    _cut,
+    cut_columns,
     multiplied_left,
     multiplied_right,
 )
@@ -97,7 +97,7 @@ def _multiplied_left(halves: Halves, columns: Sequence[Tensor]) -> Tensor:
     widths = [x.shape[-1] for x in columns]
     stride = -(-sum(widths) // _ALIGNED) * _ALIGNED
     result = columns[0].new_empty(*columns[0].shape[:-1], stride)[..., : sum(widths)]
-    pieces = [piece for x in columns for piece in _cut(x)]
+    pieces = [piece for x in columns for piece in cut_columns(x)]
     parts = result.split([x.shape[-1] for x in pieces], dim=-1)
     for x, part in zip(pieces, parts, strict=True):
         _multiply(halves, x, part, 0)
@@ -107,7 +107,7 @@ def _multiplied_left(halves: Halves, columns: Sequence[Tensor]) -> Tensor:
 def _multiplied_right(X: Tensor, halves: Halves, widths: Sequence[int]) -> list[Tensor]:
     """Return X A for X `[B, n, d]` in columns of some widths, as the transposed of A Xᵀ."""
     found, start = [X.new_empty(*X.shape[:-1], width) for width in widths], 0
-    for part in (piece for out in found for piece in _cut(out)):
+    for part in (piece for out in found for piece in cut_columns(out)):
         _multiply(halves, X.mT, part.mT, start)
         start += part.shape[-1]
     return found

@@ -69,7 +69,7 @@ def multiply_right(X: Tensor, factor: Factor | Basis | None) -> Tensor:
 _VECTOR, _WIDE = 8, 256
 
 
-def _cut(X: Tensor) -> Sequence[Tensor]:
+def cut_columns(X: Tensor) -> Sequence[Tensor]:
     """Return the columns of X in the pieces that are multiplied fastest."""
     n = X.shape[-1]
     rest = n % _VECTOR
@@ -81,7 +81,7 @@ def _cut(X: Tensor) -> Sequence[Tensor]:
 def product(X: Tensor, Y: Tensor) -> Tensor:
     """Return X Y of matrices `[..., m, k]` and `[..., k, n]`, fast for odd n, too."""
     multiply = torch.bmm if X.ndim == Y.ndim == 3 and X.shape[0] == Y.shape[0] else torch.matmul
-    parts = [multiply(X, piece) for piece in _cut(Y)]
+    parts = [multiply(X, piece) for piece in cut_columns(Y)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -104,7 +104,7 @@ def multiplied_left(factor: Side, columns: Sequence[Tensor]) -> Tensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     stride = -(-sum(widths) // (2 * _VECTOR)) * 2 * _VECTOR
     result = columns[0].new_empty(*lead, stride)[..., : sum(widths)]
-    pieces = [piece for x in columns for piece in _cut(x)]
+    pieces = [piece for x in columns for piece in cut_columns(x)]
     parts = result.split([x.shape[-1] for x in pieces], dim=-1)
     for x, part in zip(pieces, parts, strict=True):
         torch.bmm(factor, x, out=part)

@@ -24,11 +24,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kfacopt.linalg import decompositions
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's from Python 3.11 on
 
 # A language model with sides of 512 learnt a little less in a step with 32, other networks as much
 # as with whole factors.
@@ -133,13 +137,7 @@ def was_in_float64(packed: Tensor) -> bool:
 
 
 @dataclass
-class LowRankFactor:
-    """U Uᵀ + D of what is kept of A.
-
-    Attributes:
-        packed: Y and the diagonal of A, `[B, d, r + 1]`.
-    """
-
+class _LowRank:
     packed: Tensor
 
     ndim = 3  # as a dense factor
@@ -159,9 +157,18 @@ class LowRankFactor:
         """That of A."""
         return len(self.packed), self.packed.shape[1], self.packed.shape[1]
 
-    def to(self, dtype: torch.dtype) -> LowRankFactor:
+    def to(self, dtype: torch.dtype) -> Self:
         """Return the same in a dtype."""
-        return LowRankFactor(self.packed.to(dtype))
+        return type(self)(self.packed.to(dtype))
+
+
+@dataclass
+class LowRankFactor(_LowRank):
+    """U Uᵀ + D of what is kept of A.
+
+    Attributes:
+        packed: Y and the diagonal of A, `[B, d, r + 1]`.
+    """
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of A, `[B, d]`."""
@@ -235,35 +242,12 @@ class LowRankFactor:
 
 
 @dataclass
-class LowRankInverse:
+class LowRankInverse(_LowRank):
     """S − V Vᵀ.
 
     Attributes:
         packed: V and the diagonal of S, `[B, d, r + 1]`, in the dtype that products need.
     """
-
-    packed: Tensor
-
-    ndim = 3
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of what is kept."""
-        return self.packed.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of what is kept."""
-        return self.packed.device
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """That of A."""
-        return len(self.packed), self.packed.shape[1], self.packed.shape[1]
-
-    def to(self, dtype: torch.dtype) -> LowRankInverse:
-        """Return the same in a dtype."""
-        return LowRankInverse(self.packed.to(dtype))
 
     def trace(self) -> Tensor:
         """Return the trace `[B]`."""

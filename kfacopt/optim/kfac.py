@@ -687,7 +687,8 @@ class KFACOptimizer(Optimizer):
         self._matrices |= kept_layouts(self.state, self._parameters())
         if self._matrices:
             self._connect(self._watch.living_modules())
-        self._curvature.set_layers(self._curvature.layers)
+        else:
+            self._curvature.set_layers(self._curvature.layers)
         self._connection.forget()
         restore_generator(self.state, self._labels.common)
         due = self._settings.schedule.factors_due(self._num_steps)

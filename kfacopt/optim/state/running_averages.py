@@ -65,11 +65,11 @@ def initialise_factors(state: State, layer: Layer, form: FactorForm) -> None:
     if "factor_weight" in state:
         return
     dtype, device = factor_dtype(layer.anchor.dtype), layer.anchor.device
+    ranks = dict(zip(FACTORS, layer.ranks, strict=True))
     for name, shape in factor_shapes(layer, form).items():
-        stored = dtype if name == REST else form.stored_dtype or dtype
-        state[name] = torch.zeros(shape, dtype=dtype, device=device)
-        if not is_low_rank(state[name]):
-            state[name] = state[name].to(stored)
+        wide = name == REST or ranks[name] > 0
+        stored = dtype if wide else form.stored_dtype or dtype
+        state[name] = torch.zeros(shape, dtype=stored, device=device)
     state["factor_weight"] = torch.zeros(form.count_shape(layer), dtype=dtype, device=device)
     state["factor_updates"] = 0
     for name in ("skipped_updates", "factor_step"):
