@@ -12,7 +12,7 @@ from torch import Tensor
 def kl_clip_scale(
     grads: Sequence[Tensor], directions: Sequence[Tensor], lrs: Sequence[float], kl_clip: float
 ) -> Tensor:
-    """Return the factor min(1, sqrt(κ / |Σ_i lr_i² ⟨Δ_i, g_i⟩|)) that bounds a step's KL divergence.
+    """Return the factor min(1, sqrt(κ / |Σ_i lr_i² ⟨Δ_i, g_i⟩|)) that bounds a step's divergence.
 
     With Δ = F⁻¹ g the sum is (lr Δ)ᵀ F (lr Δ), twice the KL divergence that a step of length lr
     moves the model's predictions by, to second order.
